@@ -1,0 +1,1 @@
+"""Per-unit gradients of a Hugging Face model, exact or refused."""

@@ -1,0 +1,19 @@
+"""Closed-form per-example gradients, one file per kind of layer.
+
+A rule is an Opacus grad sampler: ``rule(layer, [input], grad_output) -> {parameter: (B, *shape)}``. Rules live in
+Opacus's own registry, so that whoever uses plain Opacus beside dpft gains the ones added here, and dpft uses
+every rule that Opacus ships. To add one, write a file like these, import it below and add the layer to
+``tests/gradients/test_rules.py``.
+"""
+
+from collections.abc import Callable
+
+from opacus.grad_sample.grad_sample_module import GradSampleHooks
+from torch import nn
+
+from dpft.gradients.rules import conv1d, embedding, rms_norm  # noqa: F401  (importing registers them)
+
+
+def rule_for(layer: nn.Module) -> Callable | None:
+    """The rule of exactly this class; a subclass may compute something else and gets none."""
+    return GradSampleHooks.GRAD_SAMPLERS.get(type(layer))

@@ -1,0 +1,1 @@
+"""The mathematics of the guarantee; knows no model and no data."""

@@ -1,0 +1,236 @@
+"""The plan of a run: what is sampled, clipped, noised and claimed, made together so that it cannot disagree."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from dp_accounting import dp_event
+from scipy.optimize import brentq
+
+from dpft.errors import PlanError
+from dpft.privacy import accounting
+from dpft.privacy.accounting import ADJACENCY, Adjacency
+from dpft.privacy.clipping import Clip, FlatClip
+from dpft.privacy.noise import Randomness
+from dpft.privacy.sampling import PoissonSampler
+
+MAX_NOISE_MULTIPLIER = 1e4
+MAX_STEPS = 10_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Public facts of a run. Every field may be published; nothing in it may be computed from private data.
+
+    Attributes:
+        noise_multiplier: σ, the noise's standard deviation in units of the clip's sensitivity.
+        sample_rate: q, the probability with which each unit enters each step.
+        steps: T, the number of releases. A step whose draw is empty is a release as well.
+        delta: δ of the claim; must be below ``1 / units``.
+        units: N₀, the declared, public number of units. It sets the normaliser ``expected_batch_size``; the true
+            number may differ by the units that joined or left.
+        clip: what bounds one unit's gradient.
+        adjacency: which data sets must be indistinguishable.
+        unit: what one unit is, in words, such as ``"example"`` or ``"all rows that share patient_id"``.
+        examples_per_unit: how many of a unit's examples one step uses at most.
+        unit_gradient: whether a unit's gradient is the ``"sum"`` or the ``"mean"`` of its examples' gradients.
+
+    Guarantee:
+        A run that follows the plan releases ``steps`` Poisson-sampled Gaussian mechanisms of sensitivity
+        ``clip.sensitivity``; it is (``epsilon``, ``delta``)-DP for ``unit`` under ``adjacency``.
+
+    Raises:
+        PlanError: a field is out of range, or ``delta >= 1 / units``.
+
+    >>> plan = Plan(noise_multiplier=1.0, sample_rate=0.02, steps=500, delta=1e-5)
+    >>> round(plan.epsilon, 2)
+    2.77
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    delta: float
+    units: int | None = None
+    clip: Clip = field(default_factory=FlatClip)
+    adjacency: Adjacency = "add-or-remove-one"
+    unit: str = "example"
+    examples_per_unit: int = 1
+    unit_gradient: str = "mean"
+
+    def __post_init__(self) -> None:
+        _require(self.noise_multiplier >= 0, f"noise_multiplier is {self.noise_multiplier}, and noise cannot be negative: use a positive number.")
+        _require(0 < self.sample_rate <= 1, f"sample_rate is {self.sample_rate}, and a probability must be above 0 and at most 1: lower the batch size or mend units.")
+        _require(self.steps >= 1, f"steps is {self.steps}, so nothing would train: plan at least one step.")
+        _require(0 < self.delta < 1, f"delta is {self.delta}, and a probability of failure must be between 0 and 1, such as 1e-6.")
+        _require(self.units is None or self.units >= 1, f"units is {self.units}: declare how many units the data set has, at least 1.")
+        if self.units is not None and self.delta >= 1 / self.units:
+            raise PlanError(
+                f"delta is {self.delta:g} for {self.units:,} units, and a delta of 1/units or more permits publishing "
+                f"a random unit whole: choose a delta below {1 / self.units:.1e}, better {0.1 / self.units:.1e}."
+            )
+        _require(self.adjacency in ADJACENCY, f"adjacency is {self.adjacency!r}: choose one of {', '.join(ADJACENCY)}.")
+        _require(self.examples_per_unit >= 1, f"examples_per_unit is {self.examples_per_unit}: a unit needs at least 1.")
+        _require(self.unit_gradient in ("sum", "mean"), f"unit_gradient is {self.unit_gradient!r}: choose sum or mean.")
+
+    @property
+    def expected_batch_size(self) -> float:
+        """B = q·N₀ units: the public number by which every noisy sum is divided.
+
+        Raises:
+            PlanError: ``units`` was not declared.
+        """
+        if self.units is None:
+            raise PlanError("The plan declares no number of units, so its sums have no public normaliser: set units.")
+        return self.sample_rate * self.units
+
+    @property
+    def event(self) -> dp_event.DpEvent:
+        """What the whole run releases, as dp-accounting sees it."""
+        return self.event_after(self.steps)
+
+    def event_after(self, steps: int) -> dp_event.DpEvent:
+        """What the first ``steps`` releases are."""
+        if steps == 0:
+            return dp_event.NoOpDpEvent()
+        return accounting.poisson_gaussian(self.noise_multiplier, self.sample_rate, steps)
+
+    @cached_property
+    def epsilon(self) -> float:
+        """ε of the whole run, by PLD; infinite without noise."""
+        return self.epsilon_after(self.steps)
+
+    def epsilon_after(self, steps: int, *, grid: float | None = None) -> float:
+        """ε spent by the first ``steps`` releases."""
+        if steps == 0:
+            return 0.0
+        return accounting.epsilon(self.event_after(steps), self.delta, self.adjacency, grid=grid)
+
+    @cached_property
+    def epsilon_rdp(self) -> float:
+        """The second opinion: ε of the whole run by Rényi DP."""
+        return accounting.epsilon_rdp(self.event, self.delta, self.adjacency)
+
+    def sampler(self, randomness: Randomness) -> PoissonSampler:
+        """The sampler that this plan's event assumes."""
+        return PoissonSampler(self.sample_rate, self.examples_per_unit, randomness)
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on the sum of clipped unit gradients: σ times the clip's sensitivity."""
+        return self.noise_multiplier * self.clip.sensitivity
+
+    def guarantee(self, steps: int | None = None) -> str:
+        """The claim as one sentence, with its five parts, after ``steps`` releases (default: all)."""
+        done = self.steps if steps is None else steps
+        spent = self.epsilon_after(done)
+        if math.isinf(spent):
+            return f"NOT PRIVATE: {done:,} steps without noise."
+        return (
+            f"(ε = {spent:.3g}, δ = {self.delta:g})-differential privacy; unit: {self.unit}; adjacency: {self.adjacency}; "
+            f"sampler: Poisson, rate {self.sample_rate:.4g} per step; mechanism: {done:,} Gaussian releases, "
+            f"noise multiplier {self.noise_multiplier:.4g}, {type(self.clip).__name__} at {self.clip.sensitivity:g}."
+        )
+
+    @classmethod
+    def calibrate(
+        cls,
+        *,
+        delta: float,
+        epsilon: float | None = None,
+        noise_multiplier: float | None = None,
+        sample_rate: float | None = None,
+        units: int | None = None,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        epochs: float | None = None,
+        **fields,
+    ) -> "Plan":
+        """Find the missing one of ε, noise and steps.
+
+        Args:
+            epsilon, noise_multiplier, steps: give two; ``epochs`` may stand for ``steps``. The third is found: the
+                smallest noise for ε, or the most steps for ε and the noise. ε itself needs no search.
+            sample_rate: or ``batch_size`` (expected) and ``units``, from which it follows.
+            **fields: the other fields of :class:`Plan`.
+
+        Returns:
+            A plan with ``plan.epsilon <= epsilon`` where a target was given (and within 0.2 % of it for noise).
+
+        Raises:
+            PlanError: too few or too many facts, or no noise or number of steps reaches the target.
+
+        >>> Plan.calibrate(epsilon=3, delta=1e-6, units=50_000, batch_size=256, epochs=3).steps
+        586
+        """
+        sample_rate = _sample_rate(sample_rate, units, batch_size)
+        if epochs is not None:
+            _require(steps is None, "Both steps and epochs are given, and each sets the other: keep one.")
+            _require(epochs > 0, f"epochs is {epochs}: train for a positive number of passes.")
+            steps = math.ceil(round(epochs / sample_rate, 9))
+        facts = dict(sample_rate=sample_rate, units=units, delta=delta, **fields)
+        given = {"epsilon": epsilon, "noise_multiplier": noise_multiplier, "steps (or epochs)": steps}
+        missing = [name for name, value in given.items() if value is None]
+        if len(missing) != 1:
+            problem = f"{' and '.join(missing)} are missing" if missing else "All of them are given"
+            raise PlanError(f"{problem}: give exactly two of epsilon, noise_multiplier and steps, and the third follows.")
+        if epsilon is None:
+            return cls(noise_multiplier=noise_multiplier, steps=steps, **facts)
+        _require(0 < epsilon < math.inf, f"epsilon is {epsilon}: a budget must be a positive number, such as 3.")
+        if noise_multiplier is None:
+            return _noise_for(cls(noise_multiplier=1.0, steps=steps, **facts), epsilon)
+        return _steps_for(cls(noise_multiplier=noise_multiplier, steps=1, **facts), epsilon)
+
+
+def _noise_for(plan: Plan, target: float) -> Plan:
+    """The least noise whose ε is at most ``target``: a search on a coarse grid, then a narrow one on the exact ε."""
+    coarse = min(1e-3, target / 300)  # the grid must be finer than the ε that it is to resolve
+
+    def excess(log_noise: float, grid: float | None = None) -> float:
+        trial = replace(plan, noise_multiplier=math.exp(log_noise))
+        return trial.epsilon_after(plan.steps, grid=grid) - target
+
+    low, high = math.log(0.3), math.log(3.0)
+    while excess(high, coarse) > 0:
+        low, high = high, high + 1.0
+        _require(high < math.log(MAX_NOISE_MULTIPLIER), f"No noise reaches epsilon = {target:g} over {plan.steps:,} steps at sample rate {plan.sample_rate:g}: take fewer steps, a lower rate or a larger epsilon.")
+    while excess(low, coarse) < 0:
+        low, high = low - 0.5, low
+    root = brentq(excess, low, high, args=(coarse,), xtol=1e-4)
+    # The coarse ε is an upper bound, so the answer is at or just below this root: step down while it stays within.
+    noise = root + 1e-4
+    while excess(noise) > 0:
+        noise += 2e-4
+    while excess(noise - 5e-4) <= 0:
+        noise -= 5e-4
+    return replace(plan, noise_multiplier=math.exp(noise))
+
+
+def _steps_for(plan: Plan, target: float) -> Plan:
+    """The most steps whose ε is at most ``target``."""
+    fits: Callable[[int], bool] = lambda steps: plan.epsilon_after(steps) <= target
+    _require(fits(1), f"One step at noise multiplier {plan.noise_multiplier:g} already spends epsilon = {plan.epsilon_after(1):.3g}, above {target:g}: use more noise.")
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+        _require(high < MAX_STEPS, f"More than {MAX_STEPS:,} steps fit into epsilon = {target:g}: give the steps and let the noise follow.")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return replace(plan, steps=low)
+
+
+def _sample_rate(sample_rate: float | None, units: int | None, batch_size: int | None) -> float:
+    if batch_size is None:
+        _require(sample_rate is not None, "No sampling rate: give sample_rate, or batch_size and units.")
+        return sample_rate
+    _require(sample_rate is None, "Both sample_rate and batch_size are given, and each sets the other: keep one.")
+    _require(units is not None and units >= 1, "batch_size needs units, the declared number of units in the data set.")
+    _require(1 <= batch_size <= units, f"batch_size is {batch_size:,} of {units:,} units: expect between 1 and all of them.")
+    return batch_size / units
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise PlanError(sentence)

@@ -1,0 +1,1 @@
+"""Training: logical batches, the trainer, and the folder that a run leaves."""

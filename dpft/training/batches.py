@@ -1,0 +1,125 @@
+"""From a Poisson draw of units to micro-batches with little padding.
+
+A logical batch has any size, zero included. Its examples are sorted by length and cut so that a micro-batch holds at
+most ``token_budget`` padded tokens. The cut changes speed and memory, never the sum of clipped gradients: a unit's
+examples stay consecutive, and the engine completes a unit before it clips.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpft.privacy.sampling import PoissonSampler
+from dpft.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Encoded examples, their lengths in tokens, and which of them belong to which unit."""
+
+    features: Sequence
+    lengths: np.ndarray
+    members: Sequence[np.ndarray]
+
+    @classmethod
+    def encode(cls, rows, task: Task, unit: str = "example") -> "Examples":
+        """Encode row by row; ``unit`` is ``"example"`` or the column whose value names a row's unit."""
+        features, owners = [], []
+        for row in rows:
+            features.append(task.encode(row))
+            if unit != "example":
+                owners.append(row[unit])
+        lengths = np.array([task.length(feature) for feature in features], dtype=np.int64)
+        if unit == "example":
+            members = np.arange(len(features)).reshape(-1, 1)
+        else:
+            groups: dict = {}
+            for i, owner in enumerate(owners):
+                groups.setdefault(owner, []).append(i)
+            members = [np.array(group) for group in groups.values()]
+        return cls(features, lengths, members)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def spread(self, n: int = 3, among: int = 200) -> list:
+        """``n`` of the first ``among`` examples with lengths as different as possible: what the preflight looks at."""
+        order = np.argsort(self.lengths[:among], kind="stable")
+        places = np.unique(np.linspace(0, len(order) - 1, n).round().astype(int)) if len(order) else []
+        return [self.features[order[place]] for place in places]
+
+
+def cut(lengths: Sequence[int], units: Sequence[int], *, token_budget: int, max_examples: int = 1 << 30) -> list[np.ndarray]:
+    """Cut examples into micro-batches of at most ``token_budget`` padded tokens, each unit's examples consecutive.
+
+    Args:
+        lengths: ``(n,)`` tokens of each example.
+        units: ``(n,)`` which unit each belongs to.
+
+    Returns:
+        Arrays of positions into ``lengths``, together every position once; long examples come first, so that too
+        large a budget fails at once. An example longer than the budget makes a micro-batch of its own.
+
+    >>> [group.tolist() for group in cut([2, 9, 3, 4], [0, 1, 2, 3], token_budget=10)]
+    [[1], [3, 2], [0]]
+    """
+    lengths, units = np.asarray(lengths), np.asarray(units)
+    longest: dict[int, int] = {}
+    for length, unit in zip(lengths.tolist(), units.tolist(), strict=True):
+        longest[unit] = max(length, longest.get(unit, 0))
+    by_unit = np.array([longest[unit] for unit in units.tolist()])
+    groups: list[np.ndarray] = []
+    group: list[int] = []
+    widest = 0
+    for place in np.lexsort((-lengths, units, -by_unit)):
+        width = max(widest, int(lengths[place]))
+        if group and (width * (len(group) + 1) > token_budget or len(group) == max_examples):
+            groups.append(np.array(group))
+            group, width = [], int(lengths[place])
+        group.append(place)
+        widest = width
+    if group:
+        groups.append(np.array(group))
+    return groups
+
+
+class LogicalBatch:
+    """One Poisson draw, as an iterable of ``(batch, units)`` micro-batches; it has none if the draw was empty."""
+
+    def __init__(self, examples: Examples, task: Task, places: np.ndarray, units: np.ndarray, groups: list[np.ndarray]) -> None:
+        self._examples, self._task, self._places, self._units, self._groups = examples, task, places, units, groups
+
+    def __iter__(self) -> Iterator[tuple[dict, list[int]]]:
+        for group in self._groups:
+            features = [self._examples.features[place] for place in self._places[group]]
+            yield self._task.collate(features), self._units[group].tolist()
+
+
+class LogicalBatches:
+    """``steps`` logical batches, drawn when asked for, each time this is iterated."""
+
+    def __init__(self, examples: Examples, task: Task, sampler: PoissonSampler, *, steps: int, token_budget: int, max_examples: int) -> None:
+        self.examples, self.task, self.sampler, self.steps = examples, task, sampler, steps
+        self.token_budget, self.max_examples = token_budget, max_examples
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[LogicalBatch]:
+        for _ in range(self.steps):
+            yield self.draw()
+
+    def draw(self) -> LogicalBatch:
+        drawn = self.sampler.units(len(self.examples.members))
+        chosen = [self.sampler.examples(self.examples.members[unit]) for unit in drawn]
+        places = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
+        units = np.repeat(drawn, [len(c) for c in chosen]) if chosen else places
+        groups = cut(self.examples.lengths[places], units, token_budget=self.token_budget, max_examples=self.max_examples)
+        return LogicalBatch(self.examples, self.task, places, units, groups)
+
+
+def plain_batches(examples: Examples, task: Task, token_budget: int) -> Iterator[dict]:
+    """Every example once, sorted by length, without units: for evaluation."""
+    for group in cut(examples.lengths, range(len(examples)), token_budget=token_budget):
+        yield task.collate([examples.features[place] for place in group])

@@ -1,0 +1,229 @@
+"""DPTrainer: ``transformers.Trainer`` whose every step is one release of the engine."""
+
+import math
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from dpft.errors import BudgetError, GuaranteeError, RecipeError
+from dpft.gradients.engine import Engine
+from dpft.gradients.preflight import Preflight, preflight
+from dpft.privacy.noise import Randomness, SecureRandomness
+from dpft.privacy.plan import Plan
+from dpft.tasks.task import LabelledTask, Task
+from dpft.training.batches import Examples, LogicalBatch, LogicalBatches, plain_batches
+from dpft.training.releases import Releases
+
+TOKEN_BUDGET = 1024  # padded tokens of a micro-batch; on CPUs larger ones are not faster
+
+# Arguments of TrainingArguments that would break the guarantee, the value they must have, and why.
+FORBIDDEN = {
+    "gradient_accumulation_steps": (1, "a logical batch is one release; its micro-batches are cut by token_budget"),
+    "label_smoothing_factor": (0.0, "it averages over the batch; build it into the task's per-example losses"),
+    "train_sampling_strategy": ("random", "only Poisson sampling is accounted"),
+    "group_by_length": (False, "only Poisson sampling is accounted; micro-batches are sorted by length anyway"),
+    "fp16": (False, "loss scaling multiplies gradients before they are clipped; use bf16"),
+    "auto_find_batch_size": (False, "it repeats steps that have been released; lower token_budget"),
+    "load_best_model_at_end": (False, "choosing a checkpoint by private data is a release of its own"),
+    "include_num_input_tokens_seen": ("no", "the true number of tokens is private"),
+    "use_liger_kernel": (False, "it replaces layers after the preflight"),
+    "neftune_noise_alpha": (None, "it hooks the embeddings after the preflight"),
+    "full_determinism": (False, "it makes runs repeatable, and private noise must not be"),
+    "torch_compile": (False, "it bypasses the layers that the engine taps"),
+    "packing": (False, "packing puts several records into one example"),
+    "padding_free": (False, "it joins the records of a batch into one sequence"),
+}
+
+
+class DPTrainerMixin:
+    """Mix into :class:`transformers.Trainer` or a subclass (``Seq2SeqTrainer``, TRL's ``SFTTrainer``): put it first.
+
+    Keyword arguments beside the trainer's own:
+        plan: the privacy plan; its ``steps`` are the trainer's steps, its ``unit`` the column that names a row's unit.
+        task: per-example losses and collation; by default made of the trainer's data collator and ``labels``.
+        randomness: the source of sampling and noise; a seeded one is for tests and states NOT PRIVATE.
+        token_budget: padded tokens in a micro-batch.
+        evaluation_is_public: whether metrics on ``eval_dataset`` may be logged. If not, :meth:`evaluate` returns them
+            to its caller and nothing else sees them.
+
+    Guarantee:
+        ``trainer.guarantee`` is true at every moment, after a crash and a resume included: every release is counted on
+        disk before it happens, and training ends when the plan's number has been released.
+
+    Raises:
+        GuaranteeError: an argument would break the guarantee; named.
+    """
+
+    def __init__(
+        self,
+        *args,
+        plan: Plan,
+        task: Task | None = None,
+        randomness: Randomness | None = None,
+        token_budget: int = TOKEN_BUDGET,
+        evaluation_is_public: bool = False,
+        **kwargs,
+    ) -> None:
+        self.plan, self.token_budget, self.evaluation_is_public = plan, token_budget, evaluation_is_public
+        self.randomness = randomness or SecureRandomness()
+        self.engine: Engine | None = None
+        self.preflight: Preflight | None = None
+        self._task = task
+        self._train_examples: Examples | None = None
+        arguments = kwargs.get("args") or next((a for a in args if isinstance(a, TrainingArguments)), None)
+        if arguments is not None:
+            check_arguments(arguments, plan, evaluation_is_public)
+        super().__init__(*args, **kwargs)
+        check_arguments(self.args, plan, evaluation_is_public)
+        self.args.max_steps = plan.steps
+        self.args.max_grad_norm = 0.0
+        self.args.ignore_data_skip = True  # a resumed run draws afresh: replaying old draws would need a stored seed
+        self.releases = Releases(self.args.output_dir)
+        self.add_callback(_StopWhenSpent(self))
+
+    @property
+    def task(self) -> Task:
+        if self._task is None:
+            self._task = LabelledTask(self.data_collator)
+        return self._task
+
+    @property
+    def guarantee(self) -> str:
+        """The claim for everything released into this output directory so far."""
+        return "Nothing was released." if self.engine is None else self.engine.guarantee
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Preflight, then train; see :meth:`transformers.Trainer.train`. The returned training loss is NaN: it is private."""
+        charged = self.releases.charged
+        if charged and not resume_from_checkpoint:
+            raise BudgetError(
+                f"{self.args.output_dir} holds a run that has released {charged:,} steps, and starting over would spend its "
+                "budget again unseen: resume_from_checkpoint, or choose another output_dir."
+            )
+        self.engine = Engine(self.model, self.plan, self.randomness, before_release=self.releases.charge)
+        self.engine.steps_released = charged
+        if charged >= self.plan.steps:
+            raise BudgetError(f"All {self.plan.steps:,} planned steps have been released: nothing is left to resume.")
+        with self.engine:
+            self.preflight = preflight(self.engine, self._example_losses, self._examples().spread())
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output.metrics.pop("train_loss", None)
+        return output._replace(training_loss=math.nan)
+
+    def _examples(self) -> Examples:
+        if self._train_examples is None:
+            self._train_examples = Examples.encode(self.train_dataset, self.task, self.plan.unit)
+        return self._train_examples
+
+    def _example_losses(self, examples: list) -> Tensor:
+        batch = self._prepare_inputs(self.task.collate(examples))
+        with self.compute_loss_context_manager():
+            return self.task.losses(self.model, batch)
+
+    def get_train_dataloader(self) -> LogicalBatches:
+        return LogicalBatches(
+            self._examples(),
+            self.task,
+            self.plan.sampler(self.randomness),
+            steps=self.plan.steps,
+            token_budget=self.token_budget,
+            max_examples=self.engine.max_examples,
+        )
+
+    def num_examples(self, dataloader) -> int:
+        return round(self.plan.expected_batch_size * self.plan.steps) if isinstance(dataloader, LogicalBatches) else super().num_examples(dataloader)
+
+    def training_step(self, model, inputs: LogicalBatch, num_items_in_batch=None) -> Tensor:
+        """Accumulate every micro-batch of the draw and release once. Returns zero: the loss is private."""
+        model.train()
+        for batch, units in inputs:
+            batch = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                losses = self.task.losses(model, batch)
+            self.engine.accumulate(losses, units)
+        self.engine.release()
+        return torch.zeros((), device=self.args.device)
+
+    # -- what is shown -------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Log ε spent instead of the training loss."""
+        for private in ("loss", "train_loss", "grad_norm", "total_flos"):
+            logs.pop(private, None)
+        if self.engine is not None and self.engine.steps_released and self.randomness.private:
+            logs["epsilon"] = self.plan.epsilon_after(self.engine.steps_released, grid=1e-3)
+        super().log(logs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs) -> int:
+        """Zero: the count would give away the true batch sizes."""
+        return 0
+
+    def _get_num_items_in_batch(self, *args) -> None:
+        return None
+
+    def _get_grad_norm(self, model, grad_norm=None) -> None:
+        return None
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, Any]:
+        """The task's metrics on ``eval_dataset``, un-noised: logged only if ``evaluation_is_public``."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise RecipeError("There is no eval_dataset to evaluate on: pass one.")
+        examples = rows if isinstance(rows, Examples) else Examples.encode(rows, self.task)
+        was_training = self.model.training
+        self.model.eval()
+        batches = map(self._prepare_inputs, plain_batches(examples, self.task, 4 * self.token_budget))
+        found = self.task.evaluate(self.model, batches)
+        self.model.train(was_training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        if self.evaluation_is_public:
+            self.log({name: value for name, value in metrics.items() if isinstance(value, (int, float))})
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class DPTrainer(DPTrainerMixin, Trainer):
+    """:class:`transformers.Trainer` under differential privacy; see :class:`DPTrainerMixin`."""
+
+
+class _StopWhenSpent(TrainerCallback):
+    """A resumed run ends when the plan's releases are spent, although its checkpoint was older."""
+
+    def __init__(self, trainer: DPTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args, state, control, **_):
+        if self._trainer.engine.steps_released >= self._trainer.plan.steps:
+            control.should_training_stop = True
+        return control
+
+
+def check_arguments(args: TrainingArguments, plan: Plan, evaluation_is_public: bool) -> None:
+    """Refuse what would break the guarantee, by name.
+
+    Raises:
+        GuaranteeError: with the argument, its value, why and what to do.
+    """
+    for name, (allowed, why) in FORBIDDEN.items():
+        value = getattr(args, name, allowed)
+        if value != allowed and value not in (None, False):
+            raise GuaranteeError(f"TrainingArguments.{name} is {value!r}, but {why}: leave it at {allowed!r}.")
+    if args.max_grad_norm not in (None, 0, 0.0, _default(args, "max_grad_norm")):
+        raise GuaranteeError(f"TrainingArguments.max_grad_norm is {args.max_grad_norm}, which clips the batch and not its units: set the plan's clip, and leave this at its default.")
+    if args.max_steps not in (-1, plan.steps):
+        raise GuaranteeError(f"TrainingArguments.max_steps is {args.max_steps:,}, but the plan accounts for {plan.steps:,} releases: leave it out, the plan decides.")
+    if args.n_gpu > 1 or args.world_size > 1:
+        raise GuaranteeError(f"{max(args.n_gpu, args.world_size)} devices would each add noise or sample on their own: run on one.")
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" and not evaluation_is_public:
+        raise GuaranteeError("eval_strategy logs un-noised metrics while training: pass evaluation_is_public=True if the evaluation data are public, or call evaluate() afterwards.")
+    if str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
+        raise GuaranteeError("save_strategy='best' chooses a checkpoint by a metric, a release of its own: save by steps.")
+
+
+def _default(args: TrainingArguments, name: str) -> Any:
+    return next(f.default for f in fields(args) if f.name == name)

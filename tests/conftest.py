@@ -21,13 +21,23 @@ def text_examples(vocabulary=60, lengths=(5, 9, 7), token_labels=False, classes=
 
 def bert():
     config = transformers.BertConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=32, num_labels=3
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        num_labels=3,
     )
     return transformers.BertForSequenceClassification(config)
 
 
 def gpt2():
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+        )
+    )
 
 
 def llama():
@@ -39,12 +49,30 @@ def llama():
 
 
 def vit():
-    config = transformers.ViTConfig(image_size=16, patch_size=8, num_channels=1, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3)
+    config = transformers.ViTConfig(
+        image_size=16,
+        patch_size=8,
+        num_channels=1,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_labels=3,
+    )
     return transformers.ViTForImageClassification(config)
 
 
 def dinov2():
-    config = transformers.Dinov2Config(image_size=16, patch_size=8, num_channels=1, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, num_labels=3)
+    config = transformers.Dinov2Config(
+        image_size=16,
+        patch_size=8,
+        num_channels=1,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        num_labels=3,
+    )
     return transformers.Dinov2ForImageClassification(config)
 
 
@@ -59,7 +87,9 @@ class Case:
         self.model = {"bert": bert, "gpt2": gpt2, "llama": llama, "vit": vit, "dinov2": dinov2}[name]()
         if name in ("vit", "dinov2"):
             generator = torch.Generator().manual_seed(1)
-            self.examples = [{"pixel_values": torch.randn(1, 16, 16, generator=generator), "labels": i} for i in range(3)]
+            self.examples = [
+                {"pixel_values": torch.randn(1, 16, 16, generator=generator), "labels": i} for i in range(3)
+            ]
             self.batch = lambda examples: {
                 "pixel_values": torch.stack([e["pixel_values"] for e in examples]),
                 "labels": torch.tensor([e["labels"] for e in examples]),
@@ -67,7 +97,11 @@ class Case:
         else:
             self.examples = text_examples(token_labels=name != "bert")
             self.batch = lambda examples: pad_features(examples, 0, token_labels=name != "bert")
-        self._loss = class_losses if name in ("bert", "vit", "dinov2") else lambda logits, labels: token_losses(logits, labels, shift=True)
+        self._loss = (
+            class_losses
+            if name in ("bert", "vit", "dinov2")
+            else lambda logits, labels: token_losses(logits, labels, shift=True)
+        )
 
     def losses(self, examples):
         batch = self.batch(examples)

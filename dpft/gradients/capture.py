@@ -40,7 +40,9 @@ class Slot:
 
     def view(self, flat: Tensor) -> Tensor:
         """``(P,)`` or ``(B, P)`` to this parameter's ``(*shape)`` or ``(B, *shape)``."""
-        return flat[..., self.slice].unflatten(-1, self.parameter.shape) if self.parameter.dim() else flat[..., self.start]
+        return (
+            flat[..., self.slice].unflatten(-1, self.parameter.shape) if self.parameter.dim() else flat[..., self.start]
+        )
 
 
 class Capture:
@@ -58,6 +60,7 @@ class Capture:
         self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
         self._taps: list[nn.Module] = []
         self._workspace: Tensor | None = None
+        self._written: set[int] = set()  # starts of the slots that hold gradients of the current backward pass
         self._examples: int | None = None  # B while a backward pass of rows() runs
         self._paused = False
         for prefix, module in model.named_modules():
@@ -75,7 +78,11 @@ class Capture:
 
     def attach(self) -> None:
         for module in self.model.modules():
-            tapped = [p for p in module.parameters(recurse=False) if p.requires_grad and self._by_id[id(p)].technique != PER_EXAMPLE]
+            tapped = [
+                p
+                for p in module.parameters(recurse=False)
+                if p.requires_grad and self._by_id[id(p)].technique != PER_EXAMPLE
+            ]
             if tapped:
                 module.forward = self._tapped_forward(module, tapped)
                 self._taps.append(module)
@@ -116,9 +123,17 @@ class Capture:
                 for parameter in tapped:
                     parameter.requires_grad_(True)
             if not isinstance(output, Tensor):
-                raise self._inexact(tapped, f"its layer {type(module).__name__} returns {type(output).__name__}, not one tensor")
+                raise self._inexact(
+                    tapped, f"its layer {type(module).__name__} returns {type(output).__name__}, not one tensor"
+                )
             values, rebuild = _flatten(args, kwargs)
-            return _Tap.apply(output, lambda tensors, grad_output: self._record(module, tapped, rebuild(tensors), grad_output), len(values), *values, *tapped)
+            return _Tap.apply(
+                output,
+                lambda tensors, grad_output: self._record(module, tapped, rebuild(tensors), grad_output),
+                len(values),
+                *values,
+                *tapped,
+            )
 
         return tapped_forward
 
@@ -137,26 +152,42 @@ class Capture:
             if self.per_example:
                 for i in range(examples):
                     losses[i].backward(retain_graph=i + 1 < examples)
-                    self._collect(rows[i])
+                    self._collect(rows, i)
             else:
                 losses.sum().backward()
         finally:
             self._examples = None
         for slot in self.slots:
+            if slot.start not in self._written:
+                slot.view(rows).zero_()  # the losses do not depend on it
             if slot.parameter.grad is not None:
                 slot.parameter.grad = None
-                raise self._inexact([slot.parameter], "it is used outside its layer's forward, where that use would be lost")
+                raise self._inexact(
+                    [slot.parameter], "it is used outside its layer's forward, where that use would be lost"
+                )
         return rows
 
     def _fresh_rows(self, examples: int) -> Tensor:
         if self._workspace is None or len(self._workspace) < examples:
             self._workspace = torch.empty(examples, self.size, device=self.slots[0].parameter.device)
-        return self._workspace[:examples].zero_()
+        self._written.clear()
+        return self._workspace[:examples]
 
-    def _collect(self, row: Tensor) -> None:
+    def _write(self, slot: Slot, destination: Tensor, gradient: Tensor) -> None:
+        """The first use of a parameter overwrites what the workspace held before; further uses add to it."""
+        if slot.start in self._written:
+            destination.add_(gradient)
+        else:
+            self._written.add(slot.start)
+            destination.copy_(gradient)
+
+    def _collect(self, rows: Tensor, i: int) -> None:
+        """Move what one example's backward pass left in ``.grad`` to its row."""
         for slot in self.slots:
             if slot.technique == PER_EXAMPLE and slot.parameter.grad is not None:
-                slot.view(row).add_(slot.parameter.grad)
+                if slot.start not in self._written:
+                    self._write(slot, slot.view(rows), torch.zeros_like(slot.parameter.grad))
+                slot.view(rows[i]).copy_(slot.parameter.grad)
                 slot.parameter.grad = None
 
     def _record(self, module: nn.Module, tapped: list[nn.Parameter], call: tuple, grad_output: Tensor) -> None:
@@ -178,18 +209,22 @@ class Capture:
         except (RuntimeError, ValueError, AttributeError, TypeError) as error:
             if isinstance(error, ExactnessError):
                 raise
-            raise self._inexact(tapped, f"its layer {type(module).__name__} cannot be differentiated example by example ({error})") from error
+            raise self._inexact(
+                tapped, f"its layer {type(module).__name__} cannot be differentiated example by example ({error})"
+            ) from error
         for parameter in tapped:
-            gradient = gradients[parameter]
+            gradient, slot = gradients[parameter], self._by_id[id(parameter)]
             self._check_leading([parameter], gradient.shape)
-            view = self._by_id[id(parameter)].view(self._workspace[: self._examples])
-            view.add_(gradient)
+            self._write(slot, slot.view(self._workspace[: self._examples]), gradient)
 
     def _check_leading(self, tapped: list[nn.Parameter], *shapes: torch.Size) -> None:
         for shape in shapes:
             if not shape or shape[0] != self._examples:
                 found = shape[0] if shape else 0
-                raise self._inexact(tapped, f"it gave {found} gradients for a batch of {self._examples}: its input has no batch dimension")
+                raise self._inexact(
+                    tapped,
+                    f"it gave {found} gradients for a batch of {self._examples}: its input has no batch dimension",
+                )
 
     def _inexact(self, tapped: list[nn.Parameter], reason: str) -> ExactnessError:
         slot = self._by_id[id(tapped[0])]

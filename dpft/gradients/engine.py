@@ -57,7 +57,9 @@ class Engine:
         self.randomness = randomness or SecureRandomness()
         self.capture = Capture(model)
         if not self.capture.slots:
-            raise SubsetError("No parameter of the model requires a gradient: select a subset before making the engine.")
+            raise SubsetError(
+                "No parameter of the model requires a gradient: select a subset before making the engine."
+            )
         self.steps_released = 0
         self.nonfinite_units = 0  # private: how many units had a non-finite gradient and contributed nothing
         self._before_release = before_release
@@ -208,21 +210,29 @@ class Engine:
 
     def _check_ready(self, losses: Tensor, units: Sequence | None) -> None:
         if self._guard is None:
-            raise GuaranteeError("The engine is not attached to its model: use it as a context, or call engine.attach().")
+            raise GuaranteeError(
+                "The engine is not attached to its model: use it as a context, or call engine.attach()."
+            )
         if losses.dim() != 1 or len(losses) == 0:
             raise GuaranteeError(
                 f"losses has shape {tuple(losses.shape)}, but each example needs a loss of its own, or one record would "
                 "rescale the others before clipping: pass (B,) losses, not their mean."
             )
         if units is not None and len(units) != len(losses):
-            raise GuaranteeError(f"{len(units)} units were given for {len(losses)} losses: pass one unit for each example.")
+            raise GuaranteeError(
+                f"{len(units)} units were given for {len(losses)} losses: pass one unit for each example."
+            )
         known = {id(slot.parameter) for slot in self.capture.slots}
         for name, parameter in self.capture.model.named_parameters():
             if parameter.requires_grad != (id(parameter) in known):
                 change = "became trainable" if parameter.requires_grad else "was frozen"
-                raise GuaranteeError(f"{name} {change} after the engine was made, so the engine would miss it: make a new engine.")
+                raise GuaranteeError(
+                    f"{name} {change} after the engine was made, so the engine would miss it: make a new engine."
+                )
             if parameter.grad is not None and not self._is_released(parameter) and parameter.grad.any():
-                raise BypassError(f"{name} has a gradient that the engine did not make: remove the stray backward pass before engine.accumulate.")
+                raise BypassError(
+                    f"{name} has a gradient that the engine did not make: remove the stray backward pass before engine.accumulate."
+                )
             if id(parameter) in known:
                 parameter.grad = None
         self._released.clear()

@@ -58,7 +58,9 @@ def preflight(engine: Engine, losses: Callable[[list], Tensor], examples: Sequen
         GuaranteeError: the forward pass changes a buffer, or a loss is not finite.
     """
     if len(examples) < 2:
-        raise GuaranteeError(f"The preflight was given {len(examples)} example, and isolation shows only beside others: give two or more.")
+        raise GuaranteeError(
+            f"The preflight was given {len(examples)} example, and isolation shows only beside others: give two or more."
+        )
     capture = engine.capture
     with _deterministic(capture):
         _check_buffers(capture.model, lambda: losses(list(examples)))
@@ -96,7 +98,9 @@ def _fast_rows(capture: Capture, losses: Callable[[], Tensor]) -> Tensor:
 def _gradient(capture: Capture, loss: Tensor) -> Tensor:
     """``(P,)``: one plain backward pass of one loss, everything of the engine switched off."""
     if not torch.isfinite(loss):
-        raise GuaranteeError("The loss of a preflight example is not finite: lower the precision demands or look at its text and labels.")
+        raise GuaranteeError(
+            "The loss of a preflight example is not finite: lower the precision demands or look at its text and labels."
+        )
     parameters = [slot.parameter for slot in capture.slots]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
     flat = torch.zeros(capture.size, device=loss.device)
@@ -119,7 +123,9 @@ def _explain(capture: Capture, losses: Callable, examples: list, worst, error: f
         together = losses(examples)
         for i, example in enumerate(examples):
             alone = losses([example])[0]
-            coupled = max(e for _, e in _relative_errors(capture, _gradient(capture, together[i]), _gradient(capture, alone)))
+            coupled = max(
+                e for _, e in _relative_errors(capture, _gradient(capture, together[i]), _gradient(capture, alone))
+            )
             if not coupled <= TOLERANCE or not torch.allclose(together[i], alone, rtol=TOLERANCE, atol=1e-6):
                 raise IsolationError(
                     f"An example's gradient changes by {coupled:.1e} (relative) when others share its batch, so clipping it would not bound "
@@ -139,7 +145,9 @@ def _coupling_layer(model: nn.Module, losses: Callable, examples: list) -> str:
     for companion in (others[0], others[-1] if len(others) > 1 else examples[longest]):
         seen: list[tuple[str, Tensor]] = []
         hooks = [
-            module.register_forward_hook(lambda m, a, out, name=name, seen=seen: seen.append((f"{name} ({type(m).__name__})", out)))
+            module.register_forward_hook(
+                lambda m, a, out, name=name, seen=seen: seen.append((f"{name} ({type(m).__name__})", out))
+            )
             for name, module in model.named_modules()
             if next(module.children(), None) is None
         ]
@@ -166,7 +174,9 @@ def _check_buffers(model: nn.Module, forward: Callable[[], Tensor]) -> None:
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     result = forward()
     if result.dim() != 1:
-        raise GuaranteeError(f"The task returned losses of shape {tuple(result.shape)}: return one loss per example, (B,).")
+        raise GuaranteeError(
+            f"The task returned losses of shape {tuple(result.shape)}: return one loss per example, (B,)."
+        )
     for name, buffer in model.named_buffers():
         if name in before and before[name].shape == buffer.shape and not torch.equal(before[name], buffer):
             layer = model.get_submodule(name.rpartition(".")[0])
@@ -203,7 +213,12 @@ def _deterministic(capture: Capture):
 class _NoDropout(TorchFunctionMode):
     """Every dropout is the identity: masks are per example anyway, but not the same alone and in a batch."""
 
-    DROPOUTS = {torch.nn.functional.dropout, torch.dropout, torch.nn.functional.dropout1d, torch.nn.functional.dropout2d}
+    DROPOUTS = {
+        torch.nn.functional.dropout,
+        torch.dropout,
+        torch.nn.functional.dropout1d,
+        torch.nn.functional.dropout2d,
+    }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})

@@ -79,6 +79,19 @@ def deltas(event: dp_event.DpEvent, epsilons: list[float], adjacency: Adjacency 
     return [float(accountant.get_delta(value)) for value in epsilons]
 
 
+def detection_rates(
+    event: dp_event.DpEvent, false_alarm_rates: list[float], adjacency: Adjacency = "add-or-remove-one"
+) -> list[float]:
+    """The most often that any attacker can detect a unit's presence, at each rate of false alarms.
+
+    A test of (ε, δ(ε))-indistinguishable outputs obeys ``TPR <= e^ε · FPR + δ(ε)`` for every ε (Kairouz et al. 2015);
+    the least of these bounds over the whole curve is returned.
+    """
+    epsilons = [0.02 * i for i in range(-250, 501)]
+    curve = list(zip(epsilons, deltas(event, epsilons, adjacency), strict=True))
+    return [min(1.0, *(math.exp(e) * rate + d for e, d in curve)) for rate in false_alarm_rates]
+
+
 @lru_cache(maxsize=64)
 def _pld(event: dp_event.DpEvent, adjacency: Adjacency, interval: float) -> PLDAccountant:
     accountant = PLDAccountant(ADJACENCY[adjacency], value_discretization_interval=interval)

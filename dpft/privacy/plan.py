@@ -60,18 +60,32 @@ class Plan:
     unit_gradient: str = "mean"
 
     def __post_init__(self) -> None:
-        _require(self.noise_multiplier >= 0, f"noise_multiplier is {self.noise_multiplier}, and noise cannot be negative: use a positive number.")
-        _require(0 < self.sample_rate <= 1, f"sample_rate is {self.sample_rate}, and a probability must be above 0 and at most 1: lower the batch size or mend units.")
+        _require(
+            self.noise_multiplier >= 0,
+            f"noise_multiplier is {self.noise_multiplier}, and noise cannot be negative: use a positive number.",
+        )
+        _require(
+            0 < self.sample_rate <= 1,
+            f"sample_rate is {self.sample_rate}, and a probability must be above 0 and at most 1: lower the batch size or mend units.",
+        )
         _require(self.steps >= 1, f"steps is {self.steps}, so nothing would train: plan at least one step.")
-        _require(0 < self.delta < 1, f"delta is {self.delta}, and a probability of failure must be between 0 and 1, such as 1e-6.")
-        _require(self.units is None or self.units >= 1, f"units is {self.units}: declare how many units the data set has, at least 1.")
+        _require(
+            0 < self.delta < 1,
+            f"delta is {self.delta}, and a probability of failure must be between 0 and 1, such as 1e-6.",
+        )
+        _require(
+            self.units is None or self.units >= 1,
+            f"units is {self.units}: declare how many units the data set has, at least 1.",
+        )
         if self.units is not None and self.delta >= 1 / self.units:
             raise PlanError(
                 f"delta is {self.delta:g} for {self.units:,} units, and a delta of 1/units or more permits publishing "
                 f"a random unit whole: choose a delta below {1 / self.units:.1e}, better {0.1 / self.units:.1e}."
             )
         _require(self.adjacency in ADJACENCY, f"adjacency is {self.adjacency!r}: choose one of {', '.join(ADJACENCY)}.")
-        _require(self.examples_per_unit >= 1, f"examples_per_unit is {self.examples_per_unit}: a unit needs at least 1.")
+        _require(
+            self.examples_per_unit >= 1, f"examples_per_unit is {self.examples_per_unit}: a unit needs at least 1."
+        )
         _require(self.unit_gradient in ("sum", "mean"), f"unit_gradient is {self.unit_gradient!r}: choose sum or mean.")
 
     @property
@@ -174,7 +188,9 @@ class Plan:
         missing = [name for name, value in given.items() if value is None]
         if len(missing) != 1:
             problem = f"{' and '.join(missing)} are missing" if missing else "All of them are given"
-            raise PlanError(f"{problem}: give exactly two of epsilon, noise_multiplier and steps, and the third follows.")
+            raise PlanError(
+                f"{problem}: give exactly two of epsilon, noise_multiplier and steps, and the third follows."
+            )
         if epsilon is None:
             return cls(noise_multiplier=noise_multiplier, steps=steps, **facts)
         _require(0 < epsilon < math.inf, f"epsilon is {epsilon}: a budget must be a positive number, such as 3.")
@@ -194,7 +210,10 @@ def _noise_for(plan: Plan, target: float) -> Plan:
     low, high = math.log(0.3), math.log(3.0)
     while excess(high, coarse) > 0:
         low, high = high, high + 1.0
-        _require(high < math.log(MAX_NOISE_MULTIPLIER), f"No noise reaches epsilon = {target:g} over {plan.steps:,} steps at sample rate {plan.sample_rate:g}: take fewer steps, a lower rate or a larger epsilon.")
+        _require(
+            high < math.log(MAX_NOISE_MULTIPLIER),
+            f"No noise reaches epsilon = {target:g} over {plan.steps:,} steps at sample rate {plan.sample_rate:g}: take fewer steps, a lower rate or a larger epsilon.",
+        )
     while excess(low, coarse) < 0:
         low, high = low - 0.5, low
     root = brentq(excess, low, high, args=(coarse,), xtol=1e-4)
@@ -210,11 +229,17 @@ def _noise_for(plan: Plan, target: float) -> Plan:
 def _steps_for(plan: Plan, target: float) -> Plan:
     """The most steps whose ε is at most ``target``."""
     fits: Callable[[int], bool] = lambda steps: plan.epsilon_after(steps) <= target
-    _require(fits(1), f"One step at noise multiplier {plan.noise_multiplier:g} already spends epsilon = {plan.epsilon_after(1):.3g}, above {target:g}: use more noise.")
+    _require(
+        fits(1),
+        f"One step at noise multiplier {plan.noise_multiplier:g} already spends epsilon = {plan.epsilon_after(1):.3g}, above {target:g}: use more noise.",
+    )
     low, high = 1, 2
     while fits(high):
         low, high = high, 2 * high
-        _require(high < MAX_STEPS, f"More than {MAX_STEPS:,} steps fit into epsilon = {target:g}: give the steps and let the noise follow.")
+        _require(
+            high < MAX_STEPS,
+            f"More than {MAX_STEPS:,} steps fit into epsilon = {target:g}: give the steps and let the noise follow.",
+        )
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -227,7 +252,9 @@ def _sample_rate(sample_rate: float | None, units: int | None, batch_size: int |
         return sample_rate
     _require(sample_rate is None, "Both sample_rate and batch_size are given, and each sets the other: keep one.")
     _require(units is not None and units >= 1, "batch_size needs units, the declared number of units in the data set.")
-    _require(1 <= batch_size <= units, f"batch_size is {batch_size:,} of {units:,} units: expect between 1 and all of them.")
+    _require(
+        1 <= batch_size <= units, f"batch_size is {batch_size:,} of {units:,} units: expect between 1 and all of them."
+    )
     return batch_size / units
 
 

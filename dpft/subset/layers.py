@@ -21,7 +21,9 @@ def heads(model: nn.Module) -> list[str]:
     ]
     found = [name for name in found if not any(name.startswith(other + ".") for other in found)]
     if not found:
-        raise SubsetError(f"{type(model).__name__} has no head ({', '.join(HEADS)}): load it with a task's class, or name layers(\"…\").")
+        raise SubsetError(
+            f'{type(model).__name__} has no head ({", ".join(HEADS)}): load it with a task\'s class, or name layers("…").'
+        )
     return found
 
 
@@ -31,9 +33,13 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         SubsetError: there is none.
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 0
+    ]
     if not lists:
-        raise SubsetError(f"{type(model).__name__} has no list of blocks: name the layers to train with layers(\"…\").")
+        raise SubsetError(f'{type(model).__name__} has no list of blocks: name the layers to train with layers("…").')
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 

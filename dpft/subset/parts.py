@@ -73,7 +73,12 @@ class Norms(Part):
     """Weights and biases of layer, RMS and group normalisation."""
 
     def names(self, model: nn.Module) -> set[str]:
-        return {f"{layer}.{name}" for layer, module in model.named_modules() if is_norm(module) for name, _ in module.named_parameters(recurse=False)}
+        return {
+            f"{layer}.{name}"
+            for layer, module in model.named_modules()
+            if is_norm(module)
+            for name, _ in module.named_parameters(recurse=False)
+        }
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,9 @@ class LastBlocks(Part):
     def names(self, model: nn.Module) -> set[str]:
         name, found = blocks(model)
         if not 1 <= self.k <= len(found):
-            raise SubsetError(f"last_blocks({self.k}) was asked of {len(found)} blocks in {name}: choose 1 to {len(found)}.")
+            raise SubsetError(
+                f"last_blocks({self.k}) was asked of {len(found)} blocks in {name}: choose 1 to {len(found)}."
+            )
         first = len(found) - self.k
         return {f"{name}.{first + i}.{p}" for i, block in enumerate(found[first:]) for p, _ in block.named_parameters()}
 

@@ -54,12 +54,16 @@ class Subset:
             SubsetError: a part finds nothing in this model.
         """
         if is_adapted(model):
-            raise SubsetError(f"The model already has adapters, so {self} would train beside them: start from the base model.")
+            raise SubsetError(
+                f"The model already has adapters, so {self} would train beside them: start from the base model."
+            )
         names: set[str] = set()
         for part in self.parts:
             found = part.names(model)
             if not found and not isinstance(part, Lora):
-                raise SubsetError(f"{part} selects no parameter of {type(model).__name__}: see `dpft params` for what it has.")
+                raise SubsetError(
+                    f"{part} selects no parameter of {type(model).__name__}: see `dpft params` for what it has."
+                )
             names |= found
         by_name = dict(model.named_parameters(remove_duplicate=False))
         selected = [by_name[name] for name in sorted(names)]
@@ -70,7 +74,9 @@ class Subset:
             selected = [p for p in selected if id(p) not in moved]
         for parameter in selected:
             if not parameter.is_floating_point():
-                raise SubsetError(f"{self} selects a parameter of type {parameter.dtype}, which has no gradient: leave quantized layers out.")
+                raise SubsetError(
+                    f"{self} selects a parameter of type {parameter.dtype}, which has no gradient: leave quantized layers out."
+                )
             parameter.requires_grad_(True)
         return model
 
@@ -85,7 +91,11 @@ def save_weights(model: nn.Module, folder: Path | str) -> str:
     if not is_adapted(model):
         model.save_pretrained(folder)
         return f"{type(model).__name__}.from_pretrained({folder!r})"
-    own = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name and "modules_to_save" not in name]
+    own = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and "lora_" not in name and "modules_to_save" not in name
+    ]
     if not own:
         model.save_pretrained(folder)
         return f"peft.PeftModel.from_pretrained(base_model, {folder!r})"
@@ -104,7 +114,9 @@ def _parts(given: Part | Subset | str) -> tuple[Part, ...]:
     except (SyntaxError, TypeError, ValueError) as error:
         if isinstance(error, SubsetError):
             raise
-        raise SubsetError(f"The subset {given!r} cannot be read ({error}): write parts such as \"lora(rank=8) + head\".") from error
+        raise SubsetError(
+            f'The subset {given!r} cannot be read ({error}): write parts such as "lora(rank=8) + head".'
+        ) from error
 
 
 def _read(node: ast.expr) -> tuple[Part, ...]:

@@ -22,20 +22,31 @@ class CausalLM:
         max_length: examples are cut after so many tokens; of a prompt the beginning is cut first.
     """
 
-    def __init__(self, tokenizer, *, text: str | None = "text", prompt: str | None = None, response: str | None = None, max_length: int = 512) -> None:
+    def __init__(
+        self,
+        tokenizer,
+        *,
+        text: str | None = "text",
+        prompt: str | None = None,
+        response: str | None = None,
+        max_length: int = 512,
+    ) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.text, self.prompt, self.response = (None if prompt else text), prompt, response
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
-    def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         if self.text is not None:
-            ids = (self.tokenizer(row[self.text], add_special_tokens=True)["input_ids"] + end)[: self.max_length]
-            return {"input_ids": ids, "labels": list(ids)}
-        response = (self.tokenizer(row[self.response], add_special_tokens=False)["input_ids"] + end)[: self.max_length - 1]
-        prompt = self.tokenizer(row[self.prompt], add_special_tokens=True)["input_ids"]
-        prompt = prompt[max(0, len(prompt) + len(response) - self.max_length) :]
-        return {"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response}
+            texts = [(ids + end)[: self.max_length] for ids in self.tokenizer(list(rows[self.text]))["input_ids"]]
+            return [{"input_ids": ids, "labels": list(ids)} for ids in texts]
+        features = []
+        responses = self.tokenizer(list(rows[self.response]), add_special_tokens=False)["input_ids"]
+        for prompt, response in zip(self.tokenizer(list(rows[self.prompt]))["input_ids"], responses, strict=True):
+            response = (response + end)[: self.max_length - 1]
+            prompt = prompt[max(0, len(prompt) + len(response) - self.max_length) :]
+            features.append({"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response})
+        return features
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         return pad_features(features, self._pad, token_labels=True)

@@ -21,17 +21,23 @@ class SequenceClassification:
         max_length: texts are cut after so many tokens.
     """
 
-    def __init__(self, tokenizer, labels: Sequence[str], *, text: str = "text", label: str = "label", max_length: int = 128) -> None:
+    def __init__(
+        self, tokenizer, labels: Sequence[str], *, text: str = "text", label: str = "label", max_length: int = 128
+    ) -> None:
         self.tokenizer, self.text, self.label, self.max_length = tokenizer, text, label, max_length
         self.labels = [str(value) for value in labels]
         self._index = {value: i for i, value in enumerate(self.labels)}
 
-    def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Raises RecipeError: the label is not a declared one."""
-        label = self._index.get(str(row[self.label]))
-        if label is None:
-            raise RecipeError(f"The label {row[self.label]!r} is not among the {len(self.labels)} declared ones: add it to task.labels or mend the row.")
-        return {"input_ids": self.tokenizer(row[self.text], truncation=True, max_length=self.max_length)["input_ids"], "labels": label}
+    def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
+        """Raises RecipeError: a label is not a declared one."""
+        labels = [self._index.get(str(value)) for value in rows[self.label]]
+        if None in labels:
+            found = rows[self.label][labels.index(None)]
+            raise RecipeError(
+                f"The label {found!r} is not among the {len(self.labels)} declared ones: add it to the labels or mend the row."
+            )
+        texts = self.tokenizer(list(rows[self.text]), truncation=True, max_length=self.max_length)["input_ids"]
+        return [{"input_ids": ids, "labels": label} for ids, label in zip(texts, labels, strict=True)]
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         return pad_features(features, self.tokenizer.pad_token_id or 0, token_labels=False)
@@ -58,5 +64,8 @@ class SequenceClassification:
             "accuracy": float(accuracy_score(wanted, found)),
             "macro_f1": float(f1.mean()),
             "examples": len(wanted),
-            "per_class": {self.labels[i]: {"precision": float(p), "recall": float(r), "f1": float(f), "count": int(n)} for i, p, r, f, n in rows},
+            "per_class": {
+                self.labels[i]: {"precision": float(p), "recall": float(r), "f1": float(f), "count": int(n)}
+                for i, p, r, f, n in rows
+            },
         }

@@ -17,8 +17,8 @@ class Task(Protocol):
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """``(B,)`` losses, each from its own example alone: never divided by a count over the batch."""
 
-    def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """One row of the data set as features; row by row, so that nothing is learned from the data set as a whole."""
+    def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
+        """Columns of some rows to each row's features; a row's features depend on that row alone."""
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Pad features to one batch, with an attention mask."""
@@ -67,8 +67,8 @@ class LabelledTask:
     def __init__(self, collator: Callable[[list], Mapping[str, Tensor]]) -> None:
         self._collator = collator
 
-    def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(row)
+    def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
+        return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         return dict(self._collator([dict(feature) for feature in features]))
@@ -102,7 +102,9 @@ def pad_features(features: Sequence[Mapping[str, Any]], pad_token_id: int, *, to
         return torch.tensor([list(f[key]) + [filler] * (longest - len(f[key])) for f in features])
 
     batch = {"input_ids": padded("input_ids", pad_token_id)}
-    batch["attention_mask"] = torch.tensor([[1] * len(f["input_ids"]) + [0] * (longest - len(f["input_ids"])) for f in features])
+    batch["attention_mask"] = torch.tensor(
+        [[1] * len(f["input_ids"]) + [0] * (longest - len(f["input_ids"])) for f in features]
+    )
     batch["labels"] = padded("labels", IGNORED) if token_labels else torch.tensor([f["labels"] for f in features])
     return batch
 

@@ -14,6 +14,9 @@ from dpft.privacy.sampling import PoissonSampler
 from dpft.tasks.task import Task
 
 
+CHUNK = 1000  # rows given to the tokenizer at a time
+
+
 @dataclass(frozen=True)
 class Examples:
     """Encoded examples, their lengths in tokens, and which of them belong to which unit."""
@@ -24,12 +27,14 @@ class Examples:
 
     @classmethod
     def encode(cls, rows, task: Task, unit: str = "example") -> "Examples":
-        """Encode row by row; ``unit`` is ``"example"`` or the column whose value names a row's unit."""
+        """Encode a ``datasets.Dataset`` or a list of rows; ``unit`` is ``"example"`` or the column that names the unit."""
         features, owners = [], []
-        for row in rows:
-            features.append(task.encode(row))
-            if unit != "example":
-                owners.append(row[unit])
+        for start in range(0, len(rows), CHUNK):
+            columns = rows[start : start + CHUNK]
+            if isinstance(columns, list):
+                columns = {key: [row[key] for row in columns] for key in columns[0]}
+            features += task.encode(columns)
+            owners += columns[unit] if unit != "example" else []
         lengths = np.array([task.length(feature) for feature in features], dtype=np.int64)
         if unit == "example":
             members = np.arange(len(features)).reshape(-1, 1)
@@ -50,7 +55,9 @@ class Examples:
         return [self.features[order[place]] for place in places]
 
 
-def cut(lengths: Sequence[int], units: Sequence[int], *, token_budget: int, max_examples: int = 1 << 30) -> list[np.ndarray]:
+def cut(
+    lengths: Sequence[int], units: Sequence[int], *, token_budget: int, max_examples: int = 1 << 30
+) -> list[np.ndarray]:
     """Cut examples into micro-batches of at most ``token_budget`` padded tokens, each unit's examples consecutive.
 
     Args:
@@ -87,7 +94,9 @@ def cut(lengths: Sequence[int], units: Sequence[int], *, token_budget: int, max_
 class LogicalBatch:
     """One Poisson draw, as an iterable of ``(batch, units)`` micro-batches; it has none if the draw was empty."""
 
-    def __init__(self, examples: Examples, task: Task, places: np.ndarray, units: np.ndarray, groups: list[np.ndarray]) -> None:
+    def __init__(
+        self, examples: Examples, task: Task, places: np.ndarray, units: np.ndarray, groups: list[np.ndarray]
+    ) -> None:
         self._examples, self._task, self._places, self._units, self._groups = examples, task, places, units, groups
 
     def __iter__(self) -> Iterator[tuple[dict, list[int]]]:
@@ -99,7 +108,16 @@ class LogicalBatch:
 class LogicalBatches:
     """``steps`` logical batches, drawn when asked for, each time this is iterated."""
 
-    def __init__(self, examples: Examples, task: Task, sampler: PoissonSampler, *, steps: int, token_budget: int, max_examples: int) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        task: Task,
+        sampler: PoissonSampler,
+        *,
+        steps: int,
+        token_budget: int,
+        max_examples: int,
+    ) -> None:
         self.examples, self.task, self.sampler, self.steps = examples, task, sampler, steps
         self.token_budget, self.max_examples = token_budget, max_examples
 
@@ -115,7 +133,9 @@ class LogicalBatches:
         chosen = [self.sampler.examples(self.examples.members[unit]) for unit in drawn]
         places = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
         units = np.repeat(drawn, [len(c) for c in chosen]) if chosen else places
-        groups = cut(self.examples.lengths[places], units, token_budget=self.token_budget, max_examples=self.max_examples)
+        groups = cut(
+            self.examples.lengths[places], units, token_budget=self.token_budget, max_examples=self.max_examples
+        )
         return LogicalBatch(self.examples, self.task, places, units, groups)
 
 

@@ -109,6 +109,9 @@ class DPTrainerMixin:
         self.engine.steps_released = charged
         if charged >= self.plan.steps:
             raise BudgetError(f"All {self.plan.steps:,} planned steps have been released: nothing is left to resume.")
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "watch"):
+                callback.watch(self.engine)
         with self.engine:
             self.preflight = preflight(self.engine, self._example_losses, self._examples().spread())
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -136,7 +139,11 @@ class DPTrainerMixin:
         )
 
     def num_examples(self, dataloader) -> int:
-        return round(self.plan.expected_batch_size * self.plan.steps) if isinstance(dataloader, LogicalBatches) else super().num_examples(dataloader)
+        return (
+            round(self.plan.expected_batch_size * self.plan.steps)
+            if isinstance(dataloader, LogicalBatches)
+            else super().num_examples(dataloader)
+        )
 
     def training_step(self, model, inputs: LogicalBatch, num_items_in_batch=None) -> Tensor:
         """Accumulate every micro-batch of the draw and release once. Returns zero: the loss is private."""
@@ -214,15 +221,25 @@ def check_arguments(args: TrainingArguments, plan: Plan, evaluation_is_public: b
         if value != allowed and value not in (None, False):
             raise GuaranteeError(f"TrainingArguments.{name} is {value!r}, but {why}: leave it at {allowed!r}.")
     if args.max_grad_norm not in (None, 0, 0.0, _default(args, "max_grad_norm")):
-        raise GuaranteeError(f"TrainingArguments.max_grad_norm is {args.max_grad_norm}, which clips the batch and not its units: set the plan's clip, and leave this at its default.")
+        raise GuaranteeError(
+            f"TrainingArguments.max_grad_norm is {args.max_grad_norm}, which clips the batch and not its units: set the plan's clip, and leave this at its default."
+        )
     if args.max_steps not in (-1, plan.steps):
-        raise GuaranteeError(f"TrainingArguments.max_steps is {args.max_steps:,}, but the plan accounts for {plan.steps:,} releases: leave it out, the plan decides.")
+        raise GuaranteeError(
+            f"TrainingArguments.max_steps is {args.max_steps:,}, but the plan accounts for {plan.steps:,} releases: leave it out, the plan decides."
+        )
     if args.n_gpu > 1 or args.world_size > 1:
-        raise GuaranteeError(f"{max(args.n_gpu, args.world_size)} devices would each add noise or sample on their own: run on one.")
+        raise GuaranteeError(
+            f"{max(args.n_gpu, args.world_size)} devices would each add noise or sample on their own: run on one."
+        )
     if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" and not evaluation_is_public:
-        raise GuaranteeError("eval_strategy logs un-noised metrics while training: pass evaluation_is_public=True if the evaluation data are public, or call evaluate() afterwards.")
+        raise GuaranteeError(
+            "eval_strategy logs un-noised metrics while training: pass evaluation_is_public=True if the evaluation data are public, or call evaluate() afterwards."
+        )
     if str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
-        raise GuaranteeError("save_strategy='best' chooses a checkpoint by a metric, a release of its own: save by steps.")
+        raise GuaranteeError(
+            "save_strategy='best' chooses a checkpoint by a metric, a release of its own: save by steps."
+        )
 
 
 def _default(args: TrainingArguments, name: str) -> Any:

@@ -1,0 +1,46 @@
+"""Options and output that several commands share."""
+
+import json
+
+import click
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+overrides = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe's key, such as privacy.epsilon=1."
+)
+recipe_file = click.argument("recipe", type=click.Path(dir_okay=False))
+
+
+def show(facts: dict, json_wanted: bool) -> None:
+    """Print facts as JSON or as aligned lines."""
+    if json_wanted:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        click.echo(f"{name.replace('_', ' '):<{width}}  {_readable(value)}")
+
+
+def table(rows: list[dict]) -> None:
+    """Print rows of equal keys as an aligned table."""
+    if not rows:
+        return
+    texts = [{key: _readable(value) for key, value in row.items()} for row in rows]
+    widths = {key: max(len(key), *(len(text[key]) for text in texts)) for key in rows[0]}
+    numeric = {key for key in rows[0] if all(isinstance(row[key], (int, float)) for row in rows)}
+    line = lambda cells: "  ".join(
+        cell.rjust(widths[key]) if key in numeric else cell.ljust(widths[key]) for key, cell in cells.items()
+    ).rstrip()
+    click.echo(line({key: key for key in widths}))
+    for text in texts:
+        click.echo(line(text))
+
+
+def _readable(value) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)

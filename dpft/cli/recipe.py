@@ -1,0 +1,132 @@
+"""``dpft init``, ``dpft params`` and ``dpft preflight``: what a recipe says, before anything is charged."""
+
+import json
+from pathlib import Path
+
+import click
+
+from dpft.cli.common import as_json, overrides, recipe_file, show, table
+from dpft.errors import RecipeError
+
+
+@click.command()
+@click.option(
+    "--task", type=click.Choice(["sequence_classification", "causal_lm"]), required=True, help="What is learned."
+)
+@click.option("--model", required=True, help="A checkpoint folder, or a model's name on a hub.")
+@click.option("--data", default="train.csv", show_default=True, help="The training data.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="recipe.toml",
+    show_default=True,
+    help="The file to write.",
+)
+def init(task: str, model: str, data: str, output: Path) -> None:
+    """Write a commented recipe to start from.
+
+    \b
+    Example:
+      dpft init --task causal_lm --model ./smollm2-135m --output notes.toml
+    """
+    from dpft.recipe import Recipe
+
+    if output.exists():
+        raise RecipeError(f"{output} exists already: choose another --output.")
+    labels = {"labels": ["first label", "second label"]} if task == "sequence_classification" else {"max_length": 512}
+    starting = Recipe.parse(
+        {
+            "subset": "lora(rank=8) + head" if task == "sequence_classification" else "lora(rank=8)",
+            "model": {"path": model},
+            "task": {"name": task, **labels},
+            "data": {"train": data, "units": 10_000},
+            "privacy": {"epsilon": 3.0, "delta": 1e-6, "batch_size": 256, "epochs": 3.0},
+        }
+    )
+    output.write_text(starting.to_toml(comments=True))
+    click.echo(f"Wrote {output}: declare data.units and the labels, then run `dpft preflight {output}`.")
+
+
+@click.command()
+@recipe_file
+@overrides
+@as_json
+def params(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """List what trains: parameters, their share, and the technique that makes their gradients.
+
+    \b
+    Example:
+      dpft params recipe.toml --set subset="norms + head"
+    """
+    found, setup, engine = _checked(recipe, overrides)
+    rows = [
+        {
+            "parameter": s.name,
+            "shape": "x".join(map(str, s.parameter.shape)),
+            "count": s.parameter.numel(),
+            "technique": s.technique,
+        }
+        for s in engine.capture.slots
+    ]
+    total = sum(p.numel() for p in setup.model.parameters())
+    summary = {
+        "subset": setup.recipe.subset,
+        "trainable_parameters": engine.capture.size,
+        "all_parameters": total,
+        "share": engine.capture.size / total,
+    }
+    if as_json:
+        click.echo(json.dumps({**summary, "parameters": rows}, indent=2))
+        return
+    table(rows)
+    click.echo(
+        f"\n{summary['trainable_parameters']:,} of {total:,} parameters train ({summary['share']:.3%}): {setup.recipe.subset}"
+    )
+
+
+@click.command()
+@recipe_file
+@overrides
+@as_json
+def preflight(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Prove on a few real examples that gradients are exact and examples isolated; spends no budget.
+
+    \b
+    Example:
+      dpft preflight recipe.toml
+    """
+    found, _, _ = _checked(recipe, overrides)
+    if not as_json:
+        click.echo(str(found))
+        return
+    facts = {
+        name: getattr(found, name)
+        for name in ("exact", "isolated", "max_relative_error", "trainable_parameters", "examples", "techniques")
+    }
+    show(facts, True)
+
+
+def _checked(path: str, overrides: tuple[str, ...]):
+    """The preflight's findings, the loaded setup and the engine that was checked."""
+    from dpft.gradients.engine import Engine
+    from dpft.gradients.preflight import preflight as run_preflight
+    from dpft.recipe import Recipe
+    from dpft.training.batches import Examples
+    from dpft.training.run import set_up
+
+    recipe = Recipe.read(path, overrides)
+    setup = set_up(recipe, with_validation=False)
+    first = setup.train.select(range(min(200, len(setup.train))))
+    examples = Examples.encode(first, setup.task)
+    with Engine(setup.model, _any_plan(recipe)) as engine:
+        found = run_preflight(
+            engine, lambda batch: setup.task.losses(setup.model, setup.task.collate(batch)), examples.spread()
+        )
+    return found, setup, engine
+
+
+def _any_plan(recipe):
+    """The checks release nothing, so the noise need not be calibrated."""
+    from dpft.privacy.plan import Plan
+
+    return Plan(noise_multiplier=1.0, sample_rate=1.0, steps=1, delta=recipe.privacy.delta, clip=recipe.privacy.clip)

@@ -1,0 +1,147 @@
+"""``dpft train``, ``dpft compare`` and ``dpft demo``"""
+
+from pathlib import Path
+
+import click
+
+from dpft.cli.common import as_json, overrides, recipe_file, show, table
+
+
+@click.command()
+@recipe_file
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="The run's folder.")
+@click.option("--resume", is_flag=True, help="Continue from the folder's last checkpoint.")
+@click.option("--seeded-noise", type=int, hidden=True, help="For tests: reproducible noise, NOT PRIVATE.")
+@overrides
+@as_json
+def train(
+    recipe: str, output: Path, resume: bool, seeded_noise: int | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Train under differential privacy and leave a run folder with weights and a privacy card.
+
+    \b
+    Example:
+      dpft train recipe.toml --output runs/notes --set privacy.epsilon=1
+    """
+    from dpft.cli.progress import progress
+    from dpft.privacy.noise import SeededRandomness
+    from dpft.recipe import Recipe
+    from dpft.training.run import train as run
+
+    chosen = Recipe.read(recipe, overrides)
+    with progress() as bar:
+        randomness = None if seeded_noise is None else SeededRandomness(seeded_noise)
+        folder = run(chosen, output, randomness=randomness, callbacks=[bar.callback()], resume=resume)
+    _show_run(folder, as_json)
+
+
+@click.command()
+@recipe_file
+@click.option(
+    "--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder for all runs."
+)
+@click.option("--epsilon", "epsilons", type=float, multiple=True, help="A budget to compare; repeat for several.")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs per setting.")
+@overrides
+@as_json
+def compare(
+    recipe: str, output: Path, epsilons: tuple[float, ...], seeds: int, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Compare the untouched model, the non-private run and private runs on the validation data.
+
+    Every private run here spends budget of the same data; what they cost together is printed.
+
+    \b
+    Example:
+      dpft compare recipe.toml --output runs/sweep --epsilon 8 --epsilon 3 --epsilon 1 --seeds 3
+    """
+    from dpft.recipe import Recipe
+
+    _compare(Recipe.read(recipe, overrides), output, list(epsilons) or None, range(seeds), as_json)
+
+
+@click.command()
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="demo",
+    show_default=True,
+    help="The folder for data and runs.",
+)
+@click.option("--fast", is_flag=True, help="Fewer steps: under two minutes, with less accuracy.")
+@as_json
+def demo(output: Path, fast: bool, as_json: bool) -> None:
+    """Learn the chapter of real diagnoses privately, beside the non-private and the untouched model.
+
+    \b
+    Example:
+      dpft demo --fast --output demo
+    """
+    from dpft.demo import recipe as demo_recipe
+    from dpft.errors import RecipeError
+
+    if (output / "runs").exists():
+        raise RecipeError(f"{output} holds a demo already: choose another --output, or delete it.")
+    chosen = demo_recipe(output / "data", fast=fast)
+    (output / "recipe.toml").write_text(chosen.to_toml(comments=True))
+    rows = _compare(chosen, output / "runs", None, range(1), as_json)
+    private, plain = rows[-1], rows[1]
+    if not as_json:
+        click.echo(
+            f"\nPrivacy cost {100 * (plain.mean - private.mean):.1f} points of accuracy here: every diagnosis' influence was bounded and "
+            "covered by noise, which drowns what only a few of them say, so the rarest chapters lose most."
+        )
+    folder = Path(private.folders[0])
+    for path in (folder / "card.md", folder / "card.html", folder / "weights"):
+        click.echo(path, err=as_json)
+
+
+def _compare(recipe, output: Path, epsilons: list[float] | None, seeds: range, as_json: bool):
+    from dpft.cli.progress import progress
+    from dpft.sweep import composed_epsilon, sweep
+
+    with progress() as bar:
+        rows = sweep(
+            recipe,
+            output,
+            epsilons=epsilons,
+            seeds=list(seeds),
+            announce=bar.announce,
+            callbacks=lambda: [bar.callback()],
+        )
+    composed = composed_epsilon(rows)
+    lines = [{"setting": r.setting, r.metric: r.mean, "spread": r.spread, "runs": len(r.values)} for r in rows]
+    if as_json:
+        show({"rows": lines, "composed_epsilon": composed, "folders": [f for r in rows for f in r.folders]}, True)
+        return rows
+    table(lines)
+    private = sum(len(r.folders) for r in rows if r.setting.startswith("ε"))
+    if private > 1:
+        click.echo(
+            f"\nThe {private} private runs used the same data: together they cost ε = {composed:.3g} at δ = {recipe.privacy.delta:g}."
+        )
+    return rows
+
+
+def _show_run(folder: Path, as_json: bool) -> None:
+    import json
+
+    from dpft.training.run import read_metrics
+
+    record = json.loads((folder / "run.json").read_text())
+    metrics = read_metrics(folder) or {}
+    metrics.pop("notice", None)
+    if as_json:
+        show({**record, "metrics": metrics, "folder": str(folder)}, True)
+        return
+    if record["interrupted"]:
+        click.echo(f"Interrupted after {record['released_steps']:,} of {record['planned_steps']:,} steps.")
+    click.echo(record["guarantee"])
+    marked = " (PRIVATE: computed without noise, do not publish)" if record["metrics_are_private"] else ""
+    shown = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    if shown:
+        click.echo(f"\nValidation{marked}")
+        show(shown, False)
+    click.echo()
+    for path in (folder / "card.md", folder / "card.html", folder / "weights"):
+        click.echo(path)

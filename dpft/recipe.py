@@ -1,0 +1,284 @@
+"""A run's recipe: public information only, validated before anything is read or charged."""
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dpft.errors import DPFTError, RecipeError
+from dpft.privacy.accounting import Adjacency
+from dpft.privacy.clipping import AutoClip, Clip, FlatClip
+from dpft.privacy.plan import Plan
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelTable(_Table):
+    path: str = Field(description="A checkpoint folder, or a model's name on a hub. $VARIABLES are expanded.")
+    revision: str | None = Field(None, description="The hub revision.")
+    dropout: bool = Field(
+        False, description="Keep the model's dropout; the noise regularises already, and without it training is faster."
+    )
+
+
+class TaskTable(_Table):
+    name: Literal["sequence_classification", "causal_lm"] = Field(description="What is learned.")
+    text: str = Field("text", description="The column with the text.")
+    label: str = Field("label", description="Classification: the column with the label.")
+    labels: list[str] = Field([], description="Classification: every label there is, declared and public.")
+    prompt: str | None = Field(None, description="Language modelling on pairs: the column with the prompt.")
+    response: str | None = Field(None, description="Language modelling on pairs: the column with the response.")
+    max_length: int = Field(128, ge=4, description="Longer examples are cut after so many tokens.")
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.name == "sequence_classification" and len(set(self.labels)) < 2:
+            raise ValueError(
+                "task.labels must declare at least two labels, because a label list collected from the data would reveal who has a rare one"
+            )
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("task.labels names a label twice: keep each once")
+        if (self.prompt is None) != (self.response is None):
+            raise ValueError("task.prompt and task.response go together: give both columns or neither")
+        if self.prompt and self.name != "causal_lm":
+            raise ValueError("task.prompt belongs to causal_lm: remove it or change task.name")
+        return self
+
+    @property
+    def columns(self) -> list[str]:
+        if self.prompt:
+            return [self.prompt, self.response]
+        return [self.text] + ([self.label] if self.name == "sequence_classification" else [])
+
+
+class DataTable(_Table):
+    train: str | list[str] = Field(
+        description="The private data: CSV, JSON lines, Parquet, or a folder saved by `datasets`."
+    )
+    validation: str | list[str] | None = Field(None, description="Held-out data for evaluation.")
+    validation_is_public: bool = Field(
+        False, description="Whether metrics on the validation data may stand on the card."
+    )
+    units: int = Field(ge=1, description="The declared, public number of units in the training data.")
+    unit: str = Field("example", description="The column whose value names a row's unit, such as patient_id.")
+    examples_per_unit: int = Field(1, ge=1, description="How many examples of a unit one step uses at most.")
+    unit_gradient: Literal["mean", "sum"] = Field("mean", description="How a unit's examples make its gradient.")
+
+
+class PrivacyTable(_Table):
+    epsilon: float | None = Field(None, gt=0, description="The target; or give noise_multiplier.")
+    noise_multiplier: float | None = Field(None, ge=0, description="The noise; or give epsilon.")
+    delta: float = Field(gt=0, lt=1, description="Must be below 1/units.")
+    batch_size: int = Field(ge=1, description="Expected units per step; a draw's true size is random and private.")
+    steps: int | None = Field(None, ge=1, description="Releases; or give epochs.")
+    epochs: float | None = Field(None, gt=0, description="Expected passes over the data; or give steps.")
+    clipping: Literal["flat", "automatic"] = Field("flat", description="flat, or automatic (AUTO-S).")
+    clip_norm: float = Field(1.0, gt=0, description="The bound on one unit's gradient.")
+    adjacency: Adjacency = Field("add-or-remove-one", description="Which data sets are indistinguishable.")
+
+    @model_validator(mode="after")
+    def _two_of_three(self):
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("privacy needs epsilon or noise_multiplier, one of them, and the other follows")
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("privacy needs steps or epochs, one of them, and the other follows")
+        return self
+
+    @property
+    def clip(self) -> Clip:
+        return FlatClip(self.clip_norm) if self.clipping == "flat" else AutoClip(self.clip_norm)
+
+
+class OptimizerTable(_Table):
+    name: str = Field("adamw_torch", description="Any optimizer of transformers.TrainingArguments.")
+    learning_rate: float = Field(5e-4, gt=0)
+    non_private_learning_rate: float | None = Field(
+        None, gt=0, description="For the baseline without privacy in `dpft compare`; by default the same."
+    )
+    schedule: str = Field("constant", description="Any scheduler of transformers, such as linear or cosine.")
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class RunTable(_Table):
+    seed: int = Field(0, description="Initialises new layers and dropout; never noise or sampling.")
+    token_budget: int = Field(1024, ge=16, description="Padded tokens in a micro-batch: speed and memory, not privacy.")
+    save_steps: int | None = Field(None, ge=1, description="Write a checkpoint every so many steps, to resume from.")
+
+
+class Recipe(_Table):
+    """One run, as one TOML file.
+
+    Raises:
+        RecipeError: from :meth:`read` and :meth:`parse`, one sentence for the first thing that is wrong.
+    """
+
+    subset: str = Field(description="Which parameters train, such as 'lora(rank=8) + head'.")
+    model: ModelTable
+    task: TaskTable
+    data: DataTable
+    privacy: PrivacyTable
+    optimizer: OptimizerTable = OptimizerTable()
+    run: RunTable = RunTable()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        from dpft.subset import Subset
+
+        Subset(self.subset)
+        if self.privacy.batch_size > self.data.units:
+            raise ValueError(
+                f"privacy.batch_size is {self.privacy.batch_size:,} of {self.data.units:,} units: expect at most all of them"
+            )
+        if self.privacy.delta >= 1 / self.data.units:
+            raise ValueError(
+                f"privacy.delta is {self.privacy.delta:g} for {self.data.units:,} units, which would permit publishing a unit whole: "
+                f"choose less than 1/units, such as {0.1 / self.data.units:.0e}"
+            )
+        if self.data.examples_per_unit > 1 and self.data.unit == "example":
+            raise ValueError(
+                "data.examples_per_unit is above 1, but each example is its own unit: name the unit column in data.unit"
+            )
+        return self
+
+    @classmethod
+    def read(cls, path: Path | str, overrides: tuple[str, ...] = ()) -> "Recipe":
+        """Read a TOML file; ``overrides`` are ``"table.key=value"`` with a TOML value or a bare string."""
+        try:
+            tables = tomllib.loads(Path(path).read_text())
+        except FileNotFoundError as error:
+            raise RecipeError(f"There is no recipe {path}: write one with `dpft init`.") from error
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{path} is not TOML ({error}): mend that line.") from error
+        for override in overrides:
+            _override(tables, override)
+        return cls.parse(tables)
+
+    @classmethod
+    def parse(cls, tables: dict) -> "Recipe":
+        try:
+            return cls.model_validate(tables)
+        except ValidationError as error:
+            raise RecipeError(_sentence(error)) from error
+
+    def plan(self) -> Plan:
+        """The plan, calibrated; takes seconds when ε is the target."""
+        privacy, data = self.privacy, self.data
+        try:
+            return Plan.calibrate(
+                epsilon=privacy.epsilon,
+                noise_multiplier=privacy.noise_multiplier,
+                delta=privacy.delta,
+                units=data.units,
+                batch_size=privacy.batch_size,
+                steps=privacy.steps,
+                epochs=privacy.epochs,
+                clip=privacy.clip,
+                adjacency=privacy.adjacency,
+                unit=data.unit,
+                examples_per_unit=data.examples_per_unit,
+                unit_gradient=data.unit_gradient,
+            )
+        except DPFTError as error:
+            raise RecipeError(str(error)) from error
+
+    def without_privacy(self) -> "Recipe":
+        """The same run with no noise and a bound that clips nothing: the baseline beside which privacy is judged."""
+        privacy = self.privacy.model_copy(
+            update=dict(epsilon=None, noise_multiplier=0.0, clipping="flat", clip_norm=1e9)
+        )
+        optimizer = self.optimizer.model_copy(
+            update=dict(learning_rate=self.optimizer.non_private_learning_rate or self.optimizer.learning_rate)
+        )
+        return self.model_copy(update=dict(privacy=privacy, optimizer=optimizer))
+
+    def to_toml(self, *, comments: bool = False) -> str:
+        """The recipe as resolved; with ``comments``, each key explained."""
+        lines = []
+        for key, field in type(self).model_fields.items():
+            value = getattr(self, key)
+            if not isinstance(value, _Table):
+                lines += [f"# {field.description}"] * comments + [f"{key} = {_toml(value)}"]
+                continue
+            lines += ["", f"[{key}]"]
+            for name, inner in type(value).model_fields.items():
+                content = getattr(value, name)
+                comment = f"  # {inner.description}" if comments and inner.description else ""
+                if content is not None:
+                    lines.append(f"{name} = {_toml(content)}{comment}")
+                elif comments:
+                    lines.append(f"# {name} ={comment.replace('  #', '   ')}")
+        return "\n".join(lines) + "\n"
+
+
+def expand(path: str) -> str:
+    """``$VARIABLES`` and ``~`` in a path.
+
+    Raises:
+        RecipeError: a variable is not set.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    unset = re.search(r"\$\{?(\w+)", expanded)
+    if unset:
+        raise RecipeError(
+            f"The path {path} needs the environment variable {unset[1]}, which is not set: export it or write the path out."
+        )
+    return expanded
+
+
+def _override(tables: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(
+            f"--set {override!r} is not of the form table.key=value: write for example privacy.epsilon=3."
+        )
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        tables = tables.setdefault(parent, {})
+        if not isinstance(tables, dict):
+            raise RecipeError(f"--set {override!r} goes through {parent}, which is no table.")
+    if parsed == "":
+        tables.pop(last, None)
+    else:
+        tables[last] = parsed
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        from difflib import get_close_matches
+
+        table = Recipe
+        for part in first["loc"][:-1]:
+            table = table.model_fields[part].annotation
+        close = get_close_matches(str(first["loc"][-1]), table.model_fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(table.model_fields)}."
+        return f"The recipe has an unknown key {place}: {hint}"
+    if first["type"] == "missing":
+        return f"The recipe lacks {place}: add it, or start from `dpft init`."
+    if first["type"] == "value_error":
+        text = str(first["ctx"]["error"])
+        return text if text.endswith(".") else text + "."
+    return f"The recipe's {place} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}: mend it."
+
+
+def _toml(value) -> str:
+    import json
+
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)

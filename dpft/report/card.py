@@ -1,0 +1,120 @@
+"""The privacy card: what a run claims, what it released and what must stay private, for people who sign for it."""
+
+import json
+import math
+from pathlib import Path
+
+from dp_accounting import dp_event
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+
+from dpft.errors import RecipeError
+from dpft.privacy import accounting
+from dpft.report.plots import line
+
+TEMPLATES = Path(__file__).parent / "templates"
+ADJACENCY_WORDS = {
+    "add-or-remove-one": "two data sets that differ by adding or removing one unit",
+    "replace-one": "two data sets that differ by replacing one unit",
+    "zero-out": "two data sets that differ by blanking one unit",
+}
+
+
+def write_card(folder: Path | str) -> tuple[Path, Path]:
+    """Make ``card.md`` and ``card.html`` from the run's ``run.json``; ε is derived from its events again.
+
+    Raises:
+        RecipeError: the folder holds no run.
+    """
+    folder = Path(folder)
+    if not (folder / "run.json").exists():
+        raise RecipeError(
+            f"{folder} holds no finished run (no run.json): give the folder that `dpft train --output` made."
+        )
+    run = json.loads((folder / "run.json").read_text())
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["percent"] = lambda value: f"{100 * value:.3g} %"
+    environment.filters["sig"] = lambda value: f"{value:.3g}"
+    facts = _facts(run)
+    written = []
+    for name in ("card.md", "card.html"):
+        path = folder / name
+        path.write_text(environment.get_template(name + ".jinja").render(run=run, **facts))
+        written.append(path)
+    return written[0], written[1]
+
+
+def event_of(run: dict) -> dp_event.DpEvent:
+    """The recorded events as dp-accounting sees them."""
+    steps = [
+        accounting.poisson_gaussian(e["noise_multiplier"], e["sample_rate"], e["count"])
+        for e in run["events"]
+        if e["count"]
+    ]
+    return dp_event.ComposedDpEvent(tuple(steps)) if steps else dp_event.NoOpDpEvent()
+
+
+def _facts(run: dict) -> dict:
+    unit = (
+        "one example (a row of the training data)"
+        if run["unit"] == "example"
+        else f"all rows that share one value of {run['unit']}"
+    )
+    facts = {"unit_words": unit, "adjacency_words": ADJACENCY_WORDS[run["adjacency"]], "metrics": _rows(run["metrics"])}
+    if not run["private"] or not run["released_steps"]:
+        return {**facts, "epsilon": None, "plots": [], "detection": []}
+    event = event_of(run)
+    epsilon = accounting.epsilon(event, run["delta"], run["adjacency"])
+    rates = [0.001, 0.01, 0.1]
+    facts["detection"] = list(zip(rates, accounting.detection_rates(event, rates, run["adjacency"]), strict=True))
+    facts["plots"] = [_over_steps(run, epsilon), _over_delta(run, event, epsilon)]
+    return {**facts, "epsilon": epsilon, "odds": math.exp(min(epsilon, 700))}
+
+
+def _over_steps(run: dict, epsilon: float) -> str:
+    (spent,) = run["events"]
+    count = spent["count"]
+    steps = sorted({max(1, round(count * i / 24)) for i in range(1, 25)})
+    curve = [
+        accounting.epsilon(
+            accounting.poisson_gaussian(spent["noise_multiplier"], spent["sample_rate"], n),
+            run["delta"],
+            run["adjacency"],
+            grid=1e-3,
+        )
+        for n in steps
+    ]
+    return line(
+        [0, *steps],
+        [0, *curve],
+        title="ε spent while training",
+        x_label="step",
+        y_label="ε",
+        mark=(count, epsilon, f"ε = {epsilon:.3g}"),
+    )
+
+
+def _over_delta(run: dict, event, epsilon: float) -> str:
+    epsilons = [epsilon * i / 40 for i in range(0, 61)]
+    points = [
+        (e, d) for e, d in zip(epsilons, accounting.deltas(event, epsilons, run["adjacency"]), strict=True) if d > 1e-12
+    ]
+    return line(
+        *zip(*points, strict=True),
+        title="The whole guarantee: every (ε, δ)",
+        x_label="ε",
+        y_label="δ",
+        mark=(epsilon, run["delta"], f"δ = {run['delta']:g}"),
+        log_y=True,
+    )
+
+
+def _rows(metrics: dict | None) -> list[tuple[str, str]]:
+    if not metrics:
+        return []
+    return [
+        (name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+        for name, value in metrics.items()
+        if isinstance(value, (int, float))
+    ]

@@ -1,0 +1,52 @@
+"""Small plots as SVG text, readable on a light and on a dark page."""
+
+import io
+import re
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot  # noqa: E402
+
+INK = "#7a8594"  # axes and labels: enough contrast on white and on near-black
+ACCENT = "#2f80ed"
+SECOND = "#e2803a"
+
+
+def line(
+    x, y, *, title: str, x_label: str, y_label: str, mark: tuple[float, float, str] | None = None, log_y: bool = False
+) -> str:
+    """One curve as an ``<svg>`` element, with an optional marked point and its label."""
+    with pyplot.rc_context(
+        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "dpft"}
+    ):
+        figure, axes = pyplot.subplots(figsize=(5.0, 3.0), layout="constrained")
+        axes.plot(x, y, color=ACCENT, linewidth=2)
+        if log_y:
+            axes.set_yscale("log")
+        if mark is not None:
+            axes.plot(mark[0], mark[1], "o", color=SECOND, markersize=7)
+            left = mark[0] > (min(x) + max(x)) / 2
+            axes.annotate(
+                mark[2],
+                mark[:2],
+                textcoords="offset points",
+                xytext=(-9 if left else 9, 9),
+                ha="right" if left else "left",
+                color=SECOND,
+            )
+        axes.set_title(title, color=INK, fontsize=11, loc="left")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.margins(y=0.15)
+        axes.grid(True, color=INK, alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(INK)
+        axes.tick_params(colors=INK, which="both")
+        axes.xaxis.label.set_color(INK)
+        axes.yaxis.label.set_color(INK)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        pyplot.close(figure)
+    svg = out.getvalue()[out.getvalue().index("<svg") :]
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{title}"', svg, count=1)

@@ -1,0 +1,129 @@
+"""Utility against privacy: the untouched model, the non-private run and private runs at several ε, side by side."""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dp_accounting import dp_event
+
+from dpft.privacy import accounting
+from dpft.recipe import Recipe
+
+HEADLINE = ("accuracy", "macro_f1", "perplexity")  # the metric that a table shows, first that exists
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison: a setting and its headline metric over the seeds."""
+
+    setting: str
+    epsilon: float | None
+    metric: str
+    values: list[float]
+    folders: list[str]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds; zero for one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+
+def sweep(
+    recipe: Recipe,
+    output: Path | str,
+    *,
+    epsilons: Sequence[float] | None = None,
+    seeds: Sequence[int] = (0,),
+    non_private: bool = True,
+    announce: Callable[[str], None] = lambda text: None,
+    callbacks: Callable[[], Sequence] = lambda: (),
+) -> list[Row]:
+    """Train every setting with every seed, each in a folder of its own below ``output``; writes ``sweep.json``.
+
+    Args:
+        epsilons: the budgets; by default the recipe's own.
+        non_private: also train without noise and clipping, with ``optimizer.non_private_learning_rate`` if given.
+
+    Raises:
+        RecipeError: see :func:`dpft.train`; also if the recipe has no validation data to compare on.
+    """
+    from dpft.errors import RecipeError
+    from dpft.training.run import read_metrics, train
+
+    if recipe.data.validation is None:
+        raise RecipeError("A comparison needs data.validation: name held-out data in the recipe.")
+    output = Path(output)
+    settings: list[tuple[str, float | None, Recipe]] = []
+    if non_private:
+        settings.append(("non-private", None, recipe.without_privacy()))
+    for epsilon in epsilons or [recipe.privacy.epsilon]:
+        privacy = recipe.privacy.model_copy(
+            update=dict(epsilon=epsilon, noise_multiplier=None if epsilon else recipe.privacy.noise_multiplier)
+        )
+        private = recipe.model_copy(update=dict(privacy=privacy))
+        settings.append((f"ε = {epsilon if epsilon else private.plan().epsilon:.3g}", epsilon, private))
+    rows = [_untouched(recipe, seeds, announce)]
+    for name, epsilon, setting in settings:
+        metrics, folders = [], []
+        for seed in seeds:
+            announce(f"{name}, seed {seed}" if len(seeds) > 1 else name)
+            seeded = setting.model_copy(update=dict(run=setting.run.model_copy(update=dict(seed=seed))))
+            label = name.replace(" = ", "-").replace("ε", "epsilon")
+            folder = train(
+                seeded, output / (f"{label}-seed-{seed}" if len(seeds) > 1 else label), callbacks=callbacks()
+            )
+            metrics.append(read_metrics(folder))
+            folders.append(str(folder))
+        rows.append(_row(name, epsilon, metrics, folders))
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "sweep.json").write_text(
+        json.dumps({"rows": [asdict(row) for row in rows], "composed_epsilon": composed_epsilon(rows)}, indent=2)
+    )
+    return rows
+
+
+def composed_epsilon(rows: Sequence[Row]) -> float | None:
+    """ε of all private runs of the comparison together: they used the same data, so they compose."""
+    from dpft.report.card import event_of
+
+    runs = [json.loads((Path(folder) / "run.json").read_text()) for row in rows for folder in row.folders]
+    private = [run for run in runs if run["private"]]
+    if not private:
+        return None
+    event = dp_event.ComposedDpEvent(tuple(event_of(run) for run in private))
+    return accounting.epsilon(event, private[0]["delta"], private[0]["adjacency"], grid=1e-3)
+
+
+def _untouched(recipe: Recipe, seeds: Sequence[int], announce) -> Row:
+    """The model before training; a classifier's new head is random, so each seed has its own."""
+    import torch
+
+    from dpft.training.batches import Examples, plain_batches
+    from dpft.training.data import load
+    from dpft.training.run import load_model
+
+    announce("untouched model")
+    _, validation = load(recipe)
+    metrics = []
+    heads = seeds if recipe.task.name == "sequence_classification" else seeds[:1]
+    for seed in heads:
+        task, model = load_model(recipe.model_copy(update=dict(run=recipe.run.model_copy(update=dict(seed=seed)))))
+        model.eval()
+        with torch.no_grad():
+            metrics.append(
+                task.evaluate(
+                    model, plain_batches(Examples.encode(validation, task), task, 4 * recipe.run.token_budget)
+                )
+            )
+    return _row("untouched", None, metrics, [])
+
+
+def _row(setting: str, epsilon: float | None, metrics: list[dict], folders: list[str]) -> Row:
+    name = next(metric for metric in HEADLINE if metric in metrics[0])
+    return Row(setting, epsilon, name, [found[name] for found in metrics], folders)

@@ -1,0 +1,280 @@
+"""One run: from a recipe to a folder that can be signed, published in part, and re-read.
+
+DIR/recipe.toml       the recipe as resolved                        public
+DIR/run.json          guarantee, events, versions, techniques       public
+DIR/releases.json     how many releases were charged                public
+DIR/weights/          the adapter or the model                      public: what the guarantee is for
+DIR/card.md, .html    the privacy card                              public
+DIR/private/          un-noised metrics                             PRIVATE: never publish
+"""
+
+import json
+import platform
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dpft.errors import RecipeError
+from dpft.privacy.noise import Randomness
+from dpft.recipe import Recipe, expand
+from dpft.training.data import load
+
+PACKAGES = ("dpft", "torch", "opacus", "transformers", "peft", "dp-accounting", "numpy", "datasets")
+
+
+@dataclass
+class Setup:
+    """Everything that a recipe names, loaded."""
+
+    recipe: Recipe
+    model: Any
+    task: Any
+    train: Any
+    validation: Any
+
+
+def set_up(recipe: Recipe, *, with_validation: bool = True) -> Setup:
+    """Read data, then tokenizer and model, and apply the subset; nothing is charged.
+
+    Raises:
+        RecipeError, SubsetError: see :mod:`dpft.errors`.
+    """
+    train, validation = load(recipe, validation=with_validation)
+    task, model = load_model(recipe)
+    from dpft.subset import Subset
+
+    return Setup(recipe, Subset(recipe.subset).apply(model), task, train, validation)
+
+
+def load_model(recipe: Recipe):
+    """The task and the untouched model, whose new layers are initialised from ``run.seed``."""
+    import transformers
+
+    from dpft.tasks import CausalLM, SequenceClassification
+
+    path, table, revision = expand(recipe.model.path), recipe.task, recipe.model.revision
+    transformers.set_seed(recipe.run.seed)
+    with _quiet():
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision)
+            if table.name == "sequence_classification":
+                task = SequenceClassification(
+                    tokenizer, table.labels, text=table.text, label=table.label, max_length=table.max_length
+                )
+                names = dict(enumerate(table.labels))
+                model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                    path,
+                    revision=revision,
+                    num_labels=len(names),
+                    id2label=names,
+                    label2id={v: k for k, v in names.items()},
+                )
+                if model.config.pad_token_id is None:  # decoders find an example's last token by it
+                    padding = tokenizer.pad_token_id
+                    model.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding
+            else:
+                columns = dict(text=table.text, prompt=table.prompt, response=table.response)
+                task = CausalLM(tokenizer, **columns, max_length=table.max_length)
+                model = transformers.AutoModelForCausalLM.from_pretrained(path, revision=revision)
+        except (OSError, ValueError) as error:
+            if isinstance(error, RecipeError):
+                raise
+            reason = str(error).splitlines()[0]
+            raise RecipeError(
+                f"The model {path} cannot be loaded ({reason}): give a folder that AutoModel loads, or a hub name."
+            ) from error
+    if not recipe.model.dropout:
+        _without_dropout(model)
+    return task, model
+
+
+def _without_dropout(model) -> None:
+    """Set every dropout probability of the model's layers to zero; its configuration keeps what it says."""
+    for module in model.modules():
+        if type(module).__name__.startswith("Dropout"):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def make_trainer(setup: Setup, output: Path, *, randomness: Randomness | None = None, callbacks=(), plan=None):
+    """A :class:`dpft.DPTrainer` for the recipe."""
+    from transformers import TrainingArguments
+
+    from dpft.training.trainer import DPTrainer
+
+    recipe = setup.recipe
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        optim=recipe.optimizer.name,
+        learning_rate=recipe.optimizer.learning_rate,
+        lr_scheduler_type=recipe.optimizer.schedule,
+        warmup_steps=recipe.optimizer.warmup_steps,
+        weight_decay=recipe.optimizer.weight_decay,
+        seed=recipe.run.seed,
+        save_strategy="steps" if recipe.run.save_steps else "no",
+        save_steps=recipe.run.save_steps or 500,
+        save_total_limit=2,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = DPTrainer(
+        model=setup.model,
+        args=arguments,
+        train_dataset=setup.train,
+        eval_dataset=setup.validation,
+        plan=plan or recipe.plan(),
+        task=setup.task,
+        randomness=randomness,
+        token_budget=recipe.run.token_budget,
+        evaluation_is_public=recipe.data.validation_is_public,
+        callbacks=list(callbacks),
+    )
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(
+    recipe: Recipe,
+    output: Path | str,
+    *,
+    randomness: Randomness | None = None,
+    callbacks=(),
+    resume: bool = False,
+    evaluate: bool = True,
+) -> Path:
+    """Train and leave a run folder; what the interrupt key ends early is a complete, smaller run.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RecipeError: the folder holds another run.
+        DPFTError: see :mod:`dpft.errors`; nothing is charged by an error before the first step.
+    """
+    output = Path(output)
+    if (output / "releases.json").exists() and not resume:
+        raise RecipeError(f"{output} holds a run already: choose another folder, or resume that run.")
+    plan = recipe.plan()
+    setup = set_up(recipe)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "recipe.toml").write_text(recipe.to_toml())
+    trainer = make_trainer(setup, output, randomness=randomness, callbacks=callbacks, plan=plan)
+    started = datetime.now(UTC)
+    interrupted = False
+    try:
+        trainer.train(resume_from_checkpoint=True if resume else None)
+    except KeyboardInterrupt:
+        interrupted = True
+        trainer.engine.discard()
+    metrics = trainer.evaluate() if evaluate and setup.validation is not None else None
+    from dpft.subset import save_weights
+
+    loading = save_weights(setup.model, output / "weights")
+    setup.task.tokenizer.save_pretrained(output / "weights")
+    write(output, recipe, trainer, loading, metrics, started, interrupted)
+    from dpft.report import write_card
+
+    write_card(output)
+    return output
+
+
+def write(
+    output: Path, recipe: Recipe, trainer, loading: str, metrics: dict | None, started: datetime, interrupted: bool
+) -> None:
+    """The run's record. Un-noised metrics go to ``private/`` unless the validation data are public."""
+    plan, engine = trainer.plan, trainer.engine
+    public = recipe.data.validation_is_public
+    record = {
+        "guarantee": trainer.guarantee,
+        "private": engine.randomness.private and plan.noise_multiplier > 0,
+        "epsilon": plan.epsilon_after(engine.steps_released)
+        if engine.randomness.private and plan.noise_multiplier > 0
+        else None,
+        "epsilon_rdp": plan.epsilon_rdp if engine.randomness.private and plan.noise_multiplier > 0 else None,
+        "delta": plan.delta,
+        "unit": plan.unit,
+        "units": plan.units,
+        "examples_per_unit": plan.examples_per_unit,
+        "adjacency": plan.adjacency,
+        "events": [
+            {
+                "event": "poisson_sampled_gaussian",
+                "noise_multiplier": plan.noise_multiplier,
+                "sample_rate": plan.sample_rate,
+                "count": engine.steps_released,
+            }
+        ],
+        "planned_steps": plan.steps,
+        "released_steps": engine.steps_released,
+        "interrupted": interrupted,
+        "expected_batch_size": plan.expected_batch_size,
+        "clip": {"rule": type(plan.clip).__name__, "clip_norm": plan.clip.sensitivity},
+        "subset": recipe.subset,
+        "trainable_parameters": trainer.preflight.trainable_parameters if trainer.preflight else None,
+        "all_parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "techniques": trainer.preflight.techniques if trainer.preflight else None,
+        "weights": loading,
+        "metrics": {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        if metrics and public
+        else None,
+        "metrics_are_private": metrics is not None and not public,
+        "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+    (output / "run.json").write_text(json.dumps(record, indent=2))
+    if metrics is not None and not public:
+        folder = output / "private"
+        folder.mkdir(exist_ok=True)
+        text = {
+            "notice": "PRIVATE: computed from data without noise; the guarantee does not cover it.",
+            **{k.removeprefix("eval_"): v for k, v in metrics.items()},
+        }
+        (folder / "metrics.json").write_text(json.dumps(text, indent=2))
+
+
+def read_metrics(folder: Path | str) -> dict | None:
+    """The run's metrics, wherever they are kept; for the eyes of whoever may see the data."""
+    folder = Path(folder)
+    private = folder / "private" / "metrics.json"
+    return (
+        json.loads(private.read_text())
+        if private.exists()
+        else json.loads((folder / "run.json").read_text())["metrics"]
+    )
+
+
+def versions() -> dict[str, str]:
+    """What a run depended on."""
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+class _quiet:
+    """Hugging Face's loading bars and advice, off while a checkpoint loads."""
+
+    def __enter__(self) -> None:
+        import transformers
+
+        self._level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+
+    def __exit__(self, *_) -> None:
+        import transformers
+
+        transformers.logging.set_verbosity(self._level)
+        sys.stdout.flush()

@@ -41,6 +41,9 @@ def add_lora(model: nn.Module, lora: "Lora", *, with_head: bool) -> tuple[nn.Mod
     )
     moved = {id(p) for name in saved for p in model.get_submodule(name).parameters()}
     targets = _targets(model, lora)
+    settings["fan_in_fan_out"] = any(
+        isinstance(module, Conv1D) for module in model.modules()
+    )  # as GPT-2 stores weights
     try:
         return get_peft_model(
             model, LoraConfig(task_type=task_type, target_modules=targets, modules_to_save=saved or None, **settings)

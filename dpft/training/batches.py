@@ -13,7 +13,6 @@ import numpy as np
 from dpft.privacy.sampling import PoissonSampler
 from dpft.tasks.task import Task
 
-
 CHUNK = 1000  # rows given to the tokenizer at a time
 
 

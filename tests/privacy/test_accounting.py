@@ -1,0 +1,80 @@
+"""ε against independently computed values, closed forms and a second accountant."""
+
+import math
+
+import pytest
+from dp_accounting import dp_event
+from scipy.stats import norm
+
+from dpft.privacy import accounting
+
+DELTA = 1e-5
+
+
+@pytest.mark.parametrize(
+    ("noise", "pld", "rdp", "truncated", "ten_uses"),
+    [(0.7, 6.654, 7.664, 6.827, 28.77), (1.0, 2.773, 3.144, 2.81, 17.857)],
+)
+def test_golden_values_of_dp_sgd(noise, pld, rdp, truncated, ten_uses):
+    """q = 0.02, T = 500, δ = 1e-5; computed with scipy and dp-accounting 0.6.0."""
+    event = accounting.poisson_gaussian(noise, 0.02, 500)
+    assert accounting.epsilon(event, DELTA) == pytest.approx(pld, rel=5e-3)
+    assert accounting.epsilon_rdp(event, DELTA) == pytest.approx(rdp, rel=5e-3)
+    cut = dp_event.SelfComposedDpEvent(dp_event.TruncatedSubsampledGaussianDpEvent(10_000, 0.02, 260, noise), 500)
+    assert accounting.epsilon(cut, DELTA, "zero-out") == pytest.approx(truncated, rel=5e-3)
+    unsampled = dp_event.SelfComposedDpEvent(dp_event.GaussianDpEvent(noise), 10)
+    assert accounting.epsilon(unsampled, DELTA) == pytest.approx(ten_uses, rel=5e-3)
+
+
+@pytest.mark.parametrize(("examples", "expected"), [(1, 0.921), (2, 1.985), (4, 4.364)])
+def test_golden_values_of_example_sampling_with_several_examples_per_unit(examples, expected):
+    """σ = 2, q = 0.02, T = 500: a mixture of Gaussians over how many of a unit's examples were drawn."""
+    probabilities = [math.comb(examples, k) * 0.02**k * 0.98 ** (examples - k) for k in range(examples + 1)]
+    step = dp_event.MixtureOfGaussiansDpEvent(2.0, tuple(range(examples + 1)), tuple(probabilities))
+    assert accounting.epsilon(dp_event.SelfComposedDpEvent(step, 500), DELTA) == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize(("shape", "expected"), [(0.0, 5.083), (1.0, 5.845), (math.inf, 6.339)])
+def test_golden_values_of_a_random_number_of_trials(shape, expected):
+    """σ = 1, q = 0.02, T = 500, ten trials on average, the best released (Papernot & Steinke 2022)."""
+    trials = dp_event.RepeatAndSelectDpEvent(accounting.poisson_gaussian(1.0, 0.02, 500), 10, shape)
+    assert accounting.epsilon_rdp(trials, DELTA) == pytest.approx(expected, rel=5e-3)
+
+
+def test_golden_values_of_ten_composed_runs():
+    ten = dp_event.ComposedDpEvent((accounting.poisson_gaussian(1.0, 0.02, 500),) * 10)
+    assert accounting.epsilon(ten, DELTA) == pytest.approx(9.402, rel=5e-3)
+    assert accounting.epsilon_rdp(ten, DELTA) == pytest.approx(10.186, rel=5e-3)
+
+
+def test_golden_values_of_detection():
+    rates = accounting.detection_rates(accounting.poisson_gaussian(1.0, 0.02, 500), [0.001, 0.01, 0.1])
+    assert rates == pytest.approx([0.0069, 0.0431, 0.2434], rel=2e-2)
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.0, 4.0, 30.0])
+def test_one_gaussian_release_matches_the_closed_form(noise):
+    """Balle & Wang 2018, Theorem 8: δ(ε) = Φ(1/2σ - εσ) - e^ε Φ(-1/2σ - εσ)."""
+    epsilon = accounting.epsilon(dp_event.GaussianDpEvent(noise), DELTA)
+    delta = norm.cdf(0.5 / noise - epsilon * noise) - math.exp(epsilon) * norm.cdf(-0.5 / noise - epsilon * noise)
+    assert delta <= DELTA  # an upper bound ...
+    tighter = epsilon * 0.99
+    delta = norm.cdf(0.5 / noise - tighter * noise) - math.exp(tighter) * norm.cdf(-0.5 / noise - tighter * noise)
+    assert delta > DELTA  # ... and a tight one
+
+
+def test_replacing_a_unit_costs_more_than_removing_it():
+    event = accounting.poisson_gaussian(1.0, 0.02, 100)
+    assert accounting.epsilon(event, DELTA, "replace-one") > 1.2 * accounting.epsilon(event, DELTA)
+
+
+def test_the_second_opinion_is_never_below_the_first():
+    for noise, rate, steps in [(0.6, 0.01, 1000), (1.0, 1.0, 5), (5.0, 0.1, 3000)]:
+        event = accounting.poisson_gaussian(noise, rate, steps)
+        assert accounting.epsilon_rdp(event, DELTA) >= accounting.epsilon(event, DELTA)
+
+
+def test_the_grid_is_fine_enough_for_a_tiny_epsilon():
+    """Where a fixed grid of 3e-3 would print 0.078 for 0.01."""
+    event = accounting.poisson_gaussian(97.0, 0.01, 1000)
+    assert accounting.epsilon(event, 1e-6) == pytest.approx(0.01, rel=0.01)

@@ -1,0 +1,104 @@
+"""The plan: its checks, its calibration and its claim."""
+
+import math
+
+import pytest
+
+from dpft.errors import PlanError
+from dpft.privacy.clipping import AutoClip, FlatClip
+from dpft.privacy.noise import SeededRandomness
+from dpft.privacy.plan import Plan
+
+BASE = dict(noise_multiplier=1.0, sample_rate=0.02, steps=500, delta=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(noise_multiplier=-1), "noise_multiplier"),
+        (dict(sample_rate=0), "sample_rate"),
+        (dict(sample_rate=1.5), "sample_rate"),
+        (dict(steps=0), "steps"),
+        (dict(delta=0), "delta"),
+        (dict(units=0), "units"),
+        (dict(adjacency="neighbours"), "adjacency"),
+        (dict(examples_per_unit=0), "examples_per_unit"),
+        (dict(unit_gradient="max"), "unit_gradient"),
+    ],
+)
+def test_a_field_out_of_range_is_refused_by_name(change, named):
+    with pytest.raises(PlanError, match=named):
+        Plan(**{**BASE, **change})
+
+
+@pytest.mark.parametrize("units", [100_000, 200_000])
+def test_delta_of_one_over_units_or_more_is_refused(units):
+    """T17."""
+    with pytest.raises(PlanError, match="publishing a random unit"):
+        Plan(**{**BASE, "units": units})
+    assert Plan(**{**BASE, "units": 99_999}).units == 99_999
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 1.0, 3.0, 8.0])
+def test_calibrated_noise_meets_the_target_and_wastes_nothing(epsilon):
+    plan = Plan.calibrate(epsilon=epsilon, delta=1e-6, units=50_000, batch_size=256, steps=300)
+    assert epsilon * 0.995 <= plan.epsilon <= epsilon
+
+
+def test_epochs_round_up_so_that_no_step_is_dropped():
+    """T9: int(1/q) would plan 195 steps an epoch where 195.3 are needed."""
+    plan = Plan.calibrate(noise_multiplier=1.0, delta=1e-6, units=50_000, batch_size=256, epochs=3)
+    assert plan.steps == 586
+    assert Plan.calibrate(noise_multiplier=1.0, delta=1e-6, units=1000, batch_size=100, epochs=3).steps == 30
+
+
+def test_the_most_steps_for_a_budget():
+    plan = Plan.calibrate(epsilon=3.0, noise_multiplier=1.0, sample_rate=0.02, delta=1e-5)
+    assert plan.epsilon <= 3.0 < plan.epsilon_after(plan.steps + 1)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        dict(epsilon=3.0, sample_rate=0.1),
+        dict(epsilon=3.0, noise_multiplier=1.0, steps=5, sample_rate=0.1),
+        dict(epsilon=3.0, steps=5),
+        dict(epsilon=3.0, steps=5, batch_size=10),
+        dict(epsilon=3.0, steps=5, batch_size=10, units=5),
+        dict(epsilon=3.0, steps=5, epochs=1, sample_rate=0.1),
+        dict(epsilon=-1.0, steps=5, sample_rate=0.1),
+        dict(epsilon=0.01, noise_multiplier=0.5, sample_rate=0.5),
+    ],
+)
+def test_contradicting_facts_are_refused(facts):
+    with pytest.raises(PlanError):
+        Plan.calibrate(delta=1e-5, **facts)
+
+
+def test_noise_follows_the_clip_that_bounds_the_gradient():
+    """T6: one object owns C."""
+    for clip in (FlatClip(0.25), AutoClip(4.0)):
+        assert Plan(**BASE, clip=clip).noise_std == clip.sensitivity
+
+
+def test_the_claim_states_its_five_parts():
+    sentence = Plan(**BASE, unit="patient_id").guarantee()
+    for part in ("ε = 2.77", "δ = 1e-05", "patient_id", "add-or-remove-one", "Poisson", "500 Gaussian releases"):
+        assert part in sentence
+
+
+def test_without_noise_the_claim_is_not_private():
+    plan = Plan(**{**BASE, "noise_multiplier": 0.0})
+    assert math.isinf(plan.epsilon)
+    assert plan.guarantee().startswith("NOT PRIVATE")
+
+
+def test_the_sampler_has_the_rate_that_is_accounted():
+    """T9."""
+    plan = Plan(**BASE)
+    assert plan.sampler(SeededRandomness(0)).sample_rate == plan.event.event.sampling_probability
+
+
+def test_no_units_no_normaliser():
+    with pytest.raises(PlanError, match="normaliser"):
+        _ = Plan(**BASE).expected_batch_size

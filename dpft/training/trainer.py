@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -17,6 +19,7 @@ from dpft.tasks.task import LabelledTask, Task
 from dpft.training.batches import Examples, LogicalBatch, LogicalBatches, plain_batches
 from dpft.training.releases import Releases
 
+TRAINABLE = "trainable.safetensors"  # in a checkpoint: the whole subset
 TOKEN_BUDGET = 1024  # padded tokens of a micro-batch; on CPUs larger ones are not faster
 
 # Arguments of TrainingArguments that would break the guarantee, the value they must have, and why.
@@ -156,6 +159,21 @@ class DPTrainerMixin:
         self.engine.release()
         return torch.zeros((), device=self.args.device)
 
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """Beside PEFT's adapter, save what trains in place, which PEFT leaves out."""
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        save_file({name: p.detach().contiguous() for name, p in trainable(self.model)}, folder / TRAINABLE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = load_file(Path(resume_from_checkpoint) / TRAINABLE)
+        with torch.no_grad():
+            for name, parameter in trainable(self.model):
+                parameter.copy_(saved[name])
+
     # -- what is shown -------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -240,6 +258,11 @@ def check_arguments(args: TrainingArguments, plan: Plan, evaluation_is_public: b
         raise GuaranteeError(
             "save_strategy='best' chooses a checkpoint by a metric, a release of its own: save by steps."
         )
+
+
+def trainable(model) -> list[tuple[str, torch.nn.Parameter]]:
+    """Names and parameters of the subset, tied ones once."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _default(args: TrainingArguments, name: str) -> Any:

@@ -1,0 +1,97 @@
+"""Logical batches: any size, little padding, units together."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpft.privacy.noise import SeededRandomness
+from dpft.privacy.sampling import PoissonSampler
+from dpft.tasks.task import LabelledTask, pad_features
+from dpft.training.batches import Examples, LogicalBatches, cut
+
+TASK = LabelledTask(lambda features: pad_features(features, 0, token_labels=True))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 12)), max_size=60),
+    st.integers(16, 200),
+    st.integers(1, 20),
+)
+def test_every_cut_keeps_every_example_once_and_units_together(examples, budget, most):
+    lengths, units = [e[0] for e in examples], [e[1] for e in examples]
+    groups = cut(lengths, units, token_budget=budget, max_examples=most)
+    order = [int(i) for group in groups for i in group]
+    assert sorted(order) == list(range(len(examples)))
+    runs = [
+        units[i]
+        for i, before in zip(order, [None, *order], strict=False)
+        if before is None or units[i] != units[before]
+    ]
+    assert len(runs) == len(set(runs))
+    for group in groups:
+        assert len(group) <= most
+        assert len(group) == 1 or max(lengths[i] for i in group) * len(group) <= budget
+
+
+def test_sorting_by_length_saves_padding():
+    lengths = np.random.default_rng(0).lognormal(4, 0.8, 500).astype(int) + 1
+    padded = lambda groups: sum(lengths[g].max() * len(g) for g in groups)
+    by_length = cut(lengths, range(500), token_budget=1024)
+    at_random = [np.arange(i, min(i + 16, 500)) for i in range(0, 500, 16)]
+    assert padded(at_random) > 1.8 * padded(by_length)
+    assert padded(by_length) < 1.15 * lengths.sum()
+
+
+ROWS = [
+    {"input_ids": [i % 7 + 1] * (i % 5 + 1), "labels": [1] * (i % 5 + 1), "patient": f"p{i % 4}"} for i in range(20)
+]
+
+
+def encode(unit):
+    rows = [{key: value for key, value in row.items() if key != "patient" or unit != "example"} for row in ROWS]
+    task = LabelledTask(lambda features: pad_features(features, 0, token_labels=True))
+    return Examples.encode(rows, task, unit)
+
+
+def test_units_are_grouped_by_their_column():
+    """T16."""
+    examples = encode("patient")
+    assert len(examples.members) == 4
+    assert sorted(i for group in examples.members for i in group) == list(range(20))
+    assert all(len({ROWS[i]["patient"] for i in group}) == 1 for group in examples.members)
+
+
+@pytest.mark.parametrize("rate", [1e-12, 0.3, 1.0])
+def test_planned_steps_are_executed_steps_whatever_is_drawn(rate):
+    """T9: an empty draw is a step, neither skipped nor padded with a fake record."""
+    batches = LogicalBatches(
+        encode("example"), TASK, PoissonSampler(rate, 1, SeededRandomness(0)), steps=7, token_budget=20, max_examples=4
+    )
+    drawn = [sum(len(units) for _, units in batch) for batch in batches]
+    assert len(drawn) == len(batches) == 7
+    assert {1e-12: sum(drawn) == 0, 0.3: len(set(drawn)) > 1, 1.0: set(drawn) == {20}}[rate]
+
+
+def test_a_unit_gives_at_most_its_share():
+    """T16."""
+    batches = LogicalBatches(
+        encode("patient"), TASK, PoissonSampler(1.0, 2, SeededRandomness(0)), steps=5, token_budget=8, max_examples=4
+    )
+    for batch in batches:
+        units = [unit for _, micro in batch for unit in micro]
+        assert sorted(units) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_no_two_draws_are_the_same_shuffle():
+    """T9: an epoch of shuffled batches would draw every unit once; Poisson draws some twice and some never."""
+    batches = LogicalBatches(
+        encode("example"), TASK, PoissonSampler(0.2, 1, SeededRandomness(1)), steps=5, token_budget=64, max_examples=9
+    )
+    counts = np.bincount([unit for batch in batches for _, micro in batch for unit in micro], minlength=20)
+    assert counts.min() == 0 and counts.max() > 1
+
+
+def test_the_preflight_sees_short_and_long_examples():
+    lengths = [len(e["input_ids"]) for e in encode("example").spread(3)]
+    assert lengths == [1, 3, 5]

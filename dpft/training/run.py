@@ -162,6 +162,8 @@ def train(
     output = Path(output)
     if (output / "releases.json").exists() and not resume:
         raise RecipeError(f"{output} holds a run already: choose another folder, or resume that run.")
+    if resume and not any(output.glob("checkpoint-*")):
+        raise RecipeError(f"{output} has no checkpoint to resume from: runs write them if run.save_steps is set.")
     plan = recipe.plan()
     setup = set_up(recipe)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,122 @@
+"""A recipe says everything, and says what is wrong with it in one sentence."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpft.errors import RecipeError
+from dpft.recipe import Recipe, expand
+
+GOOD = {
+    "subset": "lora(rank=8) + head",
+    "model": {"path": "model"},
+    "task": {"name": "sequence_classification", "labels": ["a", "b"]},
+    "data": {"train": "train.csv", "units": 1000},
+    "privacy": {"epsilon": 3.0, "delta": 1e-5, "batch_size": 100, "steps": 10},
+}
+
+
+def changed(key, value):
+    tables = {name: dict(table) if isinstance(table, dict) else table for name, table in GOOD.items()}
+    *parents, last = key.split(".")
+    table = tables
+    for parent in parents:
+        table = table.setdefault(parent, {})
+    if value is None:
+        del table[last]
+    else:
+        table[last] = value
+    return tables
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("privacy.epsilom", 3.0, "unknown key privacy.epsilom: did you mean epsilon?"),
+        ("extra", {}, "unknown key extra"),
+        ("model", None, "lacks model"),
+        ("privacy.delta", 1e-3, "delta is 0.001 for 1,000 units"),
+        ("privacy.noise_multiplier", 1.0, "epsilon or noise_multiplier"),
+        ("privacy.epochs", 2.0, "steps or epochs"),
+        ("privacy.batch_size", 2000, "batch_size is 2,000 of 1,000 units"),
+        ("privacy.epsilon", -1.0, "privacy.epsilon is -1.0"),
+        ("privacy.clipping", "none", "privacy.clipping is 'none'"),
+        ("privacy.adjacency", "friends", "privacy.adjacency is 'friends'"),
+        ("task.labels", ["a"], "at least two labels"),
+        ("task.labels", ["a", "b", "a"], "a label twice"),
+        ("task.prompt", "q", "go together"),
+        ("task.name", "poetry", "task.name is 'poetry'"),
+        ("subset", "lora + tail", "'tail' is no part"),
+        ("data.examples_per_unit", 3, "name the unit column"),
+        ("data.units", "many", "data.units is 'many'"),
+        ("run.token_budget", 1, "run.token_budget is 1"),
+    ],
+)
+def test_one_sentence_says_what_is_wrong(key, value, said):
+    with pytest.raises(RecipeError) as error:
+        Recipe.parse(changed(key, value))
+    assert said in str(error.value)
+    assert (
+        "\n" not in str(error.value)
+        and str(error.value).rstrip("?").endswith((".", "epsilon", "?"))
+        or "?" in str(error.value)
+    )
+
+
+def test_what_is_written_reads_back(tmp_path):
+    recipe = Recipe.parse(GOOD)
+    for comments in (False, True):
+        path = tmp_path / f"{comments}.toml"
+        path.write_text(recipe.to_toml(comments=comments))
+        assert Recipe.read(path) == recipe
+
+
+@given(st.text(max_size=30), st.lists(st.text(max_size=10), min_size=2, max_size=4, unique=True))
+def test_any_text_survives_the_file(path, labels):
+    import tomllib
+
+    tables = changed("model.path", path)
+    tables["task"]["labels"] = labels
+    recipe = Recipe.parse(tables)
+    assert Recipe.parse(tomllib.loads(recipe.to_toml())) == recipe
+
+
+def test_overrides(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(Recipe.parse(GOOD).to_toml())
+    recipe = Recipe.read(
+        path, ("privacy.epsilon=1", "subset=norms + head", "data.unit=patient_id", "privacy.steps=", "privacy.epochs=2")
+    )
+    assert (recipe.privacy.epsilon, recipe.subset, recipe.data.unit) == (1.0, "norms + head", "patient_id")
+    assert (recipe.privacy.steps, recipe.privacy.epochs) == (None, 2.0)
+    for bad in ("privacy.epsilon", "=3", "subset.rank=3"):
+        with pytest.raises(RecipeError, match="--set"):
+            Recipe.read(path, (bad,))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(RecipeError, match="no recipe"):
+        Recipe.read(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("subset = [")
+    with pytest.raises(RecipeError, match="not TOML"):
+        Recipe.read(tmp_path / "bad.toml")
+
+
+def test_the_plan_follows_the_recipe():
+    plan = Recipe.parse(changed("data.unit", "patient_id")).plan()
+    assert plan.epsilon == pytest.approx(3.0, rel=0.01) and plan.epsilon <= 3.0
+    assert (plan.sample_rate, plan.steps, plan.units, plan.unit) == (0.1, 10, 1000, "patient_id")
+
+
+def test_the_baseline_differs_in_noise_and_clipping_alone():
+    recipe = Recipe.parse(changed("optimizer", {"learning_rate": 0.1, "non_private_learning_rate": 0.2}))
+    plain = recipe.without_privacy()
+    assert plain.plan().noise_multiplier == 0 and plain.optimizer.learning_rate == 0.2
+    assert plain.plan().sample_rate == recipe.plan().sample_rate and plain.plan().steps == recipe.plan().steps
+
+
+def test_variables_in_paths(monkeypatch):
+    monkeypatch.setenv("DPFT_TEST_FOLDER", "/data")
+    assert expand("$DPFT_TEST_FOLDER/x.csv") == "/data/x.csv"
+    with pytest.raises(RecipeError, match="DPFT_TEST_MISSING, which is not set"):
+        expand("$DPFT_TEST_MISSING/x.csv")

@@ -1,0 +1,233 @@
+"""A run from recipe to folder: data checks, what is left behind, and what is kept apart."""
+
+import csv
+import json
+import tomllib
+
+import datasets
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from dpft.cli import main
+from dpft.errors import RecipeError
+from dpft.recipe import Recipe
+from dpft.report import write_card
+from dpft.training import data
+from dpft.training.run import train
+
+WORDS = ["<pad>", "<unk>", "<eos>"] + [f"w{i}" for i in range(57)]
+
+
+@pytest.fixture
+def recipe(tmp_path, case):
+    """A small model and small data on disk, as a user has them."""
+    case("bert").model.save_pretrained(tmp_path / "model")
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
+    ).save_pretrained(tmp_path / "model")
+    rows = [(" ".join(f"w{(i * j) % 57}" for j in range(1, 2 + i % 6)), "abc"[i % 3], f"p{i % 12}") for i in range(40)]
+    for name, part in (("train.csv", rows), ("validation.csv", rows[:9])):
+        write(tmp_path / name, [("text", "label", "patient"), *part])
+    return {
+        "subset": "lora + head",
+        "model": {"path": str(tmp_path / "model")},
+        "task": {"name": "sequence_classification", "labels": ["a", "b", "c"]},
+        "data": {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "validation.csv"), "units": 40},
+        "privacy": {"epsilon": 3.0, "delta": 1e-3, "batch_size": 10, "steps": 4},
+    }
+
+
+def write(path, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def snapshot(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_leaves_a_folder_that_says_everything(recipe, tmp_path):
+    folder = train(Recipe.parse(recipe), tmp_path / "run")
+    run = json.loads((folder / "run.json").read_text())
+    assert run["epsilon"] <= 3.0 and run["released_steps"] == run["planned_steps"] == 4
+    assert run["events"] == [
+        {
+            "event": "poisson_sampled_gaussian",
+            "noise_multiplier": pytest.approx(run["events"][0]["noise_multiplier"]),
+            "sample_rate": 0.25,
+            "count": 4,
+        }
+    ]
+    assert json.loads((folder / "releases.json").read_text()) == {"charged": 4}
+    assert Recipe.parse(tomllib.loads((folder / "recipe.toml").read_text())) == Recipe.parse(recipe)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    PeftModel.from_pretrained(base, folder / "weights")
+    assert set(run["versions"]) >= {"dpft", "torch", "opacus", "transformers", "peft", "dp-accounting"}
+    for name in ("card.md", "card.html"):
+        assert "ε = " in (folder / name).read_text()
+
+
+def test_metrics_on_private_data_stay_out_of_what_is_published(recipe, tmp_path):
+    """T13."""
+    folder = train(Recipe.parse(recipe), tmp_path / "run")
+    accuracy = json.loads((folder / "private" / "metrics.json").read_text())["accuracy"]
+    for path in folder.rglob("*"):
+        if path.is_file() and "private" not in path.parts and path.suffix in (".json", ".md", ".html", ".toml"):
+            text = path.read_text()
+            assert "accuracy" not in text and "macro" not in text, path
+    assert 0 <= accuracy <= 1
+    recipe["data"]["validation_is_public"] = True
+    public = train(Recipe.parse(recipe), tmp_path / "public")
+    assert "accuracy" in (public / "card.md").read_text() and not (public / "private").exists()
+
+
+def test_the_same_folder_twice_is_refused(recipe, tmp_path):
+    """T15."""
+    train(Recipe.parse(recipe), tmp_path / "run")
+    with pytest.raises(RecipeError, match="holds a run already"):
+        train(Recipe.parse(recipe), tmp_path / "run")
+
+
+def test_a_run_without_noise_is_called_not_private(recipe, tmp_path):
+    folder = train(Recipe.parse(recipe).without_privacy(), tmp_path / "run")
+    run = json.loads((folder / "run.json").read_text())
+    assert run["epsilon"] is None and not run["private"]
+    for name in ("card.md", "card.html"):
+        text = (folder / name).read_text()
+        assert "NOT PRIVATE" in text and "ε = " not in text
+
+
+def test_a_seeded_run_is_called_not_private_everywhere(recipe, tmp_path):
+    """T10."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(Recipe.parse(recipe).to_toml())
+    result = CliRunner().invoke(main, ["train", str(path), "--output", str(tmp_path / "run"), "--seeded-noise", "1"])
+    assert result.exit_code == 0 and "NOT PRIVATE" in result.stdout and "ε" not in result.output
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["epsilon"] is None and run["epsilon_rdp"] is None and "NOT PRIVATE" in run["guarantee"]
+    for name in ("card.md", "card.html"):
+        text = (tmp_path / "run" / name).read_text()
+        assert "NOT PRIVATE" in text and "ε = " not in text
+
+
+def test_the_card_is_derived_from_the_events(recipe, tmp_path):
+    folder = train(Recipe.parse(recipe), tmp_path / "run")
+    before = (folder / "card.html").read_text()
+    write_card(folder)
+    assert (folder / "card.html").read_text() == before
+    run = json.loads((folder / "run.json").read_text())
+    run["events"][0]["count"], run["epsilon"] = 400, 0.1  # whatever someone wrote as ε, the events decide
+    (folder / "run.json").write_text(json.dumps(run))
+    write_card(folder)
+    assert "ε = 0.1" not in (folder / "card.md").read_text()
+    with pytest.raises(RecipeError, match="no finished run"):
+        write_card(tmp_path)
+
+
+def test_an_interrupt_leaves_a_card_that_says_how_far_it_went(recipe, tmp_path):
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    folder = train(Recipe.parse(recipe), tmp_path / "run", callbacks=[Interrupt()])
+    run = json.loads((folder / "run.json").read_text())
+    assert run["interrupted"] and run["released_steps"] == 2 and run["epsilon"] < 3.0
+    assert "interrupted after 2 of 4" in (folder / "card.md").read_text()
+
+
+def test_an_interrupted_run_resumes_to_its_plan(recipe, tmp_path):
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    recipe["run"] = {"save_steps": 1}
+    train(Recipe.parse(recipe), tmp_path / "run", callbacks=[Interrupt()])
+    folder = train(Recipe.parse(recipe), tmp_path / "run", resume=True)
+    run = json.loads((folder / "run.json").read_text())
+    assert run["released_steps"] == 4 and not run["interrupted"]
+    with pytest.raises(RecipeError, match="no checkpoint"):
+        recipe["run"] = {}
+        train(Recipe.parse(recipe), tmp_path / "empty", resume=True)
+
+
+@pytest.mark.parametrize("unit_gradient", ["mean", "sum"])
+def test_patients_as_units(recipe, tmp_path, unit_gradient):
+    """T16."""
+    recipe["data"] |= {"unit": "patient", "units": 12, "examples_per_unit": 2, "unit_gradient": unit_gradient}
+    recipe["privacy"] |= {"batch_size": 6}
+    folder = train(Recipe.parse(recipe), tmp_path / "run")
+    assert "share one value of patient" in (folder / "card.md").read_text()
+    assert json.loads((folder / "run.json").read_text())["unit"] == "patient"
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "said"),
+    [
+        (("", "a", "p"), {}, "row 41 has no text"),
+        (("w1", "d", "p"), {}, "row 41 has the label 'd'"),
+        (("w1", "a", ""), {"unit": "patient", "units": 13}, "row 41 has no 'patient'"),
+        (None, {"unit": "doctor"}, "no column 'doctor': it has text, label, patient"),
+        (None, {"units": 400}, "declares 400 units, but data.train has about 40"),
+        (None, {"train": "nowhere.csv"}, "no data at nowhere.csv"),
+    ],
+)
+def test_bad_data_is_refused_before_anything_is_written_or_charged(recipe, tmp_path, row, change, said):
+    if row:
+        with open(tmp_path / "train.csv", "a", newline="") as file:
+            csv.writer(file).writerow(row)
+    recipe["data"] |= change
+    before = snapshot(tmp_path)
+    with pytest.raises(RecipeError, match=said):
+        train(Recipe.parse(recipe), tmp_path / "run")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "saved"])
+def test_every_format_reads_the_same(recipe, tmp_path, kind):
+    rows = data.read(recipe["data"]["train"])
+    path = tmp_path / f"other.{kind}"
+    {
+        "csv": lambda: rows.to_csv(path),
+        "tsv": lambda: rows.to_csv(path, sep="\t"),
+        "jsonl": lambda: rows.to_json(path),
+        "parquet": lambda: rows.to_parquet(path),
+        "saved": lambda: rows.save_to_disk(path),
+    }[kind]()
+    assert data.read(str(path)).to_list() == rows.to_list()
+    assert len(data.read([str(path), str(path)])) == 80
+
+
+def test_unknown_formats_are_refused(tmp_path):
+    (tmp_path / "x.xlsx").write_text("")
+    with pytest.raises(RecipeError, match="no known format"):
+        data.read(str(tmp_path / "x.xlsx"))
+
+
+def test_a_model_that_cannot_be_loaded(recipe, tmp_path):
+    recipe["model"]["path"] = str(tmp_path / "nothing")
+    with pytest.raises(RecipeError, match="cannot be loaded"):
+        train(Recipe.parse(recipe), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_draws_in_a_real_run(recipe, tmp_path):
+    """T9: with an expected batch of one, a third of the draws are empty."""
+    recipe["privacy"] |= {"batch_size": 1, "steps": 12}
+    folder = train(Recipe.parse(recipe), tmp_path / "run")
+    assert json.loads((folder / "run.json").read_text())["released_steps"] == 12
+
+
+def test_language_models_run_too(recipe, tmp_path, case):
+    case("llama").model.save_pretrained(tmp_path / "model")
+    recipe |= {"subset": "lora", "task": {"name": "causal_lm", "max_length": 16}}
+    folder = train(Recipe.parse(recipe), tmp_path / "run")
+    assert json.loads((folder / "private" / "metrics.json").read_text())["perplexity"] > 1
+    assert not datasets.is_progress_bar_enabled() and torch.is_grad_enabled()

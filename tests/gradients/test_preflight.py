@@ -116,6 +116,28 @@ def test_frozen_batch_norm_left_in_train_mode_is_refused_by_name(plan):
         preflight(engine, losses, examples)
 
 
+class Remembering(nn.Module):
+    """Keeps the largest value it ever saw: its output is each example's own, its buffer is everyone's."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(()))
+
+    def forward(self, x):
+        self.largest = torch.maximum(self.largest, x.detach().max())
+        return x
+
+
+def test_a_buffer_that_takes_in_data_is_refused_by_name(plan):
+    """T2, T5: it would be saved with the weights, un-noised."""
+    model, losses, examples = frozen_images(Remembering())
+    with (
+        Engine(model, plan()) as engine,
+        pytest.raises(IsolationError, match=r"middle \(Remembering\) writes .* middle.largest"),
+    ):
+        preflight(engine, losses, examples)
+
+
 @pytest.mark.parametrize("middle", [nn.BatchNorm2d(4, track_running_stats=False), BatchMean()])
 def test_a_layer_that_mixes_examples_is_refused_by_name(middle, plan):
     """T2."""

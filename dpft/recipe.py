@@ -97,12 +97,16 @@ class PrivacyTable(_Table):
 class OptimizerTable(_Table):
     name: str = Field("adamw_torch", description="Any optimizer of transformers.TrainingArguments.")
     learning_rate: float = Field(5e-4, gt=0)
-    non_private_learning_rate: float | None = Field(
-        None, gt=0, description="For the baseline without privacy in `dpft compare`; by default the same."
-    )
     schedule: str = Field("constant", description="Any scheduler of transformers, such as linear or cosine.")
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
+
+
+class BaselineTable(_Table):
+    """The run without privacy in ``dpft compare``: noise and clipping slow learning, so it may need other settings."""
+
+    learning_rate: float | None = Field(None, gt=0, description="By default the private run's.")
+    steps: int | None = Field(None, ge=1, description="By default the private run's.")
 
 
 class RunTable(_Table):
@@ -124,6 +128,7 @@ class Recipe(_Table):
     data: DataTable
     privacy: PrivacyTable
     optimizer: OptimizerTable = OptimizerTable()
+    baseline: BaselineTable = BaselineTable()
     run: RunTable = RunTable()
 
     @model_validator(mode="after")
@@ -189,13 +194,15 @@ class Recipe(_Table):
 
     def without_privacy(self) -> "Recipe":
         """The same run with no noise and a bound that clips nothing: the baseline beside which privacy is judged."""
-        privacy = self.privacy.model_copy(
-            update=dict(epsilon=None, noise_multiplier=0.0, clipping="flat", clip_norm=1e9)
+        privacy = dict(epsilon=None, noise_multiplier=0.0, clipping="flat", clip_norm=1e9)
+        if self.baseline.steps:
+            privacy |= dict(steps=self.baseline.steps, epochs=None)
+        optimizer = dict(learning_rate=self.baseline.learning_rate or self.optimizer.learning_rate)
+        return self.model_copy(
+            update=dict(
+                privacy=self.privacy.model_copy(update=privacy), optimizer=self.optimizer.model_copy(update=optimizer)
+            )
         )
-        optimizer = self.optimizer.model_copy(
-            update=dict(learning_rate=self.optimizer.non_private_learning_rate or self.optimizer.learning_rate)
-        )
-        return self.model_copy(update=dict(privacy=privacy, optimizer=optimizer))
 
     def to_toml(self, *, comments: bool = False) -> str:
         """The recipe as resolved; with ``comments``, each key explained."""

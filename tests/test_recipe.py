@@ -109,10 +109,16 @@ def test_the_plan_follows_the_recipe():
 
 
 def test_the_baseline_differs_in_noise_and_clipping_alone():
-    recipe = Recipe.parse(changed("optimizer", {"learning_rate": 0.1, "non_private_learning_rate": 0.2}))
+    recipe = Recipe.parse(GOOD)
     plain = recipe.without_privacy()
-    assert plain.plan().noise_multiplier == 0 and plain.optimizer.learning_rate == 0.2
+    assert plain.plan().noise_multiplier == 0 and plain.privacy.clip_norm > 1e6
     assert plain.plan().sample_rate == recipe.plan().sample_rate and plain.plan().steps == recipe.plan().steps
+    assert plain.model_copy(update={"privacy": recipe.privacy}) == recipe
+
+
+def test_the_baseline_may_have_its_own_rate_and_steps():
+    plain = Recipe.parse(changed("baseline", {"learning_rate": 0.2, "steps": 3})).without_privacy()
+    assert (plain.optimizer.learning_rate, plain.plan().steps) == (0.2, 3)
 
 
 def test_variables_in_paths(monkeypatch):

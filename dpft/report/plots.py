@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 INK = "#7a8594"  # axes and labels: enough contrast on white and on near-black
 ACCENT = "#2f80ed"
@@ -26,19 +27,21 @@ def line(
             axes.set_yscale("log")
         if mark is not None:
             axes.plot(mark[0], mark[1], "o", color=SECOND, markersize=7)
-            left = mark[0] > (min(x) + max(x)) / 2
+            rising = y[-1] > y[0]  # the label goes to the empty side of the curve
             axes.annotate(
                 mark[2],
                 mark[:2],
                 textcoords="offset points",
-                xytext=(-9 if left else 9, 9),
-                ha="right" if left else "left",
+                xytext=(-9 if rising else 9, 9 if not rising else 7),
+                ha="right" if rising else "left",
                 color=SECOND,
             )
         axes.set_title(title, color=INK, fontsize=11, loc="left")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.margins(y=0.15)
+        if all(isinstance(value, int) for value in x):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True, color=INK, alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(INK)

@@ -82,15 +82,14 @@ class Subset:
 
 
 def save_weights(model: nn.Module, folder: Path | str) -> str:
-    """Save what was trained; returns how to load it, one line of Python.
+    """Save what was trained; returns how to load it, one line of Python that names the folder as ``"weights"``.
 
     If only adapters (and modules that PEFT saves beside them) trained, the folder is a PEFT adapter; otherwise
     adapters are merged and the whole model is saved.
     """
-    folder = str(folder)
     if not is_adapted(model):
         model.save_pretrained(folder)
-        return f"{type(model).__name__}.from_pretrained({folder!r})"
+        return f'{type(model).__name__}.from_pretrained("weights")'
     own = [
         name
         for name, p in model.named_parameters()
@@ -98,10 +97,10 @@ def save_weights(model: nn.Module, folder: Path | str) -> str:
     ]
     if not own:
         model.save_pretrained(folder)
-        return f"peft.PeftModel.from_pretrained(base_model, {folder!r})"
+        return 'peft.PeftModel.from_pretrained(base_model, "weights")'
     merged = model.merge_and_unload()
     merged.save_pretrained(folder)
-    return f"{type(merged).__name__}.from_pretrained({folder!r})"
+    return f'{type(merged).__name__}.from_pretrained("weights")'
 
 
 def _parts(given: Part | Subset | str) -> tuple[Part, ...]:

@@ -1,0 +1,96 @@
+"""Generate docs/cli.md, docs/recipe.md and docs/pitfalls.md; with --check, say which are out of date (exit 1)."""
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+
+DOCS = Path(__file__).parent
+MUTANTS = DOCS.parent / "tests" / "mutants"
+
+
+def cli() -> str:
+    """The help of every command, as the terminal shows it."""
+    from dpft.cli import COMMANDS, main
+
+    parts = [
+        "# Commands\n\nResults go to standard output, progress to standard error. Exit codes: 0 done, 1 an error in one sentence, 2 wrong usage, 3 the budget does not allow it."
+    ]
+    for name in COMMANDS:
+        command = main.get_command(None, name)
+        context = click.Context(command, info_name=f"dpft {name}", max_content_width=100, terminal_width=100)
+        parts.append(f"## dpft {name}\n\n```\n{command.get_help(context)}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def recipe() -> str:
+    """Every key of a recipe."""
+    from pydantic import BaseModel
+    from pydantic_core import PydanticUndefined
+
+    from dpft.recipe import Recipe
+
+    lines = [
+        "# Recipe",
+        "",
+        "One TOML file describes a run. It holds public information only. `dpft init` writes one to start from; `--set table.key=value` overrides.",
+        "",
+    ]
+    lines += ["| key | default | meaning |", "| --- | --- | --- |"]
+
+    def row(name, field):
+        default = (
+            "required"
+            if field.default is PydanticUndefined
+            else "–"
+            if field.default is None
+            else f"`{field.default!r}`"
+        )
+        lines.append(f"| `{name}` | {default} | {field.description or ''} |")
+
+    for key, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            for name, inner in field.annotation.model_fields.items():
+                row(f"{key}.{name}", inner)
+        else:
+            row(key, field)
+    return "\n".join(lines) + "\n"
+
+
+def pitfalls() -> str:
+    """The T-rows with their defences, tests and mutants."""
+    mutants: dict[str, list[str]] = {}
+    for patch in sorted(MUTANTS.glob("*.patch")):
+        row, text = re.search(r"^# (T\d+): (.*)$", patch.read_text(), re.MULTILINE).groups()
+        mutants.setdefault(row, []).append(f"{text} (`{patch.name}`)")
+    lines = [
+        "# Pitfalls",
+        "",
+        "Ways in which a printed ε becomes untrue without any error, and what dpft does about each. `make mutants` re-introduces the breaks one by one and shows which test catches each.",
+        "",
+    ]
+    for key, row in tomllib.loads((DOCS / "pitfalls.toml").read_text()).items():
+        lines += [f"## {key}", "", f"**The break.** {row['break']}", "", f"**The defence.** {row['defence']}", ""]
+        lines += ["Tests: " + ", ".join(f"`{test}`" for test in row["tests"]) + ".", ""]
+        if key in mutants:
+            lines += ["Mutants: " + "; ".join(mutants[key]) + ".", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(check: bool) -> int:
+    stale = []
+    for name, make in {"cli.md": cli, "recipe.md": recipe, "pitfalls.md": pitfalls}.items():
+        text = make()
+        if check and (not (DOCS / name).exists() or (DOCS / name).read_text() != text):
+            stale.append(name)
+        elif not check:
+            (DOCS / name).write_text(text)
+    for name in stale:
+        print(f"docs/{name} is out of date: run `make docs`")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

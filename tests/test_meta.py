@@ -1,0 +1,141 @@
+"""The project against its own words: imports, public names, documents, commands."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import dpft
+
+ROOT = Path(__file__).parent.parent
+LAYERS = ["errors", "privacy", "recipe", "subset", "gradients", "tasks", "training", "report", "sweep", "demo", "cli"]
+# recipe is checked against the subset's grammar and makes plans; the run ends by writing its card.
+EXCEPTIONS = {("recipe", "subset"), ("training", "report")}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def modules():
+    return [path for path in (ROOT / "dpft").rglob("*.py") if path.name != "__init__.py" or path.parent.name != "dpft"]
+
+
+def test_imports_run_one_way():
+    for path in modules():
+        here = path.relative_to(ROOT / "dpft").parts[0].removesuffix(".py")
+        for module in imports(path):
+            if module.startswith("dpft."):
+                there = module.split(".")[1]
+                allowed = LAYERS.index(there) <= LAYERS.index(here) or (here, there) in EXCEPTIONS
+                assert allowed, f"{path} imports {module}"
+
+
+@pytest.mark.parametrize(
+    ("library", "homes"),
+    [
+        ("peft", {"subset"}),
+        ("opacus", {"gradients"}),
+        ("dp_accounting", {"privacy", "report", "sweep.py"}),
+        ("click", {"cli"}),
+        ("rich", {"cli"}),
+        ("cryptography", {"privacy"}),
+        ("matplotlib", {"report"}),
+    ],
+)
+def test_one_door_for_each_library(library, homes):
+    found = {
+        path.relative_to(ROOT / "dpft").parts[0]
+        for path in modules()
+        if any(m.split(".")[0] == library for m in imports(path))
+    }
+    assert found <= homes
+
+
+def test_the_report_needs_no_torch():
+    code = "import sys; import dpft.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_every_public_name_exists_and_has_a_docstring():
+    assert sorted(dpft.__all__) == dpft.__all__
+    for name in dpft.__all__:
+        assert getattr(dpft, name).__doc__, name
+    with pytest.raises(AttributeError):
+        _ = dpft.nothing
+
+
+def test_files_stay_small():
+    for path in modules():
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_generated_documents_are_up_to_date():
+    result = subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_pitfall_names_tests_that_exist_and_every_mutant_a_pitfall():
+    rows = tomllib.loads((ROOT / "docs" / "pitfalls.toml").read_text())
+    assert list(rows) == [f"T{i}" for i in range(1, 20)]
+    for row in rows.values():
+        for test in row["tests"]:
+            file, name = test.split("::")
+            assert f"def {name}(" in (ROOT / file).read_text(), test
+    mutated = {
+        re.search(r"^# (T\d+): ", p.read_text(), re.MULTILINE)[1] for p in (ROOT / "tests" / "mutants").glob("*.patch")
+    }
+    assert mutated <= set(rows)
+    required = {f"T{i}" for i in (*range(1, 10), 12, 16, 17, 19)}
+    assert required <= mutated
+
+
+def test_links_in_documents_lead_somewhere():
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "benchmarks").rglob("*.md"),
+    ]:
+        for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_the_readme_commands_are_the_makefile_targets():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", readme, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_constraints_pin_what_the_project_needs():
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in project["dependencies"] + project["optional-dependencies"]["dev"]:
+        name = re.match(r"[\w-]+", requirement)[0].lower()
+        assert name == "dpft" or name in pinned, name
+    assert dpft.__version__ == project["version"]
+
+
+@pytest.mark.slow
+def test_the_readme_example_runs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "(ε = 3, δ = 1e-05)" in result.stdout and (tmp_path / "run" / "weights" / "adapter_config.json").exists()

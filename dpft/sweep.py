@@ -48,13 +48,13 @@ def sweep(
 
     Args:
         epsilons: the budgets; by default the recipe's own.
-        non_private: also train without noise and clipping, with ``optimizer.non_private_learning_rate`` if given.
+        non_private: also train without noise and clipping, with the recipe's ``baseline`` settings.
 
     Raises:
         RecipeError: see :func:`dpft.train`; also if the recipe has no validation data to compare on.
     """
     from dpft.errors import RecipeError
-    from dpft.training.run import read_metrics, train
+    from dpft.training.run import read_metrics, train, versions
 
     if recipe.data.validation is None:
         raise RecipeError("A comparison needs data.validation: name held-out data in the recipe.")
@@ -75,16 +75,20 @@ def sweep(
             announce(f"{name}, seed {seed}" if len(seeds) > 1 else name)
             seeded = setting.model_copy(update=dict(run=setting.run.model_copy(update=dict(seed=seed))))
             label = name.replace(" = ", "-").replace("ε", "epsilon")
-            folder = train(
-                seeded, output / (f"{label}-seed-{seed}" if len(seeds) > 1 else label), callbacks=callbacks()
-            )
+            folder = output / (f"{label}-seed-{seed}" if len(seeds) > 1 else label)
+            if not _finished(folder, seeded):
+                train(seeded, folder, callbacks=callbacks())
             metrics.append(read_metrics(folder))
             folders.append(str(folder))
         rows.append(_row(name, epsilon, metrics, folders))
     output.mkdir(parents=True, exist_ok=True)
-    (output / "sweep.json").write_text(
-        json.dumps({"rows": [asdict(row) for row in rows], "composed_epsilon": composed_epsilon(rows)}, indent=2)
-    )
+    found = {
+        "rows": [asdict(row) for row in rows],
+        "composed_epsilon": composed_epsilon(rows),
+        "delta": recipe.privacy.delta,
+    }
+    found |= {"recipe": recipe.model_dump(), "versions": versions()}
+    (output / "sweep.json").write_text(json.dumps(found, indent=2))
     return rows
 
 
@@ -98,6 +102,16 @@ def composed_epsilon(rows: Sequence[Row]) -> float | None:
         return None
     event = dp_event.ComposedDpEvent(tuple(event_of(run) for run in private))
     return accounting.epsilon(event, private[0]["delta"], private[0]["adjacency"], grid=1e-3)
+
+
+def _finished(folder: Path, recipe: Recipe) -> bool:
+    """Whether an earlier comparison left this very run; a comparison that was stopped goes on where it was."""
+    record = folder / "run.json"
+    return (
+        record.exists()
+        and not json.loads(record.read_text())["interrupted"]
+        and (folder / "recipe.toml").read_text() == recipe.to_toml()
+    )
 
 
 def _untouched(recipe: Recipe, seeds: Sequence[int], announce) -> Row:

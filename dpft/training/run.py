@@ -174,8 +174,11 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=True if resume else None)
     except KeyboardInterrupt:
+        if trainer.releases.charged == 0:
+            raise
         interrupted = True
         trainer.engine.discard()
+        trainer.engine.steps_released = trainer.releases.charged  # a release cut short counts as well
     metrics = trainer.evaluate() if evaluate and setup.validation is not None else None
     from dpft.subset import save_weights
 

@@ -84,7 +84,7 @@ class DPTrainerMixin:
         self.args.max_steps = plan.steps
         self.args.max_grad_norm = 0.0
         self.args.ignore_data_skip = True  # a resumed run draws afresh: replaying old draws would need a stored seed
-        self.releases = Releases(self.args.output_dir)
+        self.releases = Releases(self.args.output_dir, plan, self.randomness)
         self.add_callback(_StopWhenSpent(self))
 
     @property
@@ -108,6 +108,7 @@ class DPTrainerMixin:
                 f"{self.args.output_dir} holds a run that has released {charged:,} steps, and starting over would spend its "
                 "budget again unseen: resume_from_checkpoint, or choose another output_dir."
             )
+        self.releases.check()
         self.engine = Engine(self.model, self.plan, self.randomness, before_release=self.releases.charge)
         self.engine.steps_released = charged
         if charged >= self.plan.steps:

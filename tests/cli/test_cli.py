@@ -136,6 +136,10 @@ def test_compare_composes_what_it_spends(in_folder):
     found = json.loads(result.stdout)
     assert [row["setting"] for row in found["rows"]] == ["untouched", "non-private", "ε = 2", "ε = 1"]
     assert 2.0 < found["composed_epsilon"] < 3.0
+    again = json.loads(
+        run("compare", "recipe.toml", "--output", "x", "--epsilon", "2", "--epsilon", "1", "--json").stdout
+    )
+    assert again["rows"] == found["rows"]  # what is there is not trained, and not paid for, again
 
 
 def test_help_does_not_wait_for_torch():

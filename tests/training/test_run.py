@@ -64,7 +64,7 @@ def test_a_run_leaves_a_folder_that_says_everything(recipe, tmp_path):
             "count": 4,
         }
     ]
-    assert json.loads((folder / "releases.json").read_text()) == {"charged": 4}
+    assert json.loads((folder / "releases.json").read_text())["charged"] == 4
     assert Recipe.parse(tomllib.loads((folder / "recipe.toml").read_text())) == Recipe.parse(recipe)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     PeftModel.from_pretrained(base, folder / "weights")
@@ -140,6 +140,17 @@ def test_an_interrupt_leaves_a_card_that_says_how_far_it_went(recipe, tmp_path):
     run = json.loads((folder / "run.json").read_text())
     assert run["interrupted"] and run["released_steps"] == 2 and run["epsilon"] < 3.0
     assert "interrupted after 2 of 4" in (folder / "card.md").read_text()
+
+
+def test_an_interrupt_before_the_first_release_leaves_no_card(recipe, tmp_path):
+    class Interrupt(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Recipe.parse(recipe), tmp_path / "run", callbacks=[Interrupt()])
+    assert snapshot(tmp_path / "run") == {"recipe.toml"}
+    train(Recipe.parse(recipe), tmp_path / "run")
 
 
 def test_an_interrupted_run_resumes_to_its_plan(recipe, tmp_path):

@@ -213,6 +213,26 @@ def test_a_resumed_run_never_exceeds_its_plan(make, tmp_path, subset):
         make(subset, args=args()).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(noise_multiplier=5.0), "noise_multiplier"),
+        (dict(sample_rate=0.01), "sample_rate"),
+        ({}, "private_randomness"),
+    ],
+)
+def test_a_run_is_not_resumed_under_another_plan(make, plan, tmp_path, change, named):
+    """T15: the claim would state the new noise for the old releases."""
+    args = lambda: arguments(tmp_path, save_strategy="steps", save_steps=1)
+    with pytest.raises(RuntimeError, match="power cut"):
+        make(args=args(), callbacks=[Crash(2)]).train()
+    other = plan(**{"units": 30, "steps": 6, **change})
+    with pytest.raises(GuaranteeError, match=named):
+        make(args=args(), plan=other, randomness=None if change else SeededRandomness(0)).train(
+            resume_from_checkpoint=True
+        )
+
+
 @pytest.mark.parametrize("subset", ["lora + head", "lora + norms"])
 def test_a_checkpoint_holds_the_whole_subset(make, tmp_path, subset):
     trainer = make(subset, args=arguments(tmp_path, save_strategy="steps", save_steps=3))

@@ -14,7 +14,7 @@ from dpft.errors import RecipeError
 from dpft.recipe import Recipe
 
 VALIDATION = 2_000
-UNITS = 40_000
+UNITS = 70_000
 
 
 def model_path() -> str:

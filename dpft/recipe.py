@@ -96,10 +96,10 @@ class PrivacyTable(_Table):
 
 class OptimizerTable(_Table):
     name: str = Field("adamw_torch", description="Any optimizer of transformers.TrainingArguments.")
-    learning_rate: float = Field(5e-4, gt=0)
+    learning_rate: float = Field(5e-4, gt=0, description="Higher than without privacy, where steps are few.")
     schedule: str = Field("constant", description="Any scheduler of transformers, such as linear or cosine.")
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="As in the optimizer.")
 
 
 class BaselineTable(_Table):
@@ -206,20 +206,28 @@ class Recipe(_Table):
 
     def to_toml(self, *, comments: bool = False) -> str:
         """The recipe as resolved; with ``comments``, each key explained."""
-        lines = []
+        lines = (
+            []
+            if comments is False
+            else ["# A run of dpft. Everything in this file is public: declare it, never compute it from the data."]
+        )
+
+        def write(name: str, field, value) -> None:
+            if comments and field.description:
+                lines.append(f"# {field.description}")
+            if value is not None:
+                lines.append(f"{name} = {_toml(value)}")
+            elif comments:
+                lines.append(f"# {name} =")
+
         for key, field in type(self).model_fields.items():
             value = getattr(self, key)
-            if not isinstance(value, _Table):
-                lines += [f"# {field.description}"] * comments + [f"{key} = {_toml(value)}"]
-                continue
-            lines += ["", f"[{key}]"]
-            for name, inner in type(value).model_fields.items():
-                content = getattr(value, name)
-                comment = f"  # {inner.description}" if comments and inner.description else ""
-                if content is not None:
-                    lines.append(f"{name} = {_toml(content)}{comment}")
-                elif comments:
-                    lines.append(f"# {name} ={comment.replace('  #', '   ')}")
+            if isinstance(value, _Table):
+                lines += ["", f"[{key}]"]
+                for name, inner in type(value).model_fields.items():
+                    write(name, inner, getattr(value, name))
+            else:
+                write(key, field, value)
         return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,7 @@
 """The ``dpft`` command: parse, call, print. Results go to stdout, progress to stderr."""
 
 import sys
+import warnings
 
 import click
 
@@ -33,6 +34,7 @@ class _Lazy(click.Group):
         return getattr(import_module(COMMANDS[name]), name)
 
     def invoke(self, ctx):
+        warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
         try:
             return super().invoke(ctx)
         except DPFTError as error:

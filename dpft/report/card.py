@@ -32,7 +32,7 @@ def write_card(folder: Path | str) -> tuple[Path, Path]:
         )
     run = json.loads((folder / "run.json").read_text())
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html.jinja"]), trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["percent"] = lambda value: f"{100 * value:.3g} %"
     environment.filters["sig"] = lambda value: f"{value:.3g}"
@@ -42,6 +42,8 @@ def write_card(folder: Path | str) -> tuple[Path, Path]:
         path = folder / name
         path.write_text(environment.get_template(name + ".jinja").render(run=run, **facts))
         written.append(path)
+    if (folder / "weights").is_dir():
+        _as_model_card(folder / "weights" / "README.md", written[0].read_text())
     return written[0], written[1]
 
 
@@ -55,13 +57,25 @@ def event_of(run: dict) -> dp_event.DpEvent:
     return dp_event.ComposedDpEvent(tuple(steps)) if steps else dp_event.NoOpDpEvent()
 
 
+def _as_model_card(readme: Path, card: str) -> None:
+    """Put the card where Hugging Face shows a model's card, below the metadata that PEFT left there."""
+    text = readme.read_text() if readme.exists() else ""
+    metadata = text[: text.index("---", 3) + 4] if text.startswith("---") else ""
+    readme.write_text(f"{metadata}\n{card}" if metadata else card)
+
+
 def _facts(run: dict) -> dict:
     unit = (
         "one example (a row of the training data)"
         if run["unit"] == "example"
         else f"all rows that share one value of {run['unit']}"
     )
-    facts = {"unit_words": unit, "adjacency_words": ADJACENCY_WORDS[run["adjacency"]], "metrics": _rows(run["metrics"])}
+    facts = {
+        "unit_words": unit,
+        "adjacency_words": ADJACENCY_WORDS[run["adjacency"]],
+        "metrics": _rows(run["metrics"]),
+        "classes": (run["metrics"] or {}).get("per_class", {}),
+    }
     if not run["private"] or not run["released_steps"]:
         return {**facts, "epsilon": None, "plots": [], "detection": []}
     event = event_of(run)

@@ -68,6 +68,8 @@ def test_a_run_leaves_a_folder_that_says_everything(recipe, tmp_path):
     assert Recipe.parse(tomllib.loads((folder / "recipe.toml").read_text())) == Recipe.parse(recipe)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     PeftModel.from_pretrained(base, folder / "weights")
+    assert (folder / "weights" / "README.md").read_text().startswith("---\nbase_model")
+    assert "# Privacy card" in (folder / "weights" / "README.md").read_text()
     assert set(run["versions"]) >= {"dpft", "torch", "opacus", "transformers", "peft", "dp-accounting"}
     for name in ("card.md", "card.html"):
         assert "ε = " in (folder / name).read_text()
@@ -84,7 +86,11 @@ def test_metrics_on_private_data_stay_out_of_what_is_published(recipe, tmp_path)
     assert 0 <= accuracy <= 1
     recipe["data"]["validation_is_public"] = True
     public = train(Recipe.parse(recipe), tmp_path / "public")
-    assert "accuracy" in (public / "card.md").read_text() and not (public / "private").exists()
+    assert (
+        "accuracy" in (public / "card.md").read_text()
+        and "| b | 3 |" in (public / "card.md").read_text()
+        and not (public / "private").exists()
+    )
 
 
 def test_the_same_folder_twice_is_refused(recipe, tmp_path):

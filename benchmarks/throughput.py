@@ -69,10 +69,6 @@ def measure(system: str, batch: int, steps: int, max_length: int) -> dict:
     if system == "plain":
         features = task.encode(rows[:])
 
-        def collate(chosen):
-            clock.examples += len(chosen)
-            return task.collate(chosen)
-
         arguments = transformers.TrainingArguments(
             **common,
             per_device_train_batch_size=8,
@@ -81,7 +77,11 @@ def measure(system: str, batch: int, steps: int, max_length: int) -> dict:
             dataloader_pin_memory=False,
         )
         trainer = transformers.Trainer(
-            model=model, args=arguments, train_dataset=features, data_collator=collate, callbacks=[clock.callback()]
+            model=model,
+            args=arguments,
+            train_dataset=features,
+            data_collator=task.collate,
+            callbacks=[clock.callback()],
         )
     else:
         plan = dpft.Plan(noise_multiplier=1.0, sample_rate=batch / len(rows), steps=steps, delta=1e-5, units=len(rows))
@@ -102,6 +102,8 @@ def measure(system: str, batch: int, steps: int, max_length: int) -> dict:
 
         task.losses = counted
     trainer.train()
+    if system == "plain":
+        clock.examples = batch * steps
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "system": system,

@@ -80,6 +80,6 @@ def recipe(folder: Path | str, *, fast: bool = False) -> Recipe:
                 "clip_norm": 10.0,  # about the norm of a gradient at the start: easy examples stay small beside hard ones
             },
             "optimizer": {"learning_rate": 0.02, "schedule": "linear"},
-            "baseline": {"learning_rate": 0.003, "steps": 16 if fast else 64},
+            "baseline": {"learning_rate": 0.003},
         }
     )

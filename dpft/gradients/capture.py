@@ -57,20 +57,18 @@ class Capture:
         self.model = model
         self.slots: list[Slot] = []
         self.size = 0
-        self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
-        self._taps: list[nn.Module] = []
+        self._taps: list[tuple[nn.Module, Callable | None]] = []  # with the forward that hid the class's own, if any
         self._workspace: Tensor | None = None
         self._written: set[int] = set()  # starts of the slots that hold gradients of the current backward pass
         self._examples: int | None = None  # B while a backward pass of rows() runs
         self._paused = False
-        for prefix, module in model.named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.requires_grad:
-                    self._owners.setdefault(id(parameter), []).append((module, f"{prefix}.{name}".lstrip(".")))
+        owners: dict[int, list[nn.Module]] = {}
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                owners.setdefault(id(parameter), []).append(module)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                modules = [module for module, _ in self._owners[id(parameter)]]
-                self.slots.append(Slot(name, parameter, self.size, _technique(modules)))
+                self.slots.append(Slot(name, parameter, self.size, _technique(owners[id(parameter)])))
                 self.size += parameter.numel()
         self._by_id = {id(slot.parameter): slot for slot in self.slots}
 
@@ -84,12 +82,14 @@ class Capture:
                 if p.requires_grad and self._by_id[id(p)].technique != PER_EXAMPLE
             ]
             if tapped:
+                self._taps.append((module, vars(module).get("forward")))
                 module.forward = self._tapped_forward(module, tapped)
-                self._taps.append(module)
 
     def detach(self) -> None:
-        for module in self._taps:
+        for module, hidden in self._taps:
             del module.forward  # the class's own forward shows again
+            if hidden is not None:
+                module.forward = hidden
         self._taps.clear()
         self._workspace = None
 

@@ -32,7 +32,10 @@ def write_card(folder: Path | str) -> tuple[Path, Path]:
         )
     run = json.loads((folder / "run.json").read_text())
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html.jinja"]), trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=select_autoescape(["html.jinja"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["percent"] = lambda value: f"{100 * value:.3g} %"
     environment.filters["sig"] = lambda value: f"{value:.3g}"

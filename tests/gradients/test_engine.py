@@ -335,6 +335,19 @@ def test_detaching_leaves_nothing_behind(bert, plan):
     assert not _global_optimizer_pre_hooks
 
 
+def test_a_forward_that_others_replaced_is_used_and_restored(case, quiet):
+    """Accelerate and offloading put a forward of their own on a layer."""
+    made = case("bert")
+    made.model = Subset("layers('classifier.*')").apply(made.model).eval()
+    layer = made.model.classifier
+    own = layer.forward
+    layer.forward = lambda x: own(2 * x) / 2
+    replaced = layer.forward
+    with Engine(made.model, quiet()) as engine:
+        engine.accumulate(made.losses(made.examples))
+    assert layer.forward is replaced
+
+
 def test_generation_and_evaluation_work_while_attached(case, plan):
     made = case("llama")
     made.model = Subset("lora").apply(made.model).eval()

@@ -64,6 +64,9 @@ class DataTable(_Table):
     validation_is_public: bool = Field(
         False, description="Whether metrics on the validation data may stand on the card."
     )
+    public: str | list[str] | None = Field(
+        None, description="Data declared public, with the same columns: what sparse(choose='gradient') looks at."
+    )
     units: int = Field(ge=1, description="The declared, public number of units in the training data.")
     unit: str = Field("example", description="The column whose value names a row's unit, such as patient_id.")
     examples_per_unit: int = Field(1, ge=1, description="How many examples of a unit one step uses at most.")
@@ -135,7 +138,11 @@ class Recipe(_Table):
     def _consistent(self):
         from dpft.subset import Subset
 
-        Subset(self.subset)
+        subset = Subset(self.subset)
+        if subset.needs_public_data and self.data.public is None:
+            raise ValueError(
+                f"{self.subset} chooses weights by gradients, which would reveal whose data made them: declare public data in data.public, or choose by magnitude"
+            )
         if self.privacy.batch_size > self.data.units:
             raise ValueError(
                 f"privacy.batch_size is {self.privacy.batch_size:,} of {self.data.units:,} units: expect at most all of them"

@@ -74,6 +74,7 @@ def params(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
         "trainable_parameters": engine.capture.size,
         "all_parameters": total,
         "share": engine.capture.size / total,
+        "one_by_one": engine.capture.one_by_one,
     }
     if as_json:
         click.echo(json.dumps({**summary, "parameters": rows}, indent=2))
@@ -82,6 +83,8 @@ def params(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     click.echo(
         f"\n{summary['trainable_parameters']:,} of {total:,} parameters train ({summary['share']:.3%}): {setup.recipe.subset}"
     )
+    if engine.capture.one_by_one:
+        click.echo(f"Each example has a backward pass of its own, because of {engine.capture.one_by_one}.")
 
 
 @click.command()
@@ -101,7 +104,15 @@ def preflight(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
         return
     facts = {
         name: getattr(found, name)
-        for name in ("exact", "isolated", "max_relative_error", "trainable_parameters", "examples", "techniques")
+        for name in (
+            "exact",
+            "isolated",
+            "max_relative_error",
+            "trainable_parameters",
+            "examples",
+            "techniques",
+            "one_by_one",
+        )
     }
     show(facts, True)
 

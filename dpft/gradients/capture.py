@@ -1,23 +1,25 @@
 """Per-example gradients of the trainable parameters, from one backward pass.
 
-While attached, each layer that owns trainable parameters runs its own forward with those parameters held constant
-(so autograd builds no ``.grad`` for them) and taps the gradient of its output. When the backward pass reaches the tap,
-the layer's per-example gradients are added to a flat workspace ``(B, P)``, one row per example. Three techniques:
+While attached, certain modules run their own forward with the trainable parameters handled there held constant (so
+autograd builds no ``.grad`` for them) and tap the gradient of their output. When the backward pass reaches the tap,
+the per-example gradients are added to a flat workspace ``(B, P)``, one row per example. Three techniques:
 
-``rule``         a closed form from :mod:`dpft.gradients.rules` (Opacus's own, and ours)
-``functional``   the layer differentiated again, example by example, with ``torch.func`` (layers without a rule)
-``per example``  one backward pass for each example: always right, and as fast as any batch on long inputs
+``rule``         at the layer that owns the parameter, by a closed form from :mod:`dpft.gradients.rules`
+``functional``   at that layer or the module around it, differentiated again example by example with ``torch.func``
+``per example``  nothing is tapped: one backward pass for each example, always right, and on CPUs as fast on long inputs
 
-A parameter whose layer is not called with the batch as leading dimension, or that is used outside its layer, can only
-be handled per example; everything here raises :class:`~dpft.errors.ExactnessError` rather than guess.
+What a technique cannot do raises :class:`~dpft.errors.ExactnessError` rather than guess, and :meth:`Capture.lift` goes
+on to the next; the preflight decides for each model.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dpft.errors import BypassError, ExactnessError
 from dpft.gradients.rules import rule_for
@@ -27,12 +29,14 @@ RULE, FUNCTIONAL, PER_EXAMPLE = "rule", "functional", "per example"
 
 @dataclass
 class Slot:
-    """Where one trainable parameter lives in the flat workspace, and how its gradient is made."""
+    """Where one trainable parameter lives in the flat workspace, and at which modules its uses are captured."""
 
     name: str
     parameter: nn.Parameter
     start: int
-    technique: str
+    places: list[nn.Module]
+    lifts: int = 0  # how often the places were exchanged for the modules around them
+    technique: str = RULE
 
     @property
     def slice(self) -> slice:
@@ -45,95 +49,194 @@ class Slot:
         )
 
 
+@dataclass
+class Site:
+    """A tapped module and the slots that it serves.
+
+    ``batched`` tells which of a call's tensors have the batch as leading dimension, by number of tensors. A tensor whose
+    length merely equals B in one call is found out by a call with another B, so the knowledge only narrows.
+    """
+
+    name: str
+    module: nn.Module
+    slots: list[Slot]
+    hidden: Callable | None = None  # the forward, set on the instance, that the tap hides
+    batched: dict[int, list[bool]] = field(default_factory=dict)
+    sizes: set[int] = field(default_factory=set)  # the batch sizes B that it has served
+    random: bool = False  # whether it was seen to draw random numbers, which a second forward would not repeat
+
+    @property
+    def rule(self) -> Callable | None:
+        """The closed form, if there is one for this very class and all slots are the layer's own."""
+        own = {id(parameter) for parameter in parameters_at(self.module)}
+        return rule_for(self.module) if all(id(slot.parameter) in own for slot in self.slots) else None
+
+
 class Capture:
     """Taps a model's trainable layers; the model is not wrapped and :meth:`detach` leaves nothing behind.
 
     Attributes:
         slots: one :class:`Slot` per trainable parameter, tied parameters once.
         size: P, the number of trainable scalars.
+        one_by_one: why nothing is tapped and each example has a backward pass of its own; None if it need not be.
     """
+
+    MAX_LIFTS = 2
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.slots: list[Slot] = []
+        self.sites: list[Site] = []
         self.size = 0
-        self._taps: list[tuple[nn.Module, Callable | None]] = []  # with the forward that hid the class's own, if any
+        self.one_by_one: str | None = None
+        self.inside: list[Site] = []  # the functional sites whose forward runs now
+        self._attached = False
         self._workspace: Tensor | None = None
         self._written: set[int] = set()  # starts of the slots that hold gradients of the current backward pass
         self._examples: int | None = None  # B while a backward pass of rows() runs
         self._paused = False
+        self._parents: dict[int, list[nn.Module]] = {}
         owners: dict[int, list[nn.Module]] = {}
         for module in model.modules():
+            for child in module.children():
+                self._parents.setdefault(id(child), []).append(module)
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(id(parameter), []).append(module)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                self.slots.append(Slot(name, parameter, self.size, _technique(owners[id(parameter)])))
+                places = self._callable(owners[id(parameter)])
+                self.slots.append(Slot(name, parameter, self.size, places))
                 self.size += parameter.numel()
         self._by_id = {id(slot.parameter): slot for slot in self.slots}
+        self._arrange()
+
+    # -- where gradients are captured ----------------------------------------------------------------------------
+
+    def _callable(self, modules: list[nn.Module]) -> list[nn.Module]:
+        """These modules, or, for lists, dictionaries and parametrizations, the modules around them that are called."""
+        found: list[nn.Module] = []
+        for module in modules:
+            inner = any(isinstance(parent, ParametrizationList) for parent in self._parents.get(id(module), ()))
+            if inner or type(module).forward is nn.Module.forward or isinstance(module, ParametrizationList):
+                found += self._callable(self._parents.get(id(module), []))
+            else:
+                found.append(module)
+        return list({id(module): module for module in found}.values())
+
+    def _arrange(self) -> None:
+        """Group the slots by place."""
+        served: dict[int, tuple[nn.Module, list[Slot]]] = {}
+        for slot in self.slots:
+            for place in slot.places:
+                served.setdefault(id(place), (place, []))[1].append(slot)
+        names = {id(module): name for name, module in self.model.named_modules()}
+        self.sites = [] if self.one_by_one else [Site(names[key], *pair) for key, pair in served.items()]
+        for slot in self.slots:
+            slot.technique = PER_EXAMPLE if self.one_by_one else RULE
+        for site in self.sites:
+            if site.rule is None:
+                for slot in site.slots:
+                    slot.technique = FUNCTIONAL
+
+    def _rearrange(self) -> None:
+        attached = self._attached
+        self.detach()
+        self._arrange()
+        if attached:
+            self.attach()
+
+    def lift(self, slots: list[Slot], reason: str) -> None:
+        """Capture these slots at the modules around their places; where that is too far, everything one by one.
+
+        A module that holds the list of blocks is too far: to differentiate it again would double the run.
+        """
+        for slot in slots:
+            around = self._callable([parent for place in slot.places for parent in self._parents.get(id(place), [])])
+            far = not around or any(m is self.model or _holds_blocks(m) for m in around)
+            if far or slot.lifts == self.MAX_LIFTS:
+                return self.go_one_by_one(reason)
+            slot.places, slot.lifts = around, slot.lifts + 1
+        self._rearrange()
+
+    def go_one_by_one(self, reason: str) -> None:
+        """Give up tapping: each example gets a plain backward pass of its own from now on."""
+        self.one_by_one = reason
+        self._rearrange()
+
+    def state(self) -> dict:
+        """What the preflight decided, as plain values: :meth:`load_state` of the same model's capture takes it up."""
+        return {
+            "one_by_one": self.one_by_one,
+            "lifts": {slot.name: slot.lifts for slot in self.slots if slot.lifts},
+            "batched": {site.name: list(site.batched.items()) for site in self.sites},
+        }
+
+    def load_state(self, state: dict) -> None:
+        for slot in self.slots:
+            for _ in range(state["lifts"].get(slot.name, 0)):
+                self.lift([slot], "")
+        if state["one_by_one"]:
+            self.go_one_by_one(state["one_by_one"])
+        for site in self.sites:
+            site.batched = {count: list(flags) for count, flags in state["batched"].get(site.name, ())}
 
     # -- attaching -----------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        for module in self.model.modules():
-            tapped = [
-                p
-                for p in module.parameters(recurse=False)
-                if p.requires_grad and self._by_id[id(p)].technique != PER_EXAMPLE
-            ]
-            if tapped:
-                self._taps.append((module, vars(module).get("forward")))
-                module.forward = self._tapped_forward(module, tapped)
+        self._attached = True
+        for site in self.sites:
+            site.hidden = vars(site.module).get("forward")
+            site.module.forward = self._tapped_forward(site)
 
     def detach(self) -> None:
-        for module, hidden in self._taps:
-            del module.forward  # the class's own forward shows again
-            if hidden is not None:
-                module.forward = hidden
-        self._taps.clear()
+        if self._attached:
+            for site in self.sites:
+                del site.module.forward  # the class's own forward shows again
+                if site.hidden is not None:
+                    site.module.forward = site.hidden
+        self._attached = False
         self._workspace = None
-
-    def demote(self, slot: Slot) -> None:
-        """Handle this parameter one example at a time from now on."""
-        slot.technique = PER_EXAMPLE
-        if self._taps:
-            self.detach()
-            self.attach()
 
     def paused(self) -> "_Paused":
         """A context in which the model computes and differentiates as if nothing were attached."""
         return _Paused(self)
 
-    @property
-    def per_example(self) -> bool:
-        """Whether some parameter needs a backward pass of its own for each example."""
-        return any(slot.technique == PER_EXAMPLE for slot in self.slots)
-
-    def _tapped_forward(self, module: nn.Module, tapped: list[nn.Parameter]) -> Callable:
-        forward = module.forward
+    def _tapped_forward(self, site: Site) -> Callable:
+        forward = site.module.forward
+        parameters = [slot.parameter for slot in site.slots]
+        functional = site.rule is None
 
         def tapped_forward(*args, **kwargs):
             if self._paused or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            for parameter in tapped:
+            for parameter in parameters:
                 parameter.requires_grad_(False)
+            if functional:
+                self.inside.append(site)
             try:
                 output = forward(*args, **kwargs)
             finally:
-                for parameter in tapped:
+                for parameter in parameters:
                     parameter.requires_grad_(True)
+                if functional:
+                    self.inside.remove(site)
             if not isinstance(output, Tensor):
-                raise self._inexact(
-                    tapped, f"its layer {type(module).__name__} returns {type(output).__name__}, not one tensor"
-                )
-            values, rebuild = _flatten(args, kwargs)
-            return _Tap.apply(
-                output,
-                lambda tensors, grad_output: self._record(module, tapped, rebuild(tensors), grad_output),
-                len(values),
-                *values,
-                *tapped,
-            )
+                raise self._inexact(site.slots, f"{_called(site)} returns {type(output).__name__}, not one tensor")
+            leaves, structure = tree_flatten((args, kwargs))
+            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+            tensors = [leaves[i].detach() for i in places]
+            rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+            def rebuild(values) -> tuple[tuple, dict]:
+                whole = list(rest)
+                for place, value in zip(places, values, strict=True):
+                    whole[place] = value
+                return tree_unflatten(whole, structure)
+
+            def sink(values, grad_output):
+                self._record(site, rebuild, values, grad_output)
+
+            return _Tap.apply(output, sink, len(tensors), *tensors, *parameters)
 
         return tapped_forward
 
@@ -149,12 +252,12 @@ class Capture:
         rows = self._fresh_rows(examples)
         self._examples = examples
         try:
-            if self.per_example:
+            if self.one_by_one:
                 for i in range(examples):
                     losses[i].backward(retain_graph=i + 1 < examples)
-                    self._collect(rows, i)
-            else:
-                losses.sum().backward()
+                    self.take(rows[i])
+                return rows
+            losses.sum().backward()
         finally:
             self._examples = None
         for slot in self.slots:
@@ -162,10 +265,17 @@ class Capture:
                 slot.view(rows).zero_()  # the losses do not depend on it
             if slot.parameter.grad is not None:
                 slot.parameter.grad = None
-                raise self._inexact(
-                    [slot.parameter], "it is used outside its layer's forward, where that use would be lost"
-                )
+                raise self._inexact([slot], "it is used outside its layer's forward, where that use would be lost")
         return rows
+
+    def take(self, row: Tensor) -> None:
+        """Move what a plain backward pass left in ``.grad`` to the flat ``(P,)`` row."""
+        for slot in self.slots:
+            if slot.parameter.grad is None:
+                slot.view(row).zero_()
+            else:
+                slot.view(row).copy_(slot.parameter.grad)
+                slot.parameter.grad = None
 
     def _fresh_rows(self, examples: int) -> Tensor:
         if self._workspace is None or len(self._workspace) < examples:
@@ -173,66 +283,80 @@ class Capture:
         self._written.clear()
         return self._workspace[:examples]
 
-    def _write(self, slot: Slot, destination: Tensor, gradient: Tensor) -> None:
+    def _write(self, slot: Slot, gradient: Tensor) -> None:
         """The first use of a parameter overwrites what the workspace held before; further uses add to it."""
+        destination = slot.view(self._workspace[: self._examples])
         if slot.start in self._written:
             destination.add_(gradient)
         else:
             self._written.add(slot.start)
             destination.copy_(gradient)
 
-    def _collect(self, rows: Tensor, i: int) -> None:
-        """Move what one example's backward pass left in ``.grad`` to its row."""
-        for slot in self.slots:
-            if slot.technique == PER_EXAMPLE and slot.parameter.grad is not None:
-                if slot.start not in self._written:
-                    self._write(slot, slot.view(rows), torch.zeros_like(slot.parameter.grad))
-                slot.view(rows[i]).copy_(slot.parameter.grad)
-                slot.parameter.grad = None
-
-    def _record(self, module: nn.Module, tapped: list[nn.Parameter], call: tuple, grad_output: Tensor) -> None:
-        """Add one use of a layer to the workspace: uses accumulate, so shared and tied parameters are whole."""
+    def _record(self, site: Site, rebuild: Callable, tensors: tuple[Tensor, ...], grad_output: Tensor) -> None:
+        """Add one use of a module to the workspace: uses accumulate, so shared and tied parameters are whole."""
         if self._examples is None:
             raise BypassError(
-                f"A backward pass reached {type(module).__name__} outside engine.accumulate, so its gradients would be "
+                f"A backward pass reached {type(site.module).__name__} outside engine.accumulate, so its gradients would be "
                 "neither clipped nor noised: pass the per-example losses to engine.accumulate instead."
             )
-        args, kwargs = call
-        rule = rule_for(module)
+        rule = site.rule
         try:
             if rule is None:
-                gradients = _functional(module, tapped, args, kwargs, grad_output, self._examples)
+                gradients = self._functional(site, rebuild, tensors, grad_output)
             else:
-                (activation,) = args if not kwargs else ()
-                self._check_leading(tapped, activation.shape, grad_output.shape)
-                gradients = rule(module, [activation], grad_output)
-        except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+                (activation,) = tensors
+                self._check_leading(site.slots, activation.shape, grad_output.shape)
+                gradients = rule(site.module, [_precise(activation)], _precise(grad_output))
+        except (RuntimeError, ValueError, AttributeError, TypeError, NotImplementedError) as error:
             if isinstance(error, ExactnessError):
                 raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise self._inexact(
-                tapped, f"its layer {type(module).__name__} cannot be differentiated example by example ({error})"
+                site.slots, f"{_called(site)} cannot be differentiated example by example ({reason})"
             ) from error
-        for parameter in tapped:
-            gradient, slot = gradients[parameter], self._by_id[id(parameter)]
-            self._check_leading([parameter], gradient.shape)
-            self._write(slot, slot.view(self._workspace[: self._examples]), gradient)
+        for slot in site.slots:
+            self._check_leading([slot], gradients[slot.parameter].shape)
+            self._write(slot, gradients[slot.parameter])
+        site.sizes.add(self._examples)
 
-    def _check_leading(self, tapped: list[nn.Parameter], *shapes: torch.Size) -> None:
+    def _functional(self, site: Site, rebuild: Callable, tensors: tuple[Tensor, ...], grad_output: Tensor) -> dict:
+        """Differentiate ``<module(x_i), dy_i>`` for each example i; tensors without a batch dimension are constants."""
+        batched = [tensor.dim() > 0 and len(tensor) == self._examples for tensor in tensors]
+        known = site.batched.setdefault(len(tensors), batched)
+        batched = site.batched[len(tensors)] = [a and b for a, b in zip(known, batched, strict=True)]
+        self._check_leading(site.slots, grad_output.shape)
+        if not any(batched):
+            raise ValueError("none of its inputs has a batch dimension")
+        names: dict[int, str] = {}
+        for name, parameter in site.module.named_parameters():
+            names[id(parameter)] = name
+        values = {names[id(slot.parameter)]: slot.parameter.detach() for slot in site.slots}
+
+        def inner_product(parameters, cotangent, *inputs):
+            args, kwargs = rebuild([x.unsqueeze(0) if b else x for x, b in zip(inputs, batched, strict=True)])
+            output = functional_call(site.module, parameters, args, kwargs)
+            return (output * cotangent.unsqueeze(0)).sum()
+
+        in_dims = (None, 0, *[0 if is_batched else None for is_batched in batched])
+        with self.paused(), torch.enable_grad():
+            gradients = vmap(grad(inner_product), in_dims=in_dims)(values, grad_output, *tensors)
+        return {slot.parameter: gradients[names[id(slot.parameter)]] for slot in site.slots}
+
+    def _check_leading(self, slots: list[Slot], *shapes: torch.Size) -> None:
         for shape in shapes:
             if not shape or shape[0] != self._examples:
                 found = shape[0] if shape else 0
                 raise self._inexact(
-                    tapped,
+                    slots,
                     f"it gave {found} gradients for a batch of {self._examples}: its input has no batch dimension",
                 )
 
-    def _inexact(self, tapped: list[nn.Parameter], reason: str) -> ExactnessError:
-        slot = self._by_id[id(tapped[0])]
+    def _inexact(self, slots: list[Slot], reason: str) -> ExactnessError:
         error = ExactnessError(
-            f"{slot.name} cannot be captured in one backward pass because {reason}: run the preflight, which handles such "
-            "parameters one example at a time, or leave it out of the subset."
+            f"{slots[0].name} cannot be captured in one backward pass because {reason}: run the preflight, which handles such "
+            "parameters in another way, or leave it out of the subset."
         )
-        error.slots = [self._by_id[id(parameter)] for parameter in tapped]
+        error.slots, error.reason = slots, f"{slots[0].name}: {reason}"
         return error
 
 
@@ -257,56 +381,26 @@ class _Paused:
         self._capture = capture
 
     def __enter__(self) -> None:
-        self._capture._paused = True
+        self._was, self._capture._paused = self._capture._paused, True
 
     def __exit__(self, *_) -> None:
-        self._capture._paused = False
+        self._capture._paused = self._was
 
 
-def _technique(modules: list[nn.Module]) -> str:
-    """The cheapest technique that every layer sharing a parameter allows."""
-    if any(rule_for(module) is None and next(module.children(), None) is not None for module in modules):
-        return PER_EXAMPLE
-    return RULE if all(rule_for(module) for module in modules) else FUNCTIONAL
+def parameters_at(layer: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a rule of this layer gives: its own, and those that parametrize them."""
+    inner = getattr(layer, "parametrizations", ())
+    return [*layer.parameters(recurse=False), *(p for key in inner for p in inner[key].parameters())]
 
 
-def _flatten(args: tuple, kwargs: dict) -> tuple[list[Tensor], Callable]:
-    """The tensors among a call's arguments, detached, and how to put such tensors back into the call."""
-    leaves = [*args, *kwargs.values()]
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
-    def rebuild(tensors: tuple[Tensor, ...]) -> tuple[tuple, dict]:
-        whole = list(leaves_without_tensors)
-        for place, tensor in zip(places, tensors, strict=True):
-            whole[place] = tensor
-        return tuple(whole[: len(args)]), dict(zip(kwargs, whole[len(args) :], strict=True))
-
-    leaves_without_tensors = [None if i in places else leaf for i, leaf in enumerate(leaves)]
-    return [leaves[i].detach() for i in places], rebuild
+def _holds_blocks(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.ModuleList) and len(inner) > 1 for inner in module.modules())
 
 
-def _functional(
-    module: nn.Module, tapped: list[nn.Parameter], args: tuple, kwargs: dict, grad_output: Tensor, examples: int
-) -> dict[nn.Parameter, Tensor]:
-    """Differentiate ``<module(x_i), dy_i>`` for each example i; inputs without a batch dimension are constants."""
-    names = {name: p for name, p in module.named_parameters(recurse=False) if any(p is q for q in tapped)}
-    if not args or not isinstance(args[0], Tensor) or args[0].shape[0] != examples or grad_output.shape[0] != examples:
-        raise ValueError("its input has no batch dimension")
-    batched = [isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] == examples for a in args]
-    varying = [a for a, is_batched in zip(args, batched, strict=True) if is_batched]
+def _precise(tensor: Tensor) -> Tensor:
+    """Half-precision activations and gradients in float32, so that norms and sums lose nothing more."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
-    def inner_product(parameters, cotangent, *inputs):
-        inputs = iter(inputs)
-        call = [next(inputs).unsqueeze(0) if is_batched else a for a, is_batched in zip(args, batched, strict=True)]
-        output = functional_call(module, parameters, tuple(call), kwargs)
-        return (output * cotangent.unsqueeze(0)).sum()
 
-    forward = module.__dict__.pop("forward", None)  # differentiate the class's own forward, not the tapped one
-    try:
-        values = {name: p.detach() for name, p in names.items()}
-        with torch.enable_grad():
-            gradients = vmap(grad(inner_product), in_dims=(None, 0, *[0] * len(varying)))(values, grad_output, *varying)
-    finally:
-        if forward is not None:
-            module.forward = forward
-    return {parameter: gradients[name] for name, parameter in names.items()}
+def _called(site: Site) -> str:
+    return f"its layer {type(site.module).__name__}"

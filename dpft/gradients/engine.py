@@ -92,7 +92,7 @@ class Engine:
     @property
     def max_examples(self) -> int:
         """How many examples a micro-batch may hold: what the workspace admits, or one where gradients are made per example."""
-        if self.capture.per_example:
+        if self.capture.one_by_one:
             return 1
         return max(1, WORKSPACE_BYTES // (4 * self.capture.size))
 

@@ -4,23 +4,29 @@ Three checks, all before any budget is spent (no number of the data leaves them 
 
 exact      per-example gradients of the whole batch, as the engine makes them, equal a loop of plain backward passes
 isolated   an example's loss and gradient are the same alone and beside others, padding included
-covered    the forward pass changes no buffer, and every trainable parameter belongs to the engine
+covered    the forward pass changes no buffer, and every module that the engine taps was seen at work
+
+The structure is proven in float32, whatever the run computes in: rounding would hide a coupling that is as small.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dpft.errors import ExactnessError, GuaranteeError, IsolationError
-from dpft.gradients.capture import Capture
+from dpft.gradients.capture import Capture, Slot
 from dpft.gradients.engine import Engine
 
 TOLERANCE = 1e-4  # relative error that float32 arithmetic explains
+HALF_TOLERANCE = 0.1  # and that of half precision, where a run uses it: only gross errors show
 FLOOR = 1e-2  # a parameter's error is measured against at least this share of the whole gradient's norm
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Preflight:
     trainable_parameters: int
     techniques: dict[str, int]
     examples: int
+    one_by_one: str | None = None
 
     def __str__(self) -> str:
         techniques = ", ".join(f"{count:,} by {name}" for name, count in self.techniques.items())
@@ -42,99 +49,157 @@ class Preflight:
         )
 
 
-def preflight(engine: Engine, losses: Callable[[list], Tensor], examples: Sequence) -> Preflight:
+def preflight(
+    engine: Engine,
+    losses: Callable[[list], Tensor],
+    examples: Sequence,
+    precise_losses: Callable[[list], Tensor] | None = None,
+) -> Preflight:
     """Prove the engine's gradients on a few examples, or refuse.
 
-    Parameters that one backward pass cannot serve are moved to the ``per example`` technique; the engine keeps that.
+    A parameter that its technique cannot serve, or serves wrongly, goes to the next (:meth:`Capture.lift`), at last to
+    one backward pass per example; the engine keeps what was found.
 
     Args:
         engine: attached.
         losses: ``losses(examples) -> (B,)``, collation and task loss; called with one and with several examples.
         examples: at least two, preferably of different lengths.
+        precise_losses: the same without autocast, if ``losses`` runs under it.
 
     Raises:
         ExactnessError: a parameter's fast gradient is not the brute-force one; named.
         IsolationError: examples influence each other; the layer is named where it can be found.
-        GuaranteeError: the forward pass changes a buffer, or a loss is not finite.
+        GuaranteeError: the forward pass changes a buffer, a loss is not finite, or no gradient reaches the subset.
     """
+    examples = list(examples)
     if len(examples) < 2:
         raise GuaranteeError(
             f"The preflight was given {len(examples)} example, and isolation shows only beside others: give two or more."
         )
     capture = engine.capture
     with _deterministic(capture):
-        _check_buffers(capture.model, lambda: losses(list(examples)))
-        fast = _fast_rows(capture, lambda: losses(list(examples)))
-        worst, error = None, 0.0
-        for i, example in enumerate(examples):
-            with capture.paused():
-                reference = _gradient(capture, losses([example])[0])
-            for slot, relative in _relative_errors(capture, fast[i], reference):
-                if not relative <= error:  # a NaN error is an error
-                    worst, error = slot, relative
-        if not error <= TOLERANCE:
-            _explain(capture, losses, list(examples), worst, error)
+        half = [*capture.model.parameters(), *capture.model.buffers()]
+        half = [tensor for tensor in half if tensor.dtype in HALF]
+        with _in_float32(half):
+            error = _prove(capture, precise_losses or losses, examples, TOLERANCE)
+        if half or precise_losses:
+            _prove(capture, losses, examples, HALF_TOLERANCE, against_batch=True)
     techniques: dict[str, int] = {}
     for slot in capture.slots:
         techniques[slot.technique] = techniques.get(slot.technique, 0) + slot.parameter.numel()
-    return Preflight(True, True, error, capture.size, techniques, len(examples))
+    return Preflight(True, True, error, capture.size, techniques, len(examples), capture.one_by_one)
 
 
-def _fast_rows(capture: Capture, losses: Callable[[], Tensor]) -> Tensor:
-    """The engine's own rows, after moving every parameter that it refuses to the per-example technique."""
+def fingerprint(model: nn.Module, *settings) -> str:
+    """A hash of all that the checks depend on but the examples: layers, subset, dropout, task and library versions."""
+    described = [
+        str(model),
+        repr([(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()]),
+    ]
+    plain = (str, bool, int, float)
+    described += [
+        f"{type(setting).__qualname__} {setting if isinstance(setting, plain) else ''}" for setting in settings
+    ]
+    described += [f"{package} {version(package)}" for package in ("torch", "transformers", "peft", "opacus")]
+    described.append(str(getattr(model, "config", "")))
+    return sha256("\n".join(described).encode()).hexdigest()
+
+
+def _prove(
+    capture: Capture, losses: Callable, examples: list, tolerance: float, *, against_batch: bool = False
+) -> float:
+    """Lift what fails until everything is exact; returns the largest relative error."""
+    _check_buffers(capture.model, lambda: losses(examples))
+    references = [_reference(capture, losses, examples, i, against_batch) for i in range(len(examples))]
+    if not any(reference.any() for reference in references):
+        raise GuaranteeError(
+            "No trainable parameter gets a gradient from any preflight example: choose a subset that the loss depends on."
+        )
     while True:
+        failed = None
         try:
-            return capture.rows(losses()).clone()
-        except ExactnessError as error:
-            refused = [slot for slot in getattr(error, "slots", []) if slot.technique != "per example"]
-            if not refused:
+            # Two batch sizes: a tensor whose leading dimension merely equals B in one of them is told from the batch.
+            few = capture.rows(losses(examples[:-1])).clone()
+            fast = capture.rows(losses(examples)).clone()
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            if capture.one_by_one or (isinstance(error, GuaranteeError) and not isinstance(error, ExactnessError)):
                 raise
-            for slot in refused:
-                capture.demote(slot)
+            failed = error
+        finally:
             for slot in capture.slots:
                 slot.parameter.grad = None
+        chancy = next((site for site in capture.sites if site.random), None)
+        unseen = next((site for site in capture.sites if len(site.sizes) < 2), None)
+        if chancy is not None:
+            capture.go_one_by_one(f"{chancy.name} ({type(chancy.module).__name__}) draws random numbers")
+        elif isinstance(failed, ExactnessError):
+            capture.lift(failed.slots, failed.reason)
+        elif failed is not None:
+            capture.go_one_by_one(f"the model cannot run while tapped ({_first_line(failed)})")
+        elif unseen is not None:
+            name = f"{unseen.name} ({type(unseen.module).__name__})"
+            capture.go_one_by_one(f"{name} was not reached by every preflight batch")
+        if chancy or failed or unseen:
+            continue
+        compared = [
+            *zip(few, references if not against_batch else [], strict=False),
+            *zip(fast, references, strict=True),
+        ]
+        worst, error = _worst(capture, compared)
+        if error <= tolerance:
+            return error
+        if not against_batch:
+            _check_isolation(capture, losses, examples, references)
+        if capture.one_by_one:
+            raise ExactnessError(
+                f"{worst.name} got a per-example gradient that differs from the brute-force one by {error:.1e} (relative), more "
+                "than rounding explains: leave it out of the subset and report the layer."
+            )
+        capture.lift([worst], f"{worst.name} came out wrong by {error:.1e} at {worst.technique}")
 
 
-def _gradient(capture: Capture, loss: Tensor) -> Tensor:
-    """``(P,)``: one plain backward pass of one loss, everything of the engine switched off."""
-    if not torch.isfinite(loss):
-        raise GuaranteeError(
-            "The loss of a preflight example is not finite: lower the precision demands or look at its text and labels."
-        )
-    parameters = [slot.parameter for slot in capture.slots]
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+def _reference(capture: Capture, losses: Callable, examples: list, i: int, against_batch: bool) -> Tensor:
+    """``(P,)``: one plain backward pass of example i's loss, alone or in the batch, with everything of the engine off."""
+    with capture.paused():
+        loss = losses(examples)[i] if against_batch else losses([examples[i]])[0]
+        if not torch.isfinite(loss):
+            raise GuaranteeError(
+                "The loss of a preflight example is not finite: lower the precision demands or look at its text and labels."
+            )
+        for slot in capture.slots:
+            slot.parameter.grad = None
+        if loss.requires_grad:
+            loss.backward()
     flat = torch.zeros(capture.size, device=loss.device)
-    for slot, gradient in zip(capture.slots, gradients, strict=True):
-        if gradient is not None:
-            slot.view(flat).copy_(gradient)
+    capture.take(flat)
     return flat
 
 
-def _relative_errors(capture: Capture, fast: Tensor, reference: Tensor):
-    floor = FLOOR * reference.norm()
-    for slot in capture.slots:
-        expected = reference[slot.slice]
-        yield slot, float((fast[slot.slice] - expected).norm() / torch.maximum(expected.norm(), floor).clamp_min(1e-30))
+def _worst(capture: Capture, compared: list[tuple[Tensor, Tensor]]) -> tuple[Slot, float]:
+    """The slot with the largest relative error over pairs of made and expected ``(P,)`` gradients."""
+    worst, largest = capture.slots[0], 0.0
+    for made, expected in compared:
+        floor = FLOOR * expected.norm()
+        for slot in capture.slots:
+            wanted = expected[slot.slice]
+            error = float((made[slot.slice] - wanted).norm() / torch.maximum(wanted.norm(), floor).clamp_min(1e-30))
+            if not error <= largest:  # a NaN error is an error
+                worst, largest = slot, error
+    return worst, largest
 
 
-def _explain(capture: Capture, losses: Callable, examples: list, worst, error: float) -> None:
-    """Say whether the engine or the model is to blame: is plain autograd in the batch what it is alone?"""
+def _check_isolation(capture: Capture, losses: Callable, examples: list, alone: list[Tensor]) -> None:
+    """Say whether the model rather than the engine is to blame: is plain autograd in the batch what it is alone?"""
     with capture.paused():
-        together = losses(examples)
-        for i, example in enumerate(examples):
-            alone = losses([example])[0]
-            coupled = max(
-                e for _, e in _relative_errors(capture, _gradient(capture, together[i]), _gradient(capture, alone))
-            )
-            if not coupled <= TOLERANCE or not torch.allclose(together[i], alone, rtol=TOLERANCE, atol=1e-6):
-                raise IsolationError(
-                    f"An example's gradient changes by {coupled:.1e} (relative) when others share its batch, so clipping it would not bound "
-                    f"its influence: {_coupling_layer(capture.model, losses, examples)}."
-                )
-    raise ExactnessError(
-        f"{worst.name} got a per-example gradient that differs from the brute-force one by {error:.1e} (relative), more than "
-        f"float32 explains: leave it out of the subset and report the layer."
-    )
+        together = losses(examples).detach()
+        single = torch.stack([losses([example])[0].detach() for example in examples])
+    beside = [_reference(capture, losses, examples, i, True) for i in range(len(examples))]
+    _, coupled = _worst(capture, list(zip(beside, alone, strict=True)))
+    if not coupled <= TOLERANCE or not torch.allclose(together, single, rtol=TOLERANCE, atol=1e-6):
+        raise IsolationError(
+            f"An example's gradient changes by {coupled:.1e} (relative) when others share its batch, so clipping it would not bound "
+            f"its influence: {_coupling_layer(capture.model, losses, examples)}."
+        )
 
 
 def _coupling_layer(model: nn.Module, losses: Callable, examples: list) -> str:
@@ -149,7 +214,6 @@ def _coupling_layer(model: nn.Module, losses: Callable, examples: list) -> str:
                 lambda m, a, out, name=name, seen=seen: seen.append((f"{name} ({type(m).__name__})", out))
             )
             for name, module in model.named_modules()
-            if next(module.children(), None) is None
         ]
         try:
             losses([examples[longest], companion])
@@ -170,6 +234,10 @@ def _size(example) -> int:
     return 0
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _check_buffers(model: nn.Module, forward: Callable[[], Tensor]) -> None:
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     result = forward()
@@ -182,48 +250,90 @@ def _check_buffers(model: nn.Module, forward: Callable[[], Tensor]) -> None:
             layer = model.get_submodule(name.rpartition(".")[0])
             raise IsolationError(
                 f"Layer {name.rpartition('.')[0]} ({type(layer).__name__}) writes statistics of the batch into {name}, un-noised: put it in "
-                "eval mode, or replace it by a layer without running statistics (BatchNorm by GroupNorm)."
+                "eval mode, or replace it by a layer without running statistics (subset.replace_batchnorm puts GroupNorm for BatchNorm)."
             )
 
 
 @contextmanager
 def _deterministic(capture: Capture):
-    """Training mode without dropout, and trainable weights slightly moved, so that no gradient is zero by initialisation.
+    """Training mode without chance, and trainable weights slightly moved, so that no gradient is zero by initialisation.
 
     A fresh LoRA has B = 0, which makes every gradient of A zero: equal zeros would prove nothing.
     """
     was_training = capture.model.training
     capture.model.train()
     saved = [slot.parameter.detach().clone() for slot in capture.slots]
+    buffers = {name: buffer.clone() for name, buffer in capture.model.named_buffers()}
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
             for slot in capture.slots:
                 slot.parameter += 0.01 * torch.randn(slot.parameter.shape, generator=generator).to(slot.parameter)
-        with _NoDropout():
+        with _NoChance(capture):
             yield
     finally:
         with torch.no_grad():
             for slot, value in zip(capture.slots, saved, strict=True):
                 slot.parameter.copy_(value)
                 slot.parameter.grad = None
+            for name, buffer in capture.model.named_buffers():
+                if name in buffers and buffers[name].shape == buffer.shape:
+                    buffer.copy_(buffers[name])
         capture.model.train(was_training)
 
 
-class _NoDropout(TorchFunctionMode):
-    """Every dropout is the identity: masks are per example anyway, but not the same alone and in a batch."""
+@contextmanager
+def _in_float32(half: list[Tensor]):
+    """Half-precision parameters and buffers as float32, which changes no value, and back."""
+    saved = [(tensor, tensor.data) for tensor in half]
+    try:
+        for tensor in half:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, value in saved:
+            tensor.data = value
+
+
+class _NoChance(TorchFunctionMode):
+    """Dropout is the identity and random tensors are constant: chance is per example anyway, but differs in a batch.
+
+    A functional site that takes chances is remembered, because differentiating it again would draw others.
+    """
 
     DROPOUTS = {
-        torch.nn.functional.dropout,
-        torch.dropout,
-        torch.nn.functional.dropout1d,
-        torch.nn.functional.dropout2d,
-    }
+        getattr(torch.nn.functional, name)
+        for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+    } | {torch.dropout}
+    LIKE = {torch.randn_like: 0.0, torch.rand_like: 0.5, torch.bernoulli: 1.0}
+    FILL = {Tensor.normal_: 0.0, Tensor.uniform_: 0.5, Tensor.bernoulli_: 1.0}
+    MAKE = {torch.randn: 0.0, torch.rand: 0.5}
+
+    def __init__(self, capture: Capture) -> None:
+        super().__init__()
+        self._capture = capture
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func in self.DROPOUTS:
+            probability = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+            training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+            if probability and training:
+                self._takes_chances()
             return args[0] if args else kwargs["input"]
+        if func in self.LIKE or func in self.FILL or func in self.MAKE:
+            self._takes_chances()
+            if func in self.LIKE:
+                return torch.full_like(args[0], self.LIKE[func])
+            if func in self.FILL:
+                return args[0].fill_(self.FILL[func])
+            return func(*args, **kwargs).detach().fill_(self.MAKE[func])
         if func is torch.nn.functional.scaled_dot_product_attention:
+            if kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0):
+                self._takes_chances()
             args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0}
         return func(*args, **kwargs)
+
+    def _takes_chances(self) -> None:
+        for site in self._capture.inside:
+            site.random = True

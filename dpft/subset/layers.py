@@ -43,7 +43,42 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
+def last_blocks(model: nn.Module, k: int, asked: str) -> dict[str, nn.Module]:
+    """The last ``k`` blocks by name; ``asked`` is what the message calls the request.
+
+    Raises:
+        SubsetError: there are fewer, or none.
+    """
+    name, found = blocks(model)
+    if not 1 <= k <= len(found):
+        raise SubsetError(f"{asked} was asked of {len(found)} blocks in {name}: choose 1 to {len(found)}.")
+    return {f"{name}.{i}": found[i] for i in range(len(found) - k, len(found))}
+
+
 def is_norm(module: nn.Module) -> bool:
     """Layer, RMS and group normalisation; not BatchNorm, whose statistics mix examples."""
     name = type(module).__name__
     return ("Norm" in name or name == "T5LayerNorm") and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def replace_batchnorm(model: nn.Module, groups: int = 32) -> nn.Module:
+    """Put GroupNorm (Wu and He 2018) in place of every BatchNorm, whose statistics mix the examples of a batch; in place.
+
+    Scale and shift carry over; running statistics do not, so a pre-trained network needs training to recover. The
+    number of groups is the largest divisor of the channels that is at most ``groups``.
+
+    Returns:
+        The model; a GroupNorm itself if ``model`` is a BatchNorm.
+    """
+    if isinstance(model, nn.modules.batchnorm._BatchNorm):
+        channels = model.num_features
+        count = max(n for n in range(1, min(groups, channels) + 1) if channels % n == 0)
+        norm = nn.GroupNorm(count, channels, eps=model.eps, affine=model.affine)
+        if model.affine:
+            norm.weight, norm.bias = model.weight, model.bias
+        return norm
+    for name, child in model.named_children():
+        replacement = replace_batchnorm(child, groups)
+        if replacement is not child:
+            setattr(model, name, replacement)
+    return model

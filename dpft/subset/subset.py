@@ -1,13 +1,14 @@
-"""A subset: parts joined by ``+``, applied to a model, and saved in the ecosystem's own format."""
+"""A subset: parts joined by ``+``, applied to a model."""
 
 import ast
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from dpft.errors import SubsetError
-from dpft.subset.adapters import add_lora, is_adapted
-from dpft.subset.parts import WORDS, Head, Lora, Part
+from dpft.subset.adapters import add_adapter, is_adapted, tuner_kinds
+from dpft.subset.parts import WORDS, Head, Lora, Part, Sparse, Tuner
+from dpft.subset.sparse import add_sparse, gradient_scores
 
 
 class Subset:
@@ -26,8 +27,10 @@ class Subset:
         self.parts: tuple[Part, ...] = tuple(part for given in parts for part in _parts(given))
         if not self.parts:
             raise SubsetError("The subset is empty: name at least one of " + ", ".join(WORDS) + ".")
-        if sum(isinstance(part, Lora) for part in self.parts) > 1:
-            raise SubsetError(f"{self} names lora twice: join their settings in one.")
+        for kinds in ((Lora, Tuner), (Sparse,)):
+            same = [str(part) for part in self.parts if isinstance(part, kinds)]
+            if len(same) > 1:
+                raise SubsetError(f"{' and '.join(same)} cannot train together: choose one of them.")
 
     def __add__(self, other: "Part | Subset | str") -> "Subset":
         return Subset(self, other)
@@ -44,8 +47,21 @@ class Subset:
     def __hash__(self) -> int:
         return hash(self.parts)
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    @property
+    def needs_public_data(self) -> bool:
+        """Whether a part looks at gradients to choose its weights."""
+        return any(isinstance(part, Sparse) and part.choose == "gradient" for part in self.parts)
+
+    def apply(
+        self,
+        model: nn.Module,
+        public_losses: Callable[[list], Tensor] | None = None,
+        public_examples: Sequence = (),
+    ) -> nn.Module:
         """Freeze the model, then let exactly this subset require gradients.
+
+        Args:
+            public_losses, public_examples: public data and their losses ``(B,)``, for parts that choose by gradients.
 
         Returns:
             The same model, or PEFT's model around it if the subset has an adapter.
@@ -60,17 +76,24 @@ class Subset:
         names: set[str] = set()
         for part in self.parts:
             found = part.names(model)
-            if not found and not isinstance(part, Lora):
+            if not found and not isinstance(part, (Lora, Tuner, Sparse)):
                 raise SubsetError(
                     f"{part} selects no parameter of {type(model).__name__}: see `dpft params` for what it has."
                 )
             names |= found
         by_name = dict(model.named_parameters(remove_duplicate=False))
         selected = [by_name[name] for name in sorted(names)]
+        sparse = next((part for part in self.parts if isinstance(part, Sparse)), None)
+        if sparse is not None:
+            scores = None
+            if sparse.choose == "gradient" and public_losses is not None:
+                scores = gradient_scores(model, sparse, public_losses, public_examples)
+            selected += add_sparse(model, sparse, names, scores)
         model.requires_grad_(False)
-        lora = next((part for part in self.parts if isinstance(part, Lora)), None)
-        if lora is not None:
-            model, moved = add_lora(model, lora, with_head=any(isinstance(part, Head) for part in self.parts))
+        adapter = next((part for part in self.parts if isinstance(part, (Lora, Tuner))), None)
+        if adapter is not None:
+            with_head = any(isinstance(part, Head) for part in self.parts)
+            model, moved = add_adapter(model, adapter, with_head=with_head)
             selected = [p for p in selected if id(p) not in moved]
         for parameter in selected:
             if not parameter.is_floating_point():
@@ -79,28 +102,6 @@ class Subset:
                 )
             parameter.requires_grad_(True)
         return model
-
-
-def save_weights(model: nn.Module, folder: Path | str) -> str:
-    """Save what was trained; returns how to load it, one line of Python that names the folder as ``"weights"``.
-
-    If only adapters (and modules that PEFT saves beside them) trained, the folder is a PEFT adapter; otherwise
-    adapters are merged and the whole model is saved.
-    """
-    if not is_adapted(model):
-        model.save_pretrained(folder)
-        return f'{type(model).__name__}.from_pretrained("weights")'
-    own = [
-        name
-        for name, p in model.named_parameters()
-        if p.requires_grad and "lora_" not in name and "modules_to_save" not in name
-    ]
-    if not own:
-        model.save_pretrained(folder)
-        return 'peft.PeftModel.from_pretrained(base_model, "weights")'
-    merged = model.merge_and_unload()
-    merged.save_pretrained(folder)
-    return f'{type(merged).__name__}.from_pretrained("weights")'
 
 
 def _parts(given: Part | Subset | str) -> tuple[Part, ...]:
@@ -123,8 +124,18 @@ def _read(node: ast.expr) -> tuple[Part, ...]:
         return _read(node.left) + _read(node.right)
     call = node if isinstance(node, ast.Call) else None
     name = call.func if call else node
-    if not isinstance(name, ast.Name) or name.id not in WORDS:
-        raise SubsetError(f"{ast.unparse(node)!r} is no part of a subset: choose from {', '.join(WORDS)}, joined by +.")
+    known = isinstance(name, ast.Name) and (name.id in WORDS or name.id in tuner_kinds())
+    if not known:
+        raise SubsetError(
+            f"{ast.unparse(node)!r} is no part of a subset: choose from {', '.join(WORDS)}, or a tuner of PEFT "
+            f"({', '.join(sorted(tuner_kinds() - set(WORDS)))}), joined by +."
+        )
     positional = [ast.literal_eval(value) for value in call.args] if call else []
     named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords} if call else {}
-    return (WORDS[name.id](*positional, **named),)
+    if name.id in WORDS:
+        return (WORDS[name.id](*positional, **named),)
+    if positional:
+        raise SubsetError(
+            f"{ast.unparse(node)!r} gives settings without their names: write them as {name.id}(name=value)."
+        )
+    return (Tuner(name.id, tuple(named.items())),)

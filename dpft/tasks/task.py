@@ -41,6 +41,7 @@ def token_sums(logits: Tensor, labels: Tensor, *, shift: bool) -> tuple[Tensor, 
     Args:
         shift: the logits at t predict the label at t + 1 (causal models) rather than at t (encoder-decoders).
     """
+    logits = logits[:, -labels.shape[1] :]  # what a prompt tuner puts before the text has no labels
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
     wanted = labels != IGNORED

@@ -29,6 +29,19 @@ def load(recipe: Recipe, *, validation: bool = True):
     return train, held_out
 
 
+def load_public(recipe: Recipe):
+    """The rows of ``data.public``, checked like the others; None if there are none.
+
+    Raises:
+        RecipeError: see :func:`load`.
+    """
+    if recipe.data.public is None:
+        return None
+    rows = read(recipe.data.public)
+    check(rows, recipe.task, recipe.data.model_copy(update=dict(unit="example")), "data.public")
+    return rows
+
+
 def read(paths: str | list[str]):
     """A ``datasets.Dataset`` from CSV, JSON lines or Parquet files, or from a folder written by ``save_to_disk``."""
     import datasets

@@ -20,7 +20,7 @@ from typing import Any
 from dpft.errors import RecipeError
 from dpft.privacy.noise import Randomness
 from dpft.recipe import Recipe, expand
-from dpft.training.data import load
+from dpft.training.data import load, load_public
 
 PACKAGES = ("dpft", "torch", "opacus", "transformers", "peft", "dp-accounting", "numpy", "datasets")
 
@@ -43,10 +43,15 @@ def set_up(recipe: Recipe, *, with_validation: bool = True) -> Setup:
         RecipeError, SubsetError: see :mod:`dpft.errors`.
     """
     train, validation = load(recipe, validation=with_validation)
+    public = load_public(recipe)
     task, model = load_model(recipe)
     from dpft.subset import Subset
+    from dpft.training.batches import Examples
 
-    return Setup(recipe, Subset(recipe.subset).apply(model), task, train, validation)
+    subset = Subset(recipe.subset)
+    examples = Examples.encode(public, task).features if subset.needs_public_data else ()
+    model = subset.apply(model, lambda some: task.losses(model, task.collate(some)), examples)
+    return Setup(recipe, model, task, train, validation)
 
 
 def load_model(recipe: Recipe):

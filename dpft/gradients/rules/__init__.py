@@ -12,8 +12,11 @@ from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from torch import nn
 
 from dpft.gradients.rules import conv1d, embedding, rms_norm  # noqa: F401  (importing registers them)
+from dpft.gradients.rules.sparse import is_sparse_linear, sparse_linear
 
 
 def rule_for(layer: nn.Module) -> Callable | None:
     """The rule of exactly this class; a subclass may compute something else and gets none."""
+    if is_sparse_linear(layer):  # its class is made for the one layer, so no registry can hold it
+        return sparse_linear
     return GradSampleHooks.GRAD_SAMPLERS.get(type(layer))

@@ -1,0 +1,47 @@
+"""Linear layers of which single weights train: ``parametrizations.weight`` holds their flat places and values."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+DENSE = 1 / 40  # above this share of the weights one dense product and a pick are cheaper than gathering
+ELEMENTS = 1 << 22  # gathered at a time
+
+
+def is_sparse_linear(layer: nn.Module) -> bool:
+    """Whether the layer is a linear one whose weight is a :class:`~dpft.subset.sparse.SparseDelta`'s and nothing else."""
+    if not parametrize.is_parametrized(layer) or list(layer.parametrizations) != ["weight"]:
+        return False
+    steps = layer.parametrizations["weight"]
+    return type(layer).__bases__[0] in (nn.Linear, Conv1D) and len(steps) == 1 and hasattr(steps[0], "indices")
+
+
+def sparse_linear(layer: nn.Module, activations: list[Tensor], grad_output: Tensor) -> dict[nn.Parameter, Tensor]:
+    """``dW = dyᵀ x`` at the chosen places alone: ``dv_k = Σ_t dy[t, row_k] · x[t, column_k]`` for each example."""
+    delta = layer.parametrizations["weight"][0]
+    gradients = {}
+    if delta.values.requires_grad:
+        x = activations[0].flatten(1, -2) if activations[0].dim() > 2 else activations[0].unsqueeze(1)
+        dy = grad_output.flatten(1, -2) if grad_output.dim() > 2 else grad_output.unsqueeze(1)
+        # nn.Linear stores (out, in), Conv1D (in, out)
+        first, second = (x, dy) if isinstance(layer, Conv1D) else (dy, x)
+        gradients[delta.values] = _at(first, second.to(first.dtype), delta.indices)
+    if layer.bias is not None and layer.bias.requires_grad:
+        gradients[layer.bias] = torch.einsum("b...o->bo", grad_output)
+    return gradients
+
+
+def _at(first: Tensor, second: Tensor, indices: Tensor) -> Tensor:
+    """``(B, T, m)`` and ``(B, T, n)`` to the entries of each ``(m, n)`` product at flat ``indices`` ``(k,)``: ``(B, k)``."""
+    examples, tokens, width = len(first), first.shape[1], second.shape[2]
+    if len(indices) > DENSE * first.shape[2] * width:
+        return torch.stack([(a.T @ b).flatten()[indices] for a, b in zip(first, second, strict=True)])
+    rows, columns = indices // width, indices % width
+    first, second = first.transpose(1, 2).contiguous(), second.transpose(1, 2).contiguous()
+    made = first.new_empty(examples, len(indices))
+    step = max(1, ELEMENTS // (examples * tokens))
+    for start in range(0, len(indices), step):
+        part = slice(start, start + step)
+        made[:, part] = torch.einsum("bkt,bkt->bk", first[:, rows[part]], second[:, columns[part]])
+    return made

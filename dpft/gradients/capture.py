@@ -104,10 +104,12 @@ class Capture:
                 owners.setdefault(id(parameter), []).append(module)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                places = self._callable(owners[id(parameter)])
+                # What layers share is often listed at the whole model as well; a use there would be found by rows().
+                places = [place for place in self._callable(owners[id(parameter)]) if not self._too_far(place)]
                 self.slots.append(Slot(name, parameter, self.size, places))
                 self.size += parameter.numel()
-        self._by_id = {id(slot.parameter): slot for slot in self.slots}
+                if not places:
+                    self.one_by_one = f"{name}: only the whole model uses it"
         self._arrange()
 
     # -- where gradients are captured ----------------------------------------------------------------------------
@@ -138,6 +140,9 @@ class Capture:
                 for slot in site.slots:
                     slot.technique = FUNCTIONAL
 
+    def _too_far(self, module: nn.Module) -> bool:
+        return module is self.model or any(isinstance(m, nn.ModuleList) and len(m) > 1 for m in module.modules())
+
     def _rearrange(self) -> None:
         attached = self._attached
         self.detach()
@@ -152,8 +157,7 @@ class Capture:
         """
         for slot in slots:
             around = self._callable([parent for place in slot.places for parent in self._parents.get(id(place), [])])
-            far = not around or any(m is self.model or _holds_blocks(m) for m in around)
-            if far or slot.lifts == self.MAX_LIFTS:
+            if not around or any(map(self._too_far, around)) or slot.lifts == self.MAX_LIFTS:
                 return self.go_one_by_one(reason)
             slot.places, slot.lifts = around, slot.lifts + 1
         self._rearrange()
@@ -391,10 +395,6 @@ def parameters_at(layer: nn.Module) -> list[nn.Parameter]:
     """The parameters that a rule of this layer gives: its own, and those that parametrize them."""
     inner = getattr(layer, "parametrizations", ())
     return [*layer.parameters(recurse=False), *(p for key in inner for p in inner[key].parameters())]
-
-
-def _holds_blocks(module: nn.Module) -> bool:
-    return any(isinstance(inner, nn.ModuleList) and len(inner) > 1 for inner in module.modules())
 
 
 def _precise(tensor: Tensor) -> Tensor:

@@ -109,7 +109,8 @@ def _prove(
     capture: Capture, losses: Callable, examples: list, tolerance: float, *, against_batch: bool = False
 ) -> float:
     """Lift what fails until everything is exact; returns the largest relative error."""
-    _check_buffers(capture.model, lambda: losses(examples))
+    with capture.paused():
+        _check_buffers(capture.model, lambda: losses(examples))
     references = [_reference(capture, losses, examples, i, against_batch) for i in range(len(examples))]
     if not any(reference.any() for reference in references):
         raise GuaranteeError(
@@ -121,7 +122,7 @@ def _prove(
             # Two batch sizes: a tensor whose leading dimension merely equals B in one of them is told from the batch.
             few = capture.rows(losses(examples[:-1])).clone()
             fast = capture.rows(losses(examples)).clone()
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        except Exception as error:  # a model may raise anything when its layers are tapped or differentiated again
             if capture.one_by_one or (isinstance(error, GuaranteeError) and not isinstance(error, ExactnessError)):
                 raise
             failed = error
@@ -249,8 +250,8 @@ def _check_buffers(model: nn.Module, forward: Callable[[], Tensor]) -> None:
         if name in before and before[name].shape == buffer.shape and not torch.equal(before[name], buffer):
             layer = model.get_submodule(name.rpartition(".")[0])
             raise IsolationError(
-                f"Layer {name.rpartition('.')[0]} ({type(layer).__name__}) writes statistics of the batch into {name}, un-noised: put it in "
-                "eval mode, or replace it by a layer without running statistics (subset.replace_batchnorm puts GroupNorm for BatchNorm)."
+                f"Layer {name.rpartition('.')[0]} ({type(layer).__name__}) changes its buffer {name} in the forward pass, where data "
+                "would stay un-noised: put it in eval mode, or replace it (subset.replace_batchnorm puts GroupNorm for BatchNorm)."
             )
 
 

@@ -96,6 +96,8 @@ def _lora_settings(model: nn.Module, lora: Lora) -> dict:
 
 def _task_type(model: nn.Module, saved: list[str], *, prompt: bool) -> str | None:
     kind = type(model).__name__
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None  # PEFT's classes for tasks pass text on
     if kind.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
     if kind.endswith("ForConditionalGeneration") and getattr(model.config, "is_encoder_decoder", False):

@@ -147,7 +147,8 @@ def gradient_scores(
 ) -> dict[str, Tensor]:
     """The mean gradient of every candidate over *public* examples, of which ``size`` are differentiated at once."""
     weights = candidates(model, part)
-    frozen = [(p, p.requires_grad) for p in model.parameters()]
+    flags, was_training = [(p, p.requires_grad) for p in model.parameters()], model.training
+    model.eval()
     model.requires_grad_(False)
     for weight in weights.values():
         weight.requires_grad_(True)
@@ -158,8 +159,9 @@ def gradient_scores(
         for name, gradient in zip(weights, gradients, strict=True):
             if gradient is not None:
                 totals[name] += gradient / len(examples)
-    for parameter, flag in frozen:
+    for parameter, flag in flags:
         parameter.requires_grad_(flag)
+    model.train(was_training)
     return totals
 
 

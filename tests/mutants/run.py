@@ -29,7 +29,7 @@ def header(patch: Path, key: str) -> str:
 def hunt(patch: Path) -> tuple[bool, str]:
     """Whether a test fails with the mutant applied, and which one does."""
     with tempfile.TemporaryDirectory() as folder:
-        for part in ("dpft", "tests", "pyproject.toml"):
+        for part in ("dpft", "tests", "benchmarks", "pyproject.toml"):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             copy(ROOT / part, Path(folder) / part)
         applied = subprocess.run(["git", "apply", "--verbose", str(patch)], cwd=folder, capture_output=True, text=True)

@@ -69,7 +69,10 @@ PARTS = [
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
-@given(family=st.sampled_from(sorted(FAMILIES)), parts=st.lists(st.sampled_from(PARTS), min_size=1, max_size=3, unique=True))
+@given(
+    family=st.sampled_from(sorted(FAMILIES)),
+    parts=st.lists(st.sampled_from(PARTS), min_size=1, max_size=3, unique=True),
+)
 def test_any_combination_is_exact_or_refused(family, parts, plan):
     """What passes the preflight is then compared, on other lengths and another batch, with one example at a time."""
     made = Case(family)

@@ -38,7 +38,12 @@ def test_over_the_model_the_count_is_of_all_weights_together(case):
     found = vectors(model)
     assert sum(len(delta.values) for delta in found.values()) == 100
     chosen = torch.cat([weights(model)[name].abs().flatten()[delta.indices] for name, delta in found.items()])
-    every = torch.cat([weights(model)[name].abs().flatten() for name in vectors(Subset("sparse(fraction=1.0)").apply(case("bert").model))])
+    every = torch.cat(
+        [
+            weights(model)[name].abs().flatten()
+            for name in vectors(Subset("sparse(fraction=1.0)").apply(case("bert").model))
+        ]
+    )
     assert torch.equal(chosen.sort().values, every.topk(100).values.sort().values)
 
 

@@ -108,6 +108,35 @@ def test_a_vector_shared_by_layers_adds_up_its_uses(plan):
     assert found.techniques == {"functional": 4, "rule": 40} and found.max_relative_error < 1e-5
 
 
+class Positioned(nn.Module):
+    """Adds a trained multiple of each token's position, which is a tensor ``(T,)`` without a batch dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.ones(4))
+
+    def forward(self, x, positions):
+        return torch.tanh(x + positions.unsqueeze(-1) * self.slope)
+
+
+def test_a_tensor_as_long_as_the_batch_is_not_taken_for_it(plan):
+    """T3: five tokens, five examples."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"positioned": Positioned(), "head": nn.Linear(4, 3)})
+    examples = [(torch.randn(5, 4), i % 3) for i in range(5)]
+
+    def losses(chosen):
+        x = torch.stack([x for x, _ in chosen])
+        hidden = model["positioned"](x, torch.arange(5.0) / 5).mean(1)
+        return class_losses(model["head"](hidden), torch.tensor([y for _, y in chosen]))
+
+    with Engine(model, plan()) as engine:
+        assert preflight(engine, losses, examples[:3]).techniques == {"functional": 4, "rule": 15}
+        rows = engine.capture.rows(losses(examples)).clone()
+        for i, example in enumerate(examples):
+            torch.testing.assert_close(rows[i], engine.capture.rows(losses([example]))[0])
+
+
 class Routed(nn.Module):
     """Experts see the tokens routed to them: as many as there are examples by chance, or none."""
 

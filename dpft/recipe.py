@@ -61,6 +61,9 @@ class DataTable(_Table):
         description="The private data: CSV, JSON lines, Parquet, or a folder saved by `datasets`."
     )
     validation: str | list[str] | None = Field(None, description="Held-out data for evaluation.")
+    validation_rows: int | None = Field(
+        None, ge=1, description="Evaluate on so many of them, drawn once for all runs, where all would take too long."
+    )
     validation_is_public: bool = Field(
         False, description="Whether metrics on the validation data may stand on the card."
     )

@@ -78,12 +78,23 @@ def preflight(
         )
     capture = engine.capture
     with _deterministic(capture):
-        half = [*capture.model.parameters(), *capture.model.buffers()]
-        half = [tensor for tensor in half if tensor.dtype in HALF]
-        with _in_float32(half):
-            error = _prove(capture, precise_losses or losses, examples, TOLERANCE)
+        floating = [t for t in (*capture.model.parameters(), *capture.model.buffers()) if t.is_floating_point()]
+        half = [tensor for tensor in floating if tensor.dtype in HALF]
+        precise = precise_losses or losses
+        with _in_precision(half, torch.float32):
+            isolated = _isolation(capture, precise, examples)
+        if not isolated <= TOLERANCE:  # a coupling, or float32 rounding, which deep models amplify a thousandfold?
+            with _in_precision(floating, torch.float64):
+                isolated = _isolation_in_double(capture, precise, examples, isolated)
+        with _in_precision(half, torch.float32):
+            if not isolated <= TOLERANCE:
+                raise IsolationError(
+                    f"An example's gradient changes by {isolated:.1e} (relative) when others share its batch, so clipping it would not bound "
+                    f"its influence: {_coupling_layer(capture.model, precise, examples)}."
+                )
+            error = max(isolated, _exactness(capture, precise, examples, TOLERANCE))
         if half or precise_losses:
-            _prove(capture, losses, examples, HALF_TOLERANCE, against_batch=True)
+            _exactness(capture, losses, examples, HALF_TOLERANCE)
     techniques: dict[str, int] = {}
     for slot in capture.slots:
         techniques[slot.technique] = techniques.get(slot.technique, 0) + slot.parameter.numel()
@@ -105,23 +116,52 @@ def fingerprint(model: nn.Module, *settings) -> str:
     return sha256("\n".join(described).encode()).hexdigest()
 
 
-def _prove(
-    capture: Capture, losses: Callable, examples: list, tolerance: float, *, against_batch: bool = False
-) -> float:
-    """Lift what fails until everything is exact; returns the largest relative error."""
+def _isolation(capture: Capture, losses: Callable, examples: list) -> float:
+    """The largest relative difference between an example's gradient alone and beside the others, by plain autograd."""
     with capture.paused():
         _check_buffers(capture.model, lambda: losses(examples))
-    references = [_reference(capture, losses, examples, i, against_batch) for i in range(len(examples))]
-    if not any(reference.any() for reference in references):
+        together = losses(examples)
+        alone = torch.stack([losses([example])[0].detach() for example in examples])
+        if not torch.isfinite(alone).all():
+            raise GuaranteeError(
+                "The loss of a preflight example is not finite: lower the precision demands or look at its text and labels."
+            )
+        pairs = [
+            (_gradient(capture, losses([example])[0]), _gradient(capture, loss))
+            for example, loss in zip(examples, together, strict=True)
+        ]
+    if not any(reference.any() for reference, _ in pairs):
         raise GuaranteeError(
             "No trainable parameter gets a gradient from any preflight example: choose a subset that the loss depends on."
         )
+    differences = (together.detach() - alone).abs() / alone.abs().clamp_min(1e-2)
+    return max(_worst(capture, [(beside, single) for single, beside in pairs])[1], float(differences.max()))
+
+
+def _isolation_in_double(capture: Capture, losses: Callable, examples: list, otherwise: float) -> float:
+    """The same in float64, or what float32 gave where the model or its inputs cannot be float64."""
+    try:
+        return _isolation(capture, losses, examples)
+    except RuntimeError as error:
+        if isinstance(error, GuaranteeError):
+            raise
+        return otherwise
+
+
+def _exactness(capture: Capture, losses: Callable, examples: list, tolerance: float) -> float:
+    """Compare the engine's rows with plain backward passes through the same batch; lift what fails until all agree.
+
+    Returns:
+        The largest relative error.
+    """
+    with capture.paused():
+        references = [_gradient(capture, loss) for loss in losses(examples)]
     while True:
         failed = None
         try:
             # Two batch sizes: a tensor whose leading dimension merely equals B in one of them is told from the batch.
-            few = capture.rows(losses(examples[:-1])).clone()
-            fast = capture.rows(losses(examples)).clone()
+            capture.rows(losses(examples[:-1]))
+            rows = capture.rows(losses(examples)).clone()
         except Exception as error:  # a model may raise anything when its layers are tapped or differentiated again
             if capture.one_by_one or (isinstance(error, GuaranteeError) and not isinstance(error, ExactnessError)):
                 raise
@@ -142,15 +182,9 @@ def _prove(
             capture.go_one_by_one(f"{name} was not reached by every preflight batch")
         if chancy or failed or unseen:
             continue
-        compared = [
-            *zip(few, references if not against_batch else [], strict=False),
-            *zip(fast, references, strict=True),
-        ]
-        worst, error = _worst(capture, compared)
+        worst, error = _worst(capture, list(zip(rows, references, strict=True)))
         if error <= tolerance:
             return error
-        if not against_batch:
-            _check_isolation(capture, losses, examples, references)
         if capture.one_by_one:
             raise ExactnessError(
                 f"{worst.name} got a per-example gradient that differs from the brute-force one by {error:.1e} (relative), more "
@@ -159,18 +193,12 @@ def _prove(
         capture.lift([worst], f"{worst.name} came out wrong by {error:.1e} at {worst.technique}")
 
 
-def _reference(capture: Capture, losses: Callable, examples: list, i: int, against_batch: bool) -> Tensor:
-    """``(P,)``: one plain backward pass of example i's loss, alone or in the batch, with everything of the engine off."""
-    with capture.paused():
-        loss = losses(examples)[i] if against_batch else losses([examples[i]])[0]
-        if not torch.isfinite(loss):
-            raise GuaranteeError(
-                "The loss of a preflight example is not finite: lower the precision demands or look at its text and labels."
-            )
-        for slot in capture.slots:
-            slot.parameter.grad = None
-        if loss.requires_grad:
-            loss.backward()
+def _gradient(capture: Capture, loss: Tensor) -> Tensor:
+    """``(P,)``: one plain backward pass, through a graph that others may share; to be called while paused."""
+    for slot in capture.slots:
+        slot.parameter.grad = None
+    if loss.requires_grad:
+        loss.backward(retain_graph=True)
     flat = torch.zeros(capture.size, device=loss.device)
     capture.take(flat)
     return flat
@@ -187,20 +215,6 @@ def _worst(capture: Capture, compared: list[tuple[Tensor, Tensor]]) -> tuple[Slo
             if not error <= largest:  # a NaN error is an error
                 worst, largest = slot, error
     return worst, largest
-
-
-def _check_isolation(capture: Capture, losses: Callable, examples: list, alone: list[Tensor]) -> None:
-    """Say whether the model rather than the engine is to blame: is plain autograd in the batch what it is alone?"""
-    with capture.paused():
-        together = losses(examples).detach()
-        single = torch.stack([losses([example])[0].detach() for example in examples])
-    beside = [_reference(capture, losses, examples, i, True) for i in range(len(examples))]
-    _, coupled = _worst(capture, list(zip(beside, alone, strict=True)))
-    if not coupled <= TOLERANCE or not torch.allclose(together, single, rtol=TOLERANCE, atol=1e-6):
-        raise IsolationError(
-            f"An example's gradient changes by {coupled:.1e} (relative) when others share its batch, so clipping it would not bound "
-            f"its influence: {_coupling_layer(capture.model, losses, examples)}."
-        )
 
 
 def _coupling_layer(model: nn.Module, losses: Callable, examples: list) -> str:
@@ -284,15 +298,16 @@ def _deterministic(capture: Capture):
 
 
 @contextmanager
-def _in_float32(half: list[Tensor]):
-    """Half-precision parameters and buffers as float32, which changes no value, and back."""
-    saved = [(tensor, tensor.data) for tensor in half]
+def _in_precision(tensors: list[Tensor], dtype: torch.dtype):
+    """Parameters and buffers in a higher precision, which changes no value, and back."""
+    saved = [(tensor, tensor.data) for tensor in tensors]
     try:
-        for tensor in half:
-            tensor.data = tensor.data.float()
+        for tensor in tensors:
+            tensor.data = tensor.data.to(dtype)
         yield
     finally:
         for tensor, value in saved:
+            tensor.grad = None
             tensor.data = value
 
 

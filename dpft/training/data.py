@@ -26,6 +26,8 @@ def load(recipe: Recipe, *, validation: bool = True):
         return train, None
     held_out = read(recipe.data.validation)
     check(held_out, recipe.task, recipe.data.model_copy(update=dict(unit="example")), "data.validation")
+    if recipe.data.validation_rows is not None and recipe.data.validation_rows < len(held_out):
+        held_out = held_out.shuffle(seed=0).select(range(recipe.data.validation_rows))
     return train, held_out
 
 

@@ -21,6 +21,13 @@ class _Table(BaseModel):
 class ModelTable(_Table):
     path: str = Field(description="A checkpoint folder, or a model's name on a hub. $VARIABLES are expanded.")
     revision: str | None = Field(None, description="The hub revision.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the frozen weights; norms, sums and noise are float32 always."
+    )
+    quantize: Literal["4bit", "8bit"] | None = Field(
+        None,
+        description="Load the frozen weights quantized by bitsandbytes (pip install dpft[quantized]); adapters only.",
+    )
     dropout: bool = Field(
         False, description="Keep the model's dropout; the noise regularises already, and without it training is faster."
     )

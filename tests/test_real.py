@@ -71,12 +71,28 @@ def test_a_real_encoder_is_exact(icd, subset):
 
 @needs_models
 @needs_data
-@pytest.mark.parametrize("subset", ["lora(targets='all-linear')", "norms", "last_blocks(1)"])
+@pytest.mark.parametrize(
+    "subset", ["lora(targets='all-linear')", "norms", "last_blocks(1)", "sparse(fraction=0.001) + ia3"]
+)
 def test_a_real_language_model_is_exact_on_clinical_notes(subset):
     task = {"name": "causal_lm", "prompt": "dialogue", "response": "section_text", "max_length": 256}
     data = {"train": "$DPFT_DATA/mts_dialog/train.csv", "units": 1_200}
     found = checked(recipe(subset, "$DPFT_MODELS/smollm2-135m", task, data, noise_multiplier=1.0, epsilon=None))
     assert found.exact and found.isolated and found.max_relative_error < 1e-4
+
+
+@needs_models
+@needs_data
+@pytest.mark.parametrize("model", [{"quantize": "4bit"}, {"quantize": "8bit"}, {"dtype": "bfloat16"}])
+def test_lora_on_a_quantized_or_bf16_base_is_exact_and_trains(model, tmp_path):
+    task = {"name": "causal_lm", "text": "section_text", "max_length": 32}
+    data = {"train": "$DPFT_DATA/mts_dialog/train.csv", "units": 1_200}
+    made = recipe("lora(rank=2, last_blocks=2)", "$DPFT_MODELS/smollm2-135m", task, data, batch_size=8)
+    made = made.model_copy(update={"model": made.model.model_copy(update=model)})
+    folder = train(made, tmp_path / "run")
+    run = json.loads((folder / "run.json").read_text())
+    assert run["released_steps"] == 2 and (folder / "weights" / "adapter_model.safetensors").exists()
+    assert json.loads((folder / "preflight.json").read_text())["found"]["max_relative_error"] < 1e-4
 
 
 @needs_data

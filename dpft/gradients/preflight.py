@@ -119,8 +119,7 @@ def fingerprint(model: nn.Module, *settings) -> str:
 def _isolation(capture: Capture, losses: Callable, examples: list) -> float:
     """The largest relative difference between an example's gradient alone and beside the others, by plain autograd."""
     with capture.paused():
-        _check_buffers(capture.model, lambda: losses(examples))
-        together = losses(examples)
+        together = _without_side_effects(capture.model, lambda: losses(examples))
         alone = torch.stack([losses([example])[0].detach() for example in examples])
         if not torch.isfinite(alone).all():
             raise GuaranteeError(
@@ -253,7 +252,8 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _check_buffers(model: nn.Module, forward: Callable[[], Tensor]) -> None:
+def _without_side_effects(model: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
+    """The losses, if making them changed no buffer."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     result = forward()
     if result.dim() != 1:
@@ -267,6 +267,7 @@ def _check_buffers(model: nn.Module, forward: Callable[[], Tensor]) -> None:
                 f"Layer {name.rpartition('.')[0]} ({type(layer).__name__}) changes its buffer {name} in the forward pass, where data "
                 "would stay un-noised: put it in eval mode, or replace it (subset.replace_batchnorm puts GroupNorm for BatchNorm)."
             )
+    return result
 
 
 @contextmanager

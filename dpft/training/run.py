@@ -19,7 +19,7 @@ from typing import Any
 
 from dpft.errors import RecipeError
 from dpft.privacy.noise import Randomness
-from dpft.recipe import Recipe, expand
+from dpft.recipe import ModelTable, Recipe, expand
 from dpft.training.data import load, load_public
 
 PACKAGES = ("dpft", "torch", "opacus", "transformers", "peft", "dp-accounting", "numpy", "datasets")
@@ -60,11 +60,12 @@ def load_model(recipe: Recipe):
 
     from dpft.tasks import CausalLM, SequenceClassification
 
-    path, table, revision = expand(recipe.model.path), recipe.task, recipe.model.revision
+    path, table = expand(recipe.model.path), recipe.task
+    options = {"revision": recipe.model.revision, "dtype": recipe.model.dtype, **_quantization(recipe.model)}
     transformers.set_seed(recipe.run.seed)
     with _quiet():
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=recipe.model.revision)
             if table.name == "sequence_classification":
                 task = SequenceClassification(
                     tokenizer, table.labels, text=table.text, label=table.label, max_length=table.max_length
@@ -72,7 +73,7 @@ def load_model(recipe: Recipe):
                 names = dict(enumerate(table.labels))
                 model = transformers.AutoModelForSequenceClassification.from_pretrained(
                     path,
-                    revision=revision,
+                    **options,
                     num_labels=len(names),
                     id2label=names,
                     label2id={v: k for k, v in names.items()},
@@ -83,8 +84,8 @@ def load_model(recipe: Recipe):
             else:
                 columns = dict(text=table.text, prompt=table.prompt, response=table.response)
                 task = CausalLM(tokenizer, **columns, max_length=table.max_length)
-                model = transformers.AutoModelForCausalLM.from_pretrained(path, revision=revision)
-        except (OSError, ValueError) as error:
+                model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+        except (OSError, ValueError, ImportError) as error:
             if isinstance(error, RecipeError):
                 raise
             reason = str(error).splitlines()[0]
@@ -94,6 +95,20 @@ def load_model(recipe: Recipe):
     if not recipe.model.dropout:
         _without_dropout(model)
     return task, model
+
+
+def _quantization(table: ModelTable) -> dict:
+    """What ``from_pretrained`` is told; 4-bit layers multiply in the recipe's type, so that the preflight can prove them."""
+    if table.quantize is None:
+        return {}
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if table.quantize == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)}
+    compute = getattr(torch, table.dtype)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    return {"quantization_config": config}
 
 
 def _without_dropout(model) -> None:

@@ -33,7 +33,7 @@ from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSam
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from zoo import LAYERS, TUNED, TUNERS, Case
+from zoo import LAYERS, REFUSED, TUNED, TUNERS, Case
 
 import dpft
 from dpft.errors import DPFTError
@@ -351,10 +351,20 @@ def markdown(rows: list[dict]) -> str:
     packages = {"dpft": dpft, "peft": peft, "opacus": opacus, "torch": torch, "transformers": transformers}
     versions = ", ".join(f"{name} {getattr(package, '__version__', '')}".strip() for name, package in packages.items())
     lines = [INTRODUCTION.format(versions=versions, families=len(TUNED), summary=summary(rows))]
+    how: dict[str, str] = {row["tuner"]: "" for row in rows if "tuner" in row}
+    for tuner in how:
+        used = {
+            row["reason"]
+            for row in rows
+            if row.get("tuner") == tuner and row["system"] == "dpft" and row["status"] == "exact"
+        }
+        how[tuner] = ", ".join(sorted({technique for names in used for technique in names.split(", ")}))
     lines += ["## Tuners", "", f"Each cell: {', '.join(SYSTEMS)}. Empty: PEFT does not support it, see below.", ""]
-    lines += ["| tuner | " + " | ".join(TUNED) + " |", "|---|" + "---|" * len(TUNED)]
+    lines += ["| tuner | " + " | ".join(TUNED) + " | dpft's techniques |", "|---|" + "---|" * (len(TUNED) + 1)]
     for tuner in dict.fromkeys(row["tuner"] for row in rows if "tuner" in row):
-        lines.append(f"| {tuner} | " + " | ".join(table.get((tuner, family), "") for family in TUNED) + " |")
+        lines.append(
+            f"| {tuner} | " + " | ".join(table.get((tuner, family), "") for family in TUNED) + f" | {how[tuner]} |"
+        )
     lines += [
         "",
         "## Layers trained in place",
@@ -365,17 +375,27 @@ def markdown(rows: list[dict]) -> str:
     for layer in dict.fromkeys(row["layer"] for row in rows if "layer" in row):
         statuses = {row["system"]: row["status"] for row in rows if row.get("layer") == layer}
         lines.append(f"| {layer} | " + " | ".join(statuses[system] for system in SYSTEMS) + " |")
-    for title, system, statuses in (
-        ("What dpft does not do", "dpft", ("refused", "raises", "wrong")),
-        ("What PEFT does not support", "peft", ("unsupported",)),
-    ):
-        reasons: dict[str, list[str]] = {}
-        for row in rows:
-            if row["system"] == system and row["status"] in statuses:
-                name = row.get("layer") or f"{row['tuner']} on {row['family']}"
-                reasons.setdefault(f"{row['status']}: {row['reason']}", []).append(name)
-        lines += ["", f"## {title}", ""] + [f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    lines += ["", "## What dpft refuses", ""]
+    for name, families in where(rows, "dpft", ("refused", "raises", "wrong")).items():
+        lines.append(f"- {name}{families}: {REFUSED.get(name, 'not explained')}.")
+    lines += [
+        "",
+        "## What PEFT does not support",
+        "",
+        "These raise in PEFT itself, before any library for privacy is asked.",
+        "",
+    ]
+    lines += [f"- {name}{families}" for name, families in where(rows, "peft", ("unsupported",)).items()]
     return "\n".join(lines) + "\n"
+
+
+def where(rows: list[dict], system: str, statuses: Sequence[str]) -> dict[str, str]:
+    """Tuners and layers with one of these statuses, and the families concerned, as text."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row["system"] == system and row["status"] in statuses:
+            found.setdefault(row.get("layer") or row["tuner"], []).append(row.get("family", ""))
+    return {name: f" ({', '.join(families)})" if any(families) else "" for name, families in found.items()}
 
 
 def main() -> None:
@@ -385,12 +405,16 @@ def main() -> None:
     parser.add_argument("--family", choices=TUNED)
     parser.add_argument("--layer", choices=list(LAYERS), metavar="NAME")
     parser.add_argument("--markdown", type=Path, help="write the report here")
+    parser.add_argument("--rows", type=Path, help="do not run: report on what --json wrote")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    print(f"{'':48}" + "".join(f"{system:18}" for system in SYSTEMS))
-    rows = collect(arguments.tuner, arguments.family, arguments.layer)
+    if arguments.rows:
+        rows = json.loads(arguments.rows.read_text())
+    else:
+        print(f"{'':48}" + "".join(f"{system:18}" for system in SYSTEMS))
+        rows = collect(arguments.tuner, arguments.family, arguments.layer)
     print("\n" + summary(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -450,6 +450,16 @@ TUNERS: dict[str, Tuner] = {
 }
 
 
+# What no exact method can serve as it is, and why.
+REFUSED: dict[str, str] = {
+    "lily": "its router averages over all tokens of the batch, so one example's gradient contains the others",
+    "lora velora": "its projection is the mean activation of a batch, kept in a buffer: other examples enter un-noised",
+    "lora monteclora": "its forward pass rewrites buffers and draws one sample of the weights for a whole batch",
+    "BatchNorm": "its statistics mix the examples of a batch and stay in buffers; subset.replace_batchnorm puts GroupNorm",
+    "Conv2d after a frozen BatchNorm in train mode": "the frozen layer's statistics still take in the data; eval mode or GroupNorm",
+}
+
+
 # -- layers trained in place -------------------------------------------------------------------------------------------
 
 

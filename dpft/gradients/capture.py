@@ -371,7 +371,9 @@ class _Tap(torch.autograd.Function):
     def forward(ctx, output, sink, count, *values_and_parameters):
         ctx.sink, ctx.inputs = sink, 3 + len(values_and_parameters)
         ctx.save_for_backward(*values_and_parameters[:count])
-        return output.view_as(output)
+        # Not a view, so that what follows may change it in place (as a residual network's ReLU does); if the layer itself
+        # needs its output again, PyTorch's version counter, which both share, says so.
+        return output.detach()
 
     @staticmethod
     def backward(ctx, grad_output):

@@ -43,7 +43,7 @@ class Engine:
         noise with standard deviation ``plan.noise_std``, empty draws included. At most ``plan.steps`` releases.
 
     Raises:
-        SubsetError: nothing in the model is trainable.
+        SubsetError: nothing in the model is trainable, or no gradient can pass it.
     """
 
     def __init__(
@@ -59,6 +59,11 @@ class Engine:
         if not self.capture.slots:
             raise SubsetError(
                 "No parameter of the model requires a gradient: select a subset before making the engine."
+            )
+        frozen_in = next((name for name, p in model.named_parameters() if p.is_inference()), None)
+        if frozen_in is not None:
+            raise SubsetError(
+                f"{frozen_in} was made under torch.inference_mode, so no gradient can pass it: load the model outside of that context."
             )
         self.steps_released = 0
         self.nonfinite_units = 0  # private: how many units had a non-finite gradient and contributed nothing

@@ -225,7 +225,7 @@ def _coupling_layer(model: nn.Module, losses: Callable, examples: list) -> str:
         seen: list[tuple[str, Tensor]] = []
         hooks = [
             module.register_forward_hook(
-                lambda m, a, out, name=name, seen=seen: seen.append((f"{name} ({type(m).__name__})", out))
+                lambda m, a, out, name=name, seen=seen: seen.append((f"{name} ({_class(m)})", out))
             )
             for name, module in model.named_modules()
         ]
@@ -240,6 +240,12 @@ def _coupling_layer(model: nn.Module, losses: Callable, examples: list) -> str:
             if one.is_floating_point() and not torch.allclose(one[0], two[0], rtol=1e-3, atol=1e-5):
                 return f"layer {name} mixes the examples of a batch; freeze it and put it in eval mode, or replace it (BatchNorm by GroupNorm)"
     return "padding or the loss couples them; pass an attention mask, and return each example's own loss, normalised by itself"
+
+
+def _class(module: nn.Module) -> str:
+    """PyTorch's classes by their name, others with their module, since many a tuner's layer is called Linear."""
+    kind = type(module)
+    return kind.__name__ if kind.__module__.startswith("torch.") else f"{kind.__module__}.{kind.__name__}"
 
 
 def _size(example) -> int:

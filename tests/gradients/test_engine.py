@@ -9,6 +9,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from dpft.errors import BudgetError, BypassError, GuaranteeError, SubsetError
 from dpft.gradients.engine import Engine
+from dpft.gradients.preflight import preflight
 from dpft.privacy.clipping import AutoClip, FlatClip
 from dpft.privacy.noise import SecureRandomness, SeededRandomness
 from dpft.subset import Subset
@@ -75,6 +76,25 @@ def every_cut(n):
     for size in range(n):
         for places in itertools.combinations(range(1, n), size):
             yield [list(range(a, b)) for a, b in zip((0, *places), (*places, n), strict=True)]
+
+
+@pytest.mark.parametrize(
+    "subset", ["lora + head", "sparse(fraction=0.2)", "ia3", "prompt_tuning(num_virtual_tokens=2)"]
+)
+def test_units_are_whole_under_every_technique(subset, case, quiet):
+    """T16: rules, functional differentiation and one example at a time; units spread over micro-batches."""
+    made = case("bert")
+    made.model = Subset(subset).apply(made.model).eval()
+    made.examples = [made.examples[i] for i in (0, 1, 1, 2, 0)]
+    units = ["a", "a", "b", "c", "c"]
+    expected = brute_force(made, [[0, 1], [2], [3, 4]], FlatClip(C), True)
+    with Engine(made.model, quiet(unit="patient", examples_per_unit=2, steps=16)) as engine:
+        preflight(engine, made.losses, made.examples)
+        for cut in every_cut(5) if engine.max_examples > 1 else [[[i] for i in range(5)]]:
+            for group in cut:
+                engine.accumulate(made.losses([made.examples[i] for i in group]), [units[i] for i in group])
+            engine.release()
+            torch.testing.assert_close(flat_gradient(made.model), expected, rtol=1e-4, atol=1e-7)
 
 
 def test_the_clipped_sum_is_the_same_for_every_cut(bert, quiet):
@@ -385,3 +405,10 @@ def test_reused_layer_accumulates(quiet):
     model.zero_grad()
     losses(x).sum().backward()
     torch.testing.assert_close(found, flat_gradient(model), rtol=1e-4, atol=1e-7)
+
+
+def test_a_model_made_under_inference_mode_is_refused(case, quiet):
+    with torch.inference_mode():
+        model = case("bert").model
+    with pytest.raises(SubsetError, match="inference_mode"):
+        Engine(model, quiet())

@@ -17,6 +17,7 @@ from transformers import (
 
 from dpft.errors import BudgetError, GuaranteeError, IsolationError
 from dpft.gradients.engine import Engine
+from dpft.gradients.preflight import preflight
 from dpft.privacy.noise import SeededRandomness
 from dpft.subset import Subset
 from dpft.tasks.task import LabelledTask
@@ -198,7 +199,17 @@ class Crash(TrainerCallback):
             raise RuntimeError("power cut")
 
 
-@pytest.mark.parametrize("subset", ["lora + head", "head", "lora + norms"])
+@pytest.mark.parametrize(
+    "subset",
+    [
+        "lora + head",
+        "head",
+        "lora + norms",
+        "sparse(fraction=0.1) + bias",
+        "ia3",
+        "prompt_tuning(num_virtual_tokens=2)",
+    ],
+)
 def test_a_resumed_run_never_exceeds_its_plan(make, tmp_path, subset):
     """T15: steps after the checkpoint were released and stay charged; T10: noise is fresh."""
     args = lambda: arguments(tmp_path, save_strategy="steps", save_steps=2)
@@ -211,6 +222,24 @@ def test_a_resumed_run_never_exceeds_its_plan(make, tmp_path, subset):
     assert resumed.state.global_step == 5  # resumed from 2, and 3 of the plan's 6 releases were left
     with pytest.raises(BudgetError, match="nothing is left"):
         make(subset, args=args()).train(resume_from_checkpoint=True)
+
+
+def test_a_resumed_run_takes_up_the_preflight_of_the_same_model_alone(make, tmp_path, monkeypatch):
+    from dpft.training import trainer
+
+    done = []
+    monkeypatch.setattr(trainer, "preflight", lambda *a: done.append(1) or preflight(*a))
+    args = lambda **more: arguments(tmp_path, save_strategy="steps", save_steps=1, **more)
+    subset = "prompt_tuning(num_virtual_tokens=2)"
+    with pytest.raises(RuntimeError, match="power cut"):
+        make(subset, args=args(), callbacks=[Crash(2)]).train()
+    with pytest.raises(RuntimeError, match="power cut"):
+        resumed = make(subset, args=args(), callbacks=[Crash(2)])
+        resumed.train(resume_from_checkpoint=True)
+    assert len(done) == 1 and resumed.engine.max_examples == 1
+    assert resumed.preflight.techniques == {"per example": resumed.preflight.trainable_parameters}
+    make(subset, args=args(bf16=True, use_cpu=True)).train(resume_from_checkpoint=True)
+    assert len(done) == 2
 
 
 @pytest.mark.parametrize(

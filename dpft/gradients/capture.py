@@ -13,176 +13,34 @@ on to the next; the preflight decides for each model.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dpft.errors import BypassError, ExactnessError
-from dpft.gradients.rules import rule_for
-
-RULE, FUNCTIONAL, PER_EXAMPLE = "rule", "functional", "per example"
+from dpft.gradients.sites import Arrangement, Site, Slot
 
 
-@dataclass
-class Slot:
-    """Where one trainable parameter lives in the flat workspace, and at which modules its uses are captured."""
-
-    name: str
-    parameter: nn.Parameter
-    start: int
-    places: list[nn.Module]
-    lifts: int = 0  # how often the places were exchanged for the modules around them
-    technique: str = RULE
-
-    @property
-    def slice(self) -> slice:
-        return slice(self.start, self.start + self.parameter.numel())
-
-    def view(self, flat: Tensor) -> Tensor:
-        """``(P,)`` or ``(B, P)`` to this parameter's ``(*shape)`` or ``(B, *shape)``."""
-        return (
-            flat[..., self.slice].unflatten(-1, self.parameter.shape) if self.parameter.dim() else flat[..., self.start]
-        )
-
-
-@dataclass
-class Site:
-    """A tapped module and the slots that it serves.
-
-    ``batched`` tells which of a call's tensors have the batch as leading dimension, by number of tensors. A tensor whose
-    length merely equals B in one call is found out by a call with another B, so the knowledge only narrows.
-    """
-
-    name: str
-    module: nn.Module
-    slots: list[Slot]
-    hidden: Callable | None = None  # the forward, set on the instance, that the tap hides
-    batched: dict[int, list[bool]] = field(default_factory=dict)
-    sizes: set[int] = field(default_factory=set)  # the batch sizes B that it has served
-    random: bool = False  # whether it was seen to draw random numbers, which a second forward would not repeat
-
-    @property
-    def rule(self) -> Callable | None:
-        """The closed form, if there is one for this very class and all slots are the layer's own."""
-        own = {id(parameter) for parameter in parameters_at(self.module)}
-        return rule_for(self.module) if all(id(slot.parameter) in own for slot in self.slots) else None
-
-
-class Capture:
-    """Taps a model's trainable layers; the model is not wrapped and :meth:`detach` leaves nothing behind.
-
-    Attributes:
-        slots: one :class:`Slot` per trainable parameter, tied parameters once.
-        size: P, the number of trainable scalars.
-        one_by_one: why nothing is tapped and each example has a backward pass of its own; None if it need not be.
-    """
-
-    MAX_LIFTS = 2
+class Capture(Arrangement):
+    """Taps the sites of a model; the model is not wrapped and :meth:`detach` leaves nothing behind."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.slots: list[Slot] = []
-        self.sites: list[Site] = []
-        self.size = 0
-        self.one_by_one: str | None = None
         self.inside: list[Site] = []  # the functional sites whose forward runs now
         self._attached = False
         self._workspace: Tensor | None = None
         self._written: set[int] = set()  # starts of the slots that hold gradients of the current backward pass
         self._examples: int | None = None  # B while a backward pass of rows() runs
         self._paused = False
-        self._parents: dict[int, list[nn.Module]] = {}
-        owners: dict[int, list[nn.Module]] = {}
-        for module in model.modules():
-            for child in module.children():
-                self._parents.setdefault(id(child), []).append(module)
-            for parameter in module.parameters(recurse=False):
-                owners.setdefault(id(parameter), []).append(module)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                # What layers share is often listed at the whole model as well; a use there would be found by rows().
-                places = [place for place in self._callable(owners[id(parameter)]) if not self._too_far(place)]
-                self.slots.append(Slot(name, parameter, self.size, places))
-                self.size += parameter.numel()
-                if not places:
-                    self.one_by_one = f"{name}: only the whole model uses it"
-        self._arrange()
+        super().__init__(model)
 
-    # -- where gradients are captured ----------------------------------------------------------------------------
-
-    def _callable(self, modules: list[nn.Module]) -> list[nn.Module]:
-        """These modules, or, for lists, dictionaries and parametrizations, the modules around them that are called."""
-        found: list[nn.Module] = []
-        for module in modules:
-            inner = any(isinstance(parent, ParametrizationList) for parent in self._parents.get(id(module), ()))
-            if inner or type(module).forward is nn.Module.forward or isinstance(module, ParametrizationList):
-                found += self._callable(self._parents.get(id(module), []))
-            else:
-                found.append(module)
-        return list({id(module): module for module in found}.values())
-
-    def _arrange(self) -> None:
-        """Group the slots by place."""
-        served: dict[int, tuple[nn.Module, list[Slot]]] = {}
-        for slot in self.slots:
-            for place in slot.places:
-                served.setdefault(id(place), (place, []))[1].append(slot)
-        names = {id(module): name for name, module in self.model.named_modules()}
-        self.sites = [] if self.one_by_one else [Site(names[key], *pair) for key, pair in served.items()]
-        for slot in self.slots:
-            slot.technique = PER_EXAMPLE if self.one_by_one else RULE
-        for site in self.sites:
-            if site.rule is None:
-                for slot in site.slots:
-                    slot.technique = FUNCTIONAL
-
-    def _too_far(self, module: nn.Module) -> bool:
-        return module is self.model or any(isinstance(m, nn.ModuleList) and len(m) > 1 for m in module.modules())
-
-    def _rearrange(self) -> None:
+    def arrange(self) -> None:
         attached = self._attached
         self.detach()
-        self._arrange()
+        super().arrange()
         if attached:
             self.attach()
-
-    def lift(self, slots: list[Slot], reason: str) -> None:
-        """Capture these slots at the modules around their places; where that is too far, everything one by one.
-
-        A module that holds the list of blocks is too far: to differentiate it again would double the run.
-        """
-        for slot in slots:
-            around = self._callable([parent for place in slot.places for parent in self._parents.get(id(place), [])])
-            if not around or any(map(self._too_far, around)) or slot.lifts == self.MAX_LIFTS:
-                return self.go_one_by_one(reason)
-            slot.places, slot.lifts = around, slot.lifts + 1
-        self._rearrange()
-
-    def go_one_by_one(self, reason: str) -> None:
-        """Give up tapping: each example gets a plain backward pass of its own from now on."""
-        self.one_by_one = reason
-        self._rearrange()
-
-    def state(self) -> dict:
-        """What the preflight decided, as plain values: :meth:`load_state` of the same model's capture takes it up."""
-        return {
-            "one_by_one": self.one_by_one,
-            "lifts": {slot.name: slot.lifts for slot in self.slots if slot.lifts},
-            "batched": {site.name: list(site.batched.items()) for site in self.sites},
-        }
-
-    def load_state(self, state: dict) -> None:
-        for slot in self.slots:
-            for _ in range(state["lifts"].get(slot.name, 0)):
-                self.lift([slot], "")
-        if state["one_by_one"]:
-            self.go_one_by_one(state["one_by_one"])
-        for site in self.sites:
-            site.batched = {count: list(flags) for count, flags in state["batched"].get(site.name, ())}
 
     # -- attaching -----------------------------------------------------------------------------------------------
 
@@ -391,12 +249,6 @@ class _Paused:
 
     def __exit__(self, *_) -> None:
         self._capture._paused = self._was
-
-
-def parameters_at(layer: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a rule of this layer gives: its own, and those that parametrize them."""
-    inner = getattr(layer, "parametrizations", ())
-    return [*layer.parameters(recurse=False), *(p for key in inner for p in inner[key].parameters())]
 
 
 def _precise(tensor: Tensor) -> Tensor:

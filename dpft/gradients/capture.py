@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dpft.errors import BypassError, ExactnessError
 from dpft.gradients.sites import Arrangement, Site, Slot
 
+MATERIALISED = 1 << 26  # scalars of weights that functional differentiation may make at a time
+
 
 class Capture(Arrangement):
     """Taps the sites of a model; the model is not wrapped and :meth:`detach` leaves nothing behind."""
@@ -200,8 +202,11 @@ class Capture(Arrangement):
             return (output * cotangent.unsqueeze(0)).sum()
 
         in_dims = (None, 0, *[0 if is_batched else None for is_batched in batched])
+        # Many a tuner makes its whole weight matrix anew, here once for each example that is differentiated at a time.
+        weights = sum(parameter.numel() for parameter in site.module.parameters())
+        differentiate = vmap(grad(inner_product), in_dims=in_dims, chunk_size=max(1, MATERIALISED // weights))
         with self.paused(), torch.enable_grad():
-            gradients = vmap(grad(inner_product), in_dims=in_dims)(values, grad_output, *tensors)
+            gradients = differentiate(values, grad_output, *tensors)
         return {slot.parameter: gradients[names[id(slot.parameter)]] for slot in site.slots}
 
     def _check_leading(self, slots: list[Slot], *shapes: torch.Size) -> None:

@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from dpft.errors import ExactnessError, GuaranteeError, IsolationError
+from dpft.gradients import capture
 from dpft.gradients.capture import Capture
 from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import fingerprint, preflight
@@ -106,6 +107,17 @@ def test_a_vector_shared_by_layers_adds_up_its_uses(plan):
         found = preflight(engine, losses, examples)
         assert {site.name for site in engine.capture.sites} == {"first", "first.inner", "second", "second.inner"}
     assert found.techniques == {"functional": 4, "rule": 40} and found.max_relative_error < 1e-5
+
+
+def test_functional_differentiation_in_chunks_is_the_same(case, plan, monkeypatch):
+    made = case("bert")
+    made.model = Subset("ia3 + layers('*token_type*')").apply(made.model).eval()
+    rows = []
+    for scalars in (1 << 26, 1):
+        monkeypatch.setattr(capture, "MATERIALISED", scalars)
+        with Engine(made.model, plan()) as engine:
+            rows.append(engine.capture.rows(made.losses(made.examples)).clone())
+    torch.testing.assert_close(*rows)
 
 
 class Positioned(nn.Module):

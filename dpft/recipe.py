@@ -153,6 +153,17 @@ class Recipe(_Table):
             raise ValueError(
                 f"{self.subset} chooses weights by gradients, which would reveal whose data made them: declare public data in data.public, or choose by magnitude"
             )
+        if self.data.public is not None:
+            files = {os.path.realpath(os.path.expandvars(path)): path for path in _listed(self.data.public)}
+            private = [
+                *_listed(self.data.train),
+                *([] if self.data.validation_is_public else _listed(self.data.validation)),
+            ]
+            shared = [path for path in private if os.path.realpath(os.path.expandvars(path)) in files]
+            if shared:
+                raise ValueError(
+                    f"data.public names the private file {shared[0]}, whose gradients would be released un-noised: name public data"
+                )
         if self.privacy.batch_size > self.data.units:
             raise ValueError(
                 f"privacy.batch_size is {self.privacy.batch_size:,} of {self.data.units:,} units: expect at most all of them"
@@ -246,6 +257,10 @@ class Recipe(_Table):
             else:
                 write(key, field, value)
         return "\n".join(lines) + "\n"
+
+
+def _listed(paths: str | list[str] | None) -> list[str]:
+    return [paths] if isinstance(paths, str) else list(paths or ())
 
 
 def expand(path: str) -> str:

@@ -90,6 +90,7 @@ class Capture(Arrangement):
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             tensors = [leaves[i].detach() for i in places]
             rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            form = f"{structure} {places}"
 
             def rebuild(values) -> tuple[tuple, dict]:
                 whole = list(rest)
@@ -98,7 +99,7 @@ class Capture(Arrangement):
                 return tree_unflatten(whole, structure)
 
             def sink(values, grad_output):
-                self._record(site, rebuild, values, grad_output)
+                self._record(site, form, rebuild, values, grad_output)
 
             return _Tap.apply(output, sink, len(tensors), *tensors, *parameters)
 
@@ -156,7 +157,9 @@ class Capture(Arrangement):
             self._written.add(slot.start)
             destination.copy_(gradient)
 
-    def _record(self, site: Site, rebuild: Callable, tensors: tuple[Tensor, ...], grad_output: Tensor) -> None:
+    def _record(
+        self, site: Site, form: str, rebuild: Callable, tensors: tuple[Tensor, ...], grad_output: Tensor
+    ) -> None:
         """Add one use of a module to the workspace: uses accumulate, so shared and tied parameters are whole."""
         if self._examples is None:
             raise BypassError(
@@ -166,7 +169,7 @@ class Capture(Arrangement):
         rule = site.rule
         try:
             if rule is None:
-                gradients = self._functional(site, rebuild, tensors, grad_output)
+                gradients = self._functional(site, form, rebuild, tensors, grad_output)
             else:
                 (activation,) = tensors
                 self._check_leading(site.slots, activation.shape, grad_output.shape)
@@ -183,12 +186,18 @@ class Capture(Arrangement):
             self._write(slot, gradients[slot.parameter])
         site.sizes.add(self._examples)
 
-    def _functional(self, site: Site, rebuild: Callable, tensors: tuple[Tensor, ...], grad_output: Tensor) -> dict:
+    def _functional(
+        self, site: Site, form: str, rebuild: Callable, tensors: tuple[Tensor, ...], grad_output: Tensor
+    ) -> dict[nn.Parameter, Tensor]:
         """Differentiate ``<module(x_i), dy_i>`` for each example i; tensors without a batch dimension are constants."""
-        batched = [tensor.dim() > 0 and len(tensor) == self._examples for tensor in tensors]
-        known = site.batched.setdefault(len(tensors), batched)
-        batched = site.batched[len(tensors)] = [a and b for a, b in zip(known, batched, strict=True)]
         self._check_leading(site.slots, grad_output.shape)
+        batched = [tensor.dim() > 0 and len(tensor) == self._examples for tensor in tensors]
+        if form in site.batched:
+            batched = [a and b for a, b in zip(site.batched[form], batched, strict=True)]
+        elif self.settled:
+            raise ValueError("it was called in a form that no preflight example had")
+        if not self.settled:
+            site.batched[form] = batched
         if not any(batched):
             raise ValueError("none of its inputs has a batch dimension")
         names: dict[int, str] = {}
@@ -199,6 +208,8 @@ class Capture(Arrangement):
         def inner_product(parameters, cotangent, *inputs):
             args, kwargs = rebuild([x.unsqueeze(0) if b else x for x, b in zip(inputs, batched, strict=True)])
             output = functional_call(site.module, parameters, args, kwargs)
+            if output.shape != (1, *cotangent.shape):  # one example came out as several: another's data entered
+                raise ValueError(f"one example alone gave an output of shape {tuple(output.shape)}")
             return (output * cotangent.unsqueeze(0)).sum()
 
         in_dims = (None, 0, *[0 if is_batched else None for is_batched in batched])

@@ -86,15 +86,21 @@ def preflight(
         if not isolated <= TOLERANCE:  # a coupling, or float32 rounding, which deep models amplify a thousandfold?
             with _in_precision(floating, torch.float64):
                 isolated = _isolation_in_double(capture, precise, examples, isolated)
-        with _in_precision(half, torch.float32):
-            if not isolated <= TOLERANCE:
+        if not isolated <= TOLERANCE:
+            with _in_precision(half, torch.float32):
                 raise IsolationError(
                     f"An example's gradient changes by {isolated:.1e} (relative) when others share its batch, so clipping it would not bound "
                     f"its influence: {_coupling_layer(capture.model, precise, examples)}."
                 )
-            error = max(isolated, _exactness(capture, precise, examples, TOLERANCE))
-        if half or precise_losses:
-            _exactness(capture, losses, examples, HALF_TOLERANCE)
+        while True:
+            with _in_precision(half, torch.float32):
+                error = max(isolated, _exactness(capture, precise, examples, TOLERANCE))
+            proven = capture.state()
+            if half or precise_losses:
+                _exactness(capture, losses, examples, HALF_TOLERANCE)
+            if capture.state() == proven:  # else half precision needed another arrangement, which is to be proven too
+                break
+        capture.settled = True
     techniques: dict[str, int] = {}
     for slot in capture.slots:
         techniques[slot.technique] = techniques.get(slot.technique, 0) + slot.parameter.numel()
@@ -105,13 +111,20 @@ def fingerprint(model: nn.Module, *settings) -> str:
     """A hash of all that the checks depend on but the examples: layers, subset, dropout, task and library versions."""
     described = [
         str(model),
+        repr([[(k, v) for k, v in vars(m).items() if isinstance(v, (bool, int, float, str))] for m in model.modules()]),
+        repr([len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]),
+        str(getattr(getattr(model, "config", None), "_attn_implementation", "")),
         repr([(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()]),
     ]
     plain = (str, bool, int, float)
+    for setting in settings:
+        values = (
+            [setting] if isinstance(setting, plain) else [v for v in vars(setting).values() if isinstance(v, plain)]
+        )
+        described.append(f"{type(setting).__module__} {type(setting).__qualname__} {values}")
     described += [
-        f"{type(setting).__qualname__} {setting if isinstance(setting, plain) else ''}" for setting in settings
+        f"{name} {version(name)}" for name in ("dpft", "torch", "transformers", "peft", "opacus", "accelerate")
     ]
-    described += [f"{package} {version(package)}" for package in ("torch", "transformers", "peft", "opacus")]
     described.append(str(getattr(model, "config", "")))
     return sha256("\n".join(described).encode()).hexdigest()
 
@@ -123,7 +136,7 @@ def _isolation(capture: Capture, losses: Callable, examples: list) -> float:
         alone = torch.stack([losses([example])[0].detach() for example in examples])
         if not torch.isfinite(alone).all():
             raise GuaranteeError(
-                "The loss of a preflight example is not finite: lower the precision demands or look at its text and labels."
+                "The loss of a preflight example is not finite: compute in float32, or look at its text and labels."
             )
         pairs = [
             (_gradient(capture, losses([example])[0]), _gradient(capture, loss))
@@ -141,26 +154,31 @@ def _isolation_in_double(capture: Capture, losses: Callable, examples: list, oth
     """The same in float64, or what float32 gave where the model or its inputs cannot be float64."""
     try:
         return _isolation(capture, losses, examples)
-    except RuntimeError as error:
-        if isinstance(error, GuaranteeError):
-            raise
+    except GuaranteeError:
+        raise
+    except Exception:  # whatever a kernel says of a type that it does not know
         return otherwise
 
 
 def _exactness(capture: Capture, losses: Callable, examples: list, tolerance: float) -> float:
-    """Compare the engine's rows with plain backward passes through the same batch; lift what fails until all agree.
+    """Compare the engine's rows with plain backward passes through the same batches; lift what fails until all agree.
+
+    The batches have several sizes, which tell what is as long as the batch from the batch, both orders of lengths, and, as
+    many a model then passes its mask in another form or not at all, no padding.
 
     Returns:
         The largest relative error.
     """
+    batches = [examples, [*reversed(examples), examples[0]], [examples[0]] * 2, [examples[0]] * 3]
     with capture.paused():
-        references = [_gradient(capture, loss) for loss in losses(examples)]
+        references = [[_gradient(capture, loss) for loss in losses(batch)] for batch in batches]
+    capture.settled = False
     while True:
         failed = None
         try:
-            # Two batch sizes: a tensor whose leading dimension merely equals B in one of them is told from the batch.
-            capture.rows(losses(examples[:-1]))
-            rows = capture.rows(losses(examples)).clone()
+            for batch in batches:
+                capture.rows(losses(batch))
+            rows = [capture.rows(losses(batch)).clone() for batch in batches]  # with all that was found out by then
         except Exception as error:  # a model may raise anything when its layers are tapped or differentiated again
             if capture.one_by_one or (isinstance(error, GuaranteeError) and not isinstance(error, ExactnessError)):
                 raise
@@ -181,7 +199,8 @@ def _exactness(capture: Capture, losses: Callable, examples: list, tolerance: fl
             capture.go_one_by_one(f"{name} was not reached by every preflight batch")
         if chancy or failed or unseen:
             continue
-        worst, error = _worst(capture, list(zip(rows, references, strict=True)))
+        pairs = [pair for made, wanted in zip(rows, references, strict=True) for pair in zip(made, wanted, strict=True)]
+        worst, error = _worst(capture, pairs)
         if error <= tolerance:
             return error
         if capture.one_by_one:

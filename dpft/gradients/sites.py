@@ -38,15 +38,16 @@ class Slot:
 class Site:
     """A tapped module and the slots that it serves.
 
-    ``batched`` tells which of a call's tensors have the batch as leading dimension, by number of tensors. A tensor whose
-    length merely equals B in one call is found out by a call with another B, so the knowledge only narrows.
+    ``batched`` tells which of a call's tensors have the batch as leading dimension, by the call's form. A tensor whose
+    length merely equals B in one call is found out by a call with another B, so until the preflight has settled it the
+    knowledge only narrows. Later it stays, and a call of a form that was not seen is refused.
     """
 
     name: str
     module: nn.Module
     slots: list[Slot]
     hidden: Callable | None = None  # the forward, set on the instance, that the tap hides
-    batched: dict[int, list[bool]] = field(default_factory=dict)
+    batched: dict[str, list[bool]] = field(default_factory=dict)
     sizes: set[int] = field(default_factory=set)  # the batch sizes B that it has served
     random: bool = False  # whether it was seen to draw random numbers, which a second forward would not repeat
 
@@ -73,6 +74,7 @@ class Arrangement:
         self.sites: list[Site] = []
         self.size = 0
         self.one_by_one: str | None = None
+        self.settled = False  # whether the preflight has seen every form of call
         self._parents: dict[int, list[nn.Module]] = {}
         owners: dict[int, list[nn.Module]] = {}
         for module in model.modules():
@@ -140,7 +142,7 @@ class Arrangement:
         return {
             "one_by_one": self.one_by_one,
             "lifts": {slot.name: slot.lifts for slot in self.slots if slot.lifts},
-            "batched": {site.name: list(site.batched.items()) for site in self.sites},
+            "batched": {site.name: site.batched for site in self.sites},
         }
 
     def load_state(self, state: dict) -> None:
@@ -150,7 +152,8 @@ class Arrangement:
         if state["one_by_one"]:
             self.go_one_by_one(state["one_by_one"])
         for site in self.sites:
-            site.batched = {count: list(flags) for count, flags in state["batched"].get(site.name, ())}
+            site.batched = state["batched"].get(site.name, {})
+        self.settled = True
 
 
 def parameters_at(layer: nn.Module) -> list[nn.Parameter]:

@@ -16,6 +16,10 @@ from dpft.errors import SubsetError
 from dpft.subset.layers import blocks
 from dpft.subset.parts import Sparse
 
+HEAD_LAYERS = {"query", "key", "value"} | {
+    f"{x}{end}" for x in "qkv" for end in ("", "_proj", "_lin")
+}  # outputs by head
+
 
 class SparseDelta(nn.Module):
     """Adds ``values`` ``(k,)``, zero at first, to the weights at the flat ``indices`` ``(k,)``."""
@@ -46,7 +50,12 @@ def add_sparse(
             f"{part} chooses by gradients, which would reveal whose data made them: declare public data to choose on "
             "(data.public in a recipe), or choose by magnitude."
         )
-    weights = {name: weight for name, weight in candidates(model, part).items() if name not in taken}
+    found = candidates(model, part)
+    weights = {name: weight for name, weight in found.items() if name not in taken}
+    if found and not weights:
+        raise SubsetError(
+            f"{part} has nothing to choose from, because its {len(found)} weights all train whole: leave it out."
+        )
     if not weights:
         raise SubsetError(
             f"{part} finds no untied weight matrix in {type(model).__name__}: give layers, a name pattern."
@@ -69,7 +78,8 @@ def candidates(model: nn.Module, part: Sparse) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.dim() > 1
+        if (parameter.dim() > 1 if part.group == "weight" else parameter.dim() == 2)
+        and (part.group != "heads" or name.split(".")[-2] in HEAD_LAYERS)
         and parameter.is_floating_point()
         and uses[id(parameter)] == 1
         and (fnmatch(name, pattern) or fnmatch(name, f"*.{pattern}"))
@@ -92,8 +102,10 @@ def choose(
         grouped[name] = groups, score
     if part.over == "model":
         every = torch.cat([score for _, score in grouped.values()])
-        threshold = torch.topk(every, _count(part, len(every))).values[-1]
-        kept = {name: torch.nonzero(score >= threshold)[:, 0] for name, (_, score) in grouped.items()}
+        chosen = torch.zeros(len(every), dtype=torch.bool, device=every.device)
+        chosen[torch.topk(every, _count(part, len(every))).indices] = True  # of equal scores no more than asked for
+        parts = chosen.split([len(score) for _, score in grouped.values()])
+        kept = {name: torch.nonzero(mine)[:, 0] for name, mine in zip(grouped, parts, strict=True)}
     else:
         kept = {
             name: torch.topk(score, _count(part, len(score), weights[name].shape)).indices
@@ -153,16 +165,27 @@ def gradient_scores(
     for weight in weights.values():
         weight.requires_grad_(True)
     totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    try:
+        _add_gradients(totals, weights, losses, examples, size)
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        model.train(was_training)
+    every = torch.cat([total.flatten() for total in totals.values()]) if totals else torch.zeros(1)
+    if not every.isfinite().all() or not every.any():
+        raise SubsetError(
+            f"{part} found no usable gradient in {len(examples)} public examples: give public data that the model can learn from."
+        )
+    return totals
+
+
+def _add_gradients(totals: dict, weights: dict, losses: Callable, examples: Sequence, size: int) -> None:
     for start in range(0, len(examples), size):
         total = losses(list(examples[start : start + size])).sum()
         gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
         for name, gradient in zip(weights, gradients, strict=True):
             if gradient is not None:
                 totals[name] += gradient / len(examples)
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
-    model.train(was_training)
-    return totals
 
 
 def deltas(model: nn.Module) -> dict[str, tuple[nn.Module, SparseDelta]]:

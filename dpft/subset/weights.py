@@ -18,9 +18,9 @@ def save_weights(model: nn.Module, folder: Path | str) -> str:
 
     Adapters alone (and modules that PEFT saves beside them) become a PEFT adapter. Sparse weights alone become PEFT's
     SHiRA adapter where its format fits, and otherwise ``delta.safetensors``: for each weight ``NAME.indices`` ``(k,)`` and
-    ``NAME.values`` ``(k,)``. Anything else is merged into the whole model; where PEFT cannot merge a tuner, the adapter is
-    saved with the other trained parameters, whole, in ``delta.safetensors``. Sparse deltas are folded into the model
-    unless they are all that trained.
+    ``NAME.values`` ``(k,)``. Anything else is merged into the whole model; where PEFT cannot merge a tuner, or the base is not
+    float32, the adapter is saved with the other trained parameters, whole, in ``delta.safetensors``. After merging, and where
+    sparse deltas are folded, ``model`` is no longer what it was.
     """
     folder = Path(folder)
     sparse = deltas(model)
@@ -47,18 +47,20 @@ def save_weights(model: nn.Module, folder: Path | str) -> str:
         model.save_pretrained(folder)
         return 'peft.PeftModel.from_pretrained(base_model, "weights")'
     fold(model)
-    if hasattr(model.base_model, "merge_and_unload"):
-        try:
-            merged = model.merge_and_unload()
-        except (NotImplementedError, AttributeError, ValueError, TypeError):
-            merged = None
-        if merged is not None:
-            merged.save_pretrained(folder)
-            return f'{type(merged).__name__}.from_pretrained("weights")'
     model.save_pretrained(folder)
     changed = {name.replace(".parametrizations.", ".").removesuffix(".0.values") for name in own}
     whole = dict(model.named_parameters())
     save_file({name: whole[name].detach().contiguous() for name in sorted(changed)}, folder / DELTA)
+    # Merged into half precision or a quantized base, a small change would be rounded away.
+    if hasattr(model.base_model, "merge_and_unload") and all(p.dtype == torch.float32 for p in model.parameters()):
+        try:
+            merged = model.merge_and_unload()
+        except Exception:  # PEFT raises all kinds of errors for tuners that it cannot merge; what was saved stands
+            return 'dpft.load_weights(base_model, "weights")'
+        for file in (folder / DELTA, *folder.glob("adapter_*")):
+            file.unlink()
+        merged.save_pretrained(folder)
+        return f'{type(merged).__name__}.from_pretrained("weights")'
     return 'dpft.load_weights(base_model, "weights")'
 
 

@@ -128,7 +128,10 @@ class DPTrainerMixin:
         """The proof, or what an earlier start of this very run found; it is the same for the same model and versions."""
         path = Path(self.args.output_dir) / "private" / "preflight.json"  # its errors are numbers made from the data
         key = fingerprint(self.model, self.task, self.args.bf16)
-        known = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            known = json.loads(path.read_text())
+        except (OSError, ValueError):
+            known = {}
         if known.get("key") == key:
             self.engine.capture.load_state(known["state"])
             return Preflight(**known["found"])

@@ -149,6 +149,58 @@ def test_a_tensor_as_long_as_the_batch_is_not_taken_for_it(plan):
             torch.testing.assert_close(rows[i], engine.capture.rows(losses([example]))[0])
 
 
+class Masked(nn.Module):
+    """Takes a mask that is ``(B, T, 1)`` where something is padded and ``(1, T, 1)``, or none at all, where nothing is."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x, mask=None):
+        return torch.tanh(x * self.scale if mask is None else x * self.scale * mask)
+
+
+@pytest.mark.parametrize("absent", [False, True])
+@pytest.mark.parametrize("known", [2, 3])
+def test_a_mask_that_changes_its_form_without_padding_never_mixes_examples(absent, known, plan):
+    """T3: after a batch without padding, the next padded one is still taken example by example."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"masked": Masked(), "head": nn.Linear(4, 3)})
+    examples = [(torch.randn(length, 4), length % 3) for length in (3, 4, 6, 6)]
+
+    def losses(chosen):
+        lengths = [len(x) for x, _ in chosen]
+        x = nn.utils.rnn.pad_sequence([x for x, _ in chosen], batch_first=True)
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).float().unsqueeze(2)
+        if min(lengths) == max(lengths):
+            mask = None if absent else mask[:1]
+        hidden = model["masked"](x, mask).sum(1) / torch.tensor(lengths).unsqueeze(1)
+        return class_losses(model["head"](hidden), torch.tensor([y for _, y in chosen]))
+
+    with Engine(model, plan()) as engine:
+        preflight(engine, losses, examples[:known])
+        alone = [engine.capture.rows(losses([example]))[0].clone() for example in examples]
+        for batch in ([0, 1, 2], [2, 3], [0, 1, 2], [3, 2, 0, 1]):
+            rows = engine.capture.rows(losses([examples[i] for i in batch]))
+            for row, i in zip(rows, batch, strict=True):
+                torch.testing.assert_close(row, alone[i])
+
+
+def test_a_call_of_a_form_that_was_not_seen_is_refused(plan):
+    """T3: which of its tensors carry the batch could only be guessed."""
+    model = nn.ModuleDict({"masked": Masked(), "head": nn.Linear(4, 3)})
+    examples = [(torch.randn(5, 4), i) for i in range(3)]
+
+    def losses(chosen, mask=None):
+        hidden = model["masked"](torch.stack([x for x, _ in chosen]), mask).mean(1)
+        return class_losses(model["head"](hidden), torch.tensor([y for _, y in chosen]))
+
+    with Engine(model, plan()) as engine:
+        preflight(engine, losses, examples)
+        with pytest.raises(ExactnessError, match="in a form that no preflight example had"):
+            engine.accumulate(losses(examples, torch.ones(3, 5, 1)))
+
+
 class Routed(nn.Module):
     """Experts see the tokens routed to them: as many as there are examples by chance, or none."""
 
@@ -198,8 +250,8 @@ def test_a_wrong_technique_is_replaced_by_a_right_one(case, plan, monkeypatch):
     made.model = Subset("head").apply(made.model)
     record = Capture._record
 
-    def wrong(self, site, rebuild, tensors, grad_output):
-        record(self, site, rebuild, tensors, grad_output * 1.001)
+    def wrong(self, site, form, rebuild, tensors, grad_output):
+        record(self, site, form, rebuild, tensors, grad_output * 1.001)
 
     monkeypatch.setattr(Capture, "_record", wrong)
     with Engine(made.model, plan()) as engine:

@@ -78,7 +78,7 @@ def test_heads_are_rows_of_one_head_together(case):
     for delta in vectors(model).values():
         rows = (delta.indices // 16).unique()
         assert rows.tolist() in (list(range(8)), list(range(8, 16)))
-    with pytest.raises(SubsetError, match="no multiple of the head size 8"):
+    with pytest.raises(SubsetError, match="finds no untied weight matrix"):
         Subset("sparse(number=1, group='heads', layers='classifier.weight')").apply(case("bert").model)
 
 
@@ -95,6 +95,22 @@ def test_gradients_choose_only_on_public_data(case):
         assert set(vectors(model)[name].indices.tolist()) == set(gradient.abs().flatten().topk(3).indices.tolist())
 
 
+def test_gradients_of_nothing_choose_nothing(case):
+    made = case("bert")
+    with pytest.raises(SubsetError, match="no usable gradient in 0 public examples"):
+        Subset("sparse(fraction=0.01, choose='gradient', over='model')").apply(made.model, made.losses, [])
+    assert made.model.training and all(p.requires_grad for p in made.model.parameters())
+
+
+def test_of_equal_scores_no_more_than_asked_for_are_chosen(case):
+    made = case("bert")
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            parameter.fill_(0.5)
+    found = vectors(Subset("sparse(number=30, over='model')").apply(made.model))
+    assert sum(len(delta.values) for delta in found.values()) == 30
+
+
 def test_a_recipe_that_chooses_by_gradients_needs_public_data():
     from dpft.recipe import Recipe
     from tests.test_recipe import changed
@@ -104,6 +120,9 @@ def test_a_recipe_that_chooses_by_gradients_needs_public_data():
         Recipe.parse(tables)
     tables["data"]["public"] = "public.csv"
     assert Recipe.parse(tables).data.public == "public.csv"
+    tables["data"]["public"] = ["public.csv", "./" + tables["data"]["train"]]
+    with pytest.raises(RecipeError, match="data.public names the private file"):
+        Recipe.parse(tables)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +198,16 @@ def test_trained_weights_load_as_their_line_says(subset, file, line, case, plan,
     else:
         loaded = type(case("bert").model).from_pretrained(tmp_path / "weights")
     torch.testing.assert_close(logits(loaded, made), expected)
+
+
+def test_nothing_is_rounded_away_into_a_bf16_base(case, plan, tmp_path):
+    made = case("llama")
+    model = made.model = Subset("lora(rank=2) + norms").apply(made.model.to(torch.bfloat16)).eval()
+    step(model, made, plan)
+    expected = logits(model, made)
+    assert "dpft.load_weights" in save_weights(model, tmp_path)
+    loaded = load_weights(case("llama").model.to(torch.bfloat16), tmp_path)
+    torch.testing.assert_close(logits(loaded, made), expected, rtol=0, atol=0)
 
 
 def test_a_shira_adapter_is_read_by_peft_itself(case, plan, tmp_path):

@@ -87,8 +87,10 @@ def demo(output: Path, fast: bool, as_json: bool) -> None:
     rows = _compare(chosen, output / "runs", None, range(1), as_json)
     private, plain = rows[-1], rows[1]
     if not as_json:
+        lost = 100 * (plain.mean - private.mean)
+        cost = f"{lost:.1f} points of accuracy" if lost >= 0.1 else "no accuracy that this run can show"
         click.echo(
-            f"\nPrivacy cost {100 * (plain.mean - private.mean):.1f} points of accuracy here: every diagnosis' influence was bounded and "
+            f"\nPrivacy cost {cost} here: every diagnosis' influence was bounded and "
             "covered by noise, which drowns what only a few of them say, so the rarest chapters lose most."
         )
     folder = Path(private.folders[0])

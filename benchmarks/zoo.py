@@ -205,7 +205,6 @@ class Case:
         logits = self.model(**batch).logits
         if labels.dim() == 1:
             return class_losses(logits, labels)
-        logits = logits[:, -labels.shape[1] :]  # prompt tuners put virtual tokens in front
         return token_losses(logits, labels, shift=self.kind == TOKENS)
 
 

@@ -17,6 +17,11 @@ The command line prints that sentence and no traceback.
 """
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line; its kind, if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 class DPFTError(Exception):
     """Base of all errors that dpft raises on purpose."""
 

@@ -154,12 +154,10 @@ class Recipe(_Table):
                 f"{self.subset} chooses weights by gradients, which would reveal whose data made them: declare public data in data.public, or choose by magnitude"
             )
         if self.data.public is not None:
-            files = {os.path.realpath(os.path.expandvars(path)): path for path in _listed(self.data.public)}
-            private = [
-                *_listed(self.data.train),
-                *([] if self.data.validation_is_public else _listed(self.data.validation)),
-            ]
-            shared = [path for path in private if os.path.realpath(os.path.expandvars(path)) in files]
+            public = {os.path.realpath(_expanded(path)) for path in listed(self.data.public)}
+            validation = None if self.data.validation_is_public else self.data.validation
+            private = [*listed(self.data.train), *listed(validation)]
+            shared = [path for path in private if os.path.realpath(_expanded(path)) in public]
             if shared:
                 raise ValueError(
                     f"data.public names the private file {shared[0]}, whose gradients would be released un-noised: name public data"
@@ -259,8 +257,13 @@ class Recipe(_Table):
         return "\n".join(lines) + "\n"
 
 
-def _listed(paths: str | list[str] | None) -> list[str]:
+def listed(paths: str | list[str] | None) -> list[str]:
+    """One path, several or none, as a list."""
     return [paths] if isinstance(paths, str) else list(paths or ())
+
+
+def _expanded(path: str) -> str:
+    return os.path.expanduser(os.path.expandvars(path))
 
 
 def expand(path: str) -> str:
@@ -269,7 +272,7 @@ def expand(path: str) -> str:
     Raises:
         RecipeError: a variable is not set.
     """
-    expanded = os.path.expanduser(os.path.expandvars(path))
+    expanded = _expanded(path)
     unset = re.search(r"\$\{?(\w+)", expanded)
     if unset:
         raise RecipeError(

@@ -1,6 +1,7 @@
 """``dpft init``, ``dpft params`` and ``dpft preflight``: what a recipe says, before anything is charged."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -102,19 +103,7 @@ def preflight(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     if not as_json:
         click.echo(str(found))
         return
-    facts = {
-        name: getattr(found, name)
-        for name in (
-            "exact",
-            "isolated",
-            "max_relative_error",
-            "trainable_parameters",
-            "examples",
-            "techniques",
-            "one_by_one",
-        )
-    }
-    show(facts, True)
+    show(asdict(found), True)
 
 
 def _checked(path: str, overrides: tuple[str, ...]):

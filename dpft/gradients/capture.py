@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dpft.errors import BypassError, ExactnessError
+from dpft.errors import BypassError, ExactnessError, first_line
 from dpft.gradients.sites import Arrangement, Site, Slot
 
+HALF = (torch.float16, torch.bfloat16)
 MATERIALISED = 1 << 26  # scalars of weights that functional differentiation may make at a time
 
 
@@ -90,7 +91,7 @@ class Capture(Arrangement):
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             tensors = [leaves[i].detach() for i in places]
             rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            form = f"{structure} {places}"
+            form = f"{structure} {places}" if functional else ""
 
             def rebuild(values) -> tuple[tuple, dict]:
                 whole = list(rest)
@@ -174,13 +175,11 @@ class Capture(Arrangement):
                 (activation,) = tensors
                 self._check_leading(site.slots, activation.shape, grad_output.shape)
                 gradients = rule(site.module, [_precise(activation)], _precise(grad_output))
-        except (RuntimeError, ValueError, AttributeError, TypeError, NotImplementedError) as error:
-            if isinstance(error, ExactnessError):
-                raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise self._inexact(
-                site.slots, f"{_called(site)} cannot be differentiated example by example ({reason})"
-            ) from error
+        except ExactnessError:
+            raise
+        except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+            reason = f"{_called(site)} cannot be differentiated example by example ({first_line(error)})"
+            raise self._inexact(site.slots, reason) from error
         for slot in site.slots:
             self._check_leading([slot], gradients[slot.parameter].shape)
             self._write(slot, gradients[slot.parameter])
@@ -269,7 +268,7 @@ class _Paused:
 
 def _precise(tensor: Tensor) -> Tensor:
     """Half-precision activations and gradients in float32, so that norms and sums lose nothing more."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def _called(site: Site) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -51,7 +52,7 @@ class Site:
     sizes: set[int] = field(default_factory=set)  # the batch sizes B that it has served
     random: bool = False  # whether it was seen to draw random numbers, which a second forward would not repeat
 
-    @property
+    @cached_property
     def rule(self) -> Callable | None:
         """The closed form, if there is one for this very class and all slots are the layer's own."""
         own = {id(parameter) for parameter in parameters_at(self.module)}
@@ -142,7 +143,7 @@ class Arrangement:
         return {
             "one_by_one": self.one_by_one,
             "lifts": {slot.name: slot.lifts for slot in self.slots if slot.lifts},
-            "batched": {site.name: site.batched for site in self.sites},
+            "batched": {site.name: dict(site.batched) for site in self.sites},
         }
 
     def load_state(self, state: dict) -> None:

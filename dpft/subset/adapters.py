@@ -26,11 +26,11 @@ def tuner_kinds() -> set[str]:
     return {kind.value.lower() for kind in PeftType}
 
 
-def add_adapter(model: nn.Module, part: Lora | Tuner, *, with_head: bool) -> tuple[nn.Module, set[int]]:
+def add_adapter(model: nn.Module, part: Lora | Tuner, *, with_head: bool) -> nn.Module:
     """Wrap ``model`` with the adapter; a head that is not tied to the embeddings moves into it, so that it is saved there.
 
     Returns:
-        The PEFT model and the ids of the original parameters that PEFT replaced by trainable copies.
+        The PEFT model, which keeps what it replaced by trainable copies as ``original_module``.
 
     Raises:
         SubsetError: PEFT cannot place the adapter, or does not know a setting.
@@ -51,18 +51,9 @@ def add_adapter(model: nn.Module, part: Lora | Tuner, *, with_head: bool) -> tup
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.modules()),  # as GPT-2 stores weights
     }
     settings = {**{name: value for name, value in derived.items() if name in known}, **given}
-    moved = {id(p) for name in saved for p in model.get_submodule(name).parameters()}
     try:
-        return _place(get_peft_model, model, config_class, settings, known), moved
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        NotImplementedError,
-        AssertionError,
-        RuntimeError,
-    ) as error:
+        return _place(get_peft_model, model, config_class, settings, known)
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         raise SubsetError(
             f"PEFT cannot place {kind} on {type(model).__name__} ({str(error) or type(error).__name__}): give the settings that "
             "PEFT's configuration names, such as target_modules."
@@ -156,26 +147,21 @@ def saved_by_peft(model: nn.Module) -> set[int]:
     }
 
 
-def is_shira(sparse: dict) -> bool:
-    """Whether PEFT's SHiRA can hold these deltas: linear layers, each with r·(in + out) weights for one whole r."""
-    return len({_shira_rank(layer, delta) for layer, delta in sparse.values()}) == 1 and _shira_rank(
-        *next(iter(sparse.values()))
-    )
+def shira_rank(sparse: dict) -> int:
+    """The whole r for which every delta is of a linear layer and has r·(in + out) weights, as SHiRA demands; else 0."""
+    ranks = {
+        len(delta.values) / (layer.in_features + layer.out_features) if isinstance(layer, nn.Linear) else 0
+        for layer, delta in sparse.values()
+    }
+    rank = ranks.pop()
+    return 0 if ranks or rank % 1 else int(rank)
 
 
-def _shira_rank(layer: nn.Module, delta: nn.Module) -> int:
-    if not isinstance(layer, nn.Linear):
-        return 0
-    rank, rest = divmod(len(delta.values), layer.in_features + layer.out_features)
-    return 0 if rest else rank
-
-
-def save_shira(model: nn.Module, sparse: dict, folder: Path) -> None:
+def save_shira(model: nn.Module, sparse: dict, rank: int, folder: Path) -> None:
     """Sparse deltas of linear layers as a SHiRA adapter (Bhardwaj et al. 2024) that ``PeftModel.from_pretrained`` loads."""
     from peft import ShiraConfig
 
     names = {weight.rpartition(".")[0]: pair for weight, pair in sparse.items()}
-    rank = _shira_rank(*next(iter(names.values())))
     config = ShiraConfig(r=rank, target_modules=sorted(names), base_model_name_or_path=model.config.name_or_path)
     config.inference_mode = True
     config.save_pretrained(folder)

@@ -16,9 +16,8 @@ from dpft.errors import SubsetError
 from dpft.subset.layers import blocks
 from dpft.subset.parts import Sparse
 
-HEAD_LAYERS = {"query", "key", "value"} | {
-    f"{x}{end}" for x in "qkv" for end in ("", "_proj", "_lin")
-}  # outputs by head
+# Layers whose outputs are the heads', one after another.
+HEAD_LAYERS = {"query", "key", "value", *(f"{x}{end}" for x in "qkv" for end in ("", "_proj", "_lin"))}
 
 
 class SparseDelta(nn.Module):
@@ -102,23 +101,22 @@ def choose(
         grouped[name] = groups, score
     if part.over == "model":
         every = torch.cat([score for _, score in grouped.values()])
-        chosen = torch.zeros(len(every), dtype=torch.bool, device=every.device)
-        chosen[torch.topk(every, _count(part, len(every))).indices] = True  # of equal scores no more than asked for
-        parts = chosen.split([len(score) for _, score in grouped.values()])
-        kept = {name: torch.nonzero(mine)[:, 0] for name, mine in zip(grouped, parts, strict=True)}
+        kept = _largest(every, _count(part, len(every))).split([len(score) for _, score in grouped.values()])
     else:
-        kept = {
-            name: torch.topk(score, _count(part, len(score), weights[name].shape)).indices
-            for name, (_, score) in grouped.items()
-        }
+        kept = [_largest(s, _count(part, len(s), weights[name].shape)) for name, (_, s) in grouped.items()]
     found = {}
-    for name, (groups, score) in grouped.items():
-        chosen = torch.zeros(len(score), dtype=torch.bool, device=score.device)
-        chosen[kept[name]] = True
+    for (name, (groups, _)), chosen in zip(grouped.items(), kept, strict=True):
         indices = torch.nonzero(chosen[groups])[:, 0]
         if len(indices):
             found[name] = indices
     return found
+
+
+def _largest(score: Tensor, count: int) -> Tensor:
+    """``(n,)`` truth values of which ``count`` are true; of equal scores no more than asked for."""
+    chosen = torch.zeros(len(score), dtype=torch.bool, device=score.device)
+    chosen[torch.topk(score, count).indices] = True
+    return chosen
 
 
 def _count(part: Sparse, available: int, shape: Sequence[int] = ()) -> int:

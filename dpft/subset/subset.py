@@ -93,8 +93,8 @@ class Subset:
         adapter = next((part for part in self.parts if isinstance(part, (Lora, Tuner))), None)
         if adapter is not None:
             with_head = any(isinstance(part, Head) for part in self.parts)
-            model, moved = add_adapter(model, adapter, with_head=with_head)
-            moved |= {id(p) for name, p in model.named_parameters() if ".original_module." in name}
+            model = add_adapter(model, adapter, with_head=with_head)
+            moved = {id(p) for name, p in model.named_parameters() if ".original_module." in name}
             selected = [p for p in selected if id(p) not in moved]
         for parameter in selected:
             if not parameter.is_floating_point():

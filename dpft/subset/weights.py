@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dpft.errors import RecipeError
-from dpft.subset.adapters import is_adapted, is_shira, save_shira, saved_by_peft
+from dpft.subset.adapters import is_adapted, save_shira, saved_by_peft, shira_rank
 from dpft.subset.sparse import deltas, fold
 
 DELTA = "delta.safetensors"
@@ -30,12 +30,13 @@ def save_weights(model: nn.Module, folder: Path | str) -> str:
     in_place = {name: p for name, p in own.items() if ".parametrizations." not in f".{name}"}
     if sparse and not adapted and not in_place:
         folder.mkdir(parents=True, exist_ok=True)
-        if is_shira(sparse):
-            save_shira(model, sparse, folder)
+        rank = shira_rank(sparse)
+        if rank:
+            save_shira(model, sparse, rank, folder)
             return 'peft.PeftModel.from_pretrained(base_model, "weights")'
         tensors = {}
         for name, (_, delta) in sparse.items():
-            tensors[f"{name}.indices"] = delta.indices.int() if delta.indices.numel() < 2**31 else delta.indices
+            tensors[f"{name}.indices"] = delta.indices.int() if delta.indices[-1] < 2**31 else delta.indices
             tensors[f"{name}.values"] = delta.values.detach()
         save_file(tensors, folder / DELTA)
         return 'dpft.load_weights(base_model, "weights")'

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpft.errors import RecipeError
-from dpft.recipe import DataTable, Recipe, TaskTable, expand
+from dpft.recipe import DataTable, Recipe, TaskTable, expand, listed
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -24,8 +24,7 @@ def load(recipe: Recipe, *, validation: bool = True):
         )
     if recipe.data.validation is None or not validation:
         return train, None
-    held_out = read(recipe.data.validation)
-    check(held_out, recipe.task, recipe.data.model_copy(update=dict(unit="example")), "data.validation")
+    held_out = _row_by_row(recipe, recipe.data.validation, "data.validation")
     if recipe.data.validation_rows is not None and recipe.data.validation_rows < len(held_out):
         held_out = held_out.shuffle(seed=0).select(range(recipe.data.validation_rows))
     return train, held_out
@@ -39,8 +38,13 @@ def load_public(recipe: Recipe):
     """
     if recipe.data.public is None:
         return None
-    rows = read(recipe.data.public)
-    check(rows, recipe.task, recipe.data.model_copy(update=dict(unit="example")), "data.public")
+    return _row_by_row(recipe, recipe.data.public, "data.public")
+
+
+def _row_by_row(recipe: Recipe, paths: str | list[str], where: str):
+    """Checked rows of data in which it does not matter whose a row is."""
+    rows = read(paths)
+    check(rows, recipe.task, recipe.data.model_copy(update=dict(unit="example")), where)
     return rows
 
 
@@ -49,7 +53,7 @@ def read(paths: str | list[str]):
     import datasets
 
     datasets.disable_progress_bars()
-    files = [Path(expand(path)) for path in ([paths] if isinstance(paths, str) else paths)]
+    files = [Path(expand(path)) for path in listed(paths)]
     for file in files:
         if not file.exists():
             raise RecipeError(f"There is no data at {file}: mend the path in the recipe.")

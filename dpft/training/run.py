@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dpft.errors import RecipeError
+from dpft.errors import RecipeError, first_line
 from dpft.privacy.noise import Randomness
 from dpft.recipe import ModelTable, Recipe, expand
 from dpft.training.data import load, load_public
@@ -88,7 +88,7 @@ def load_model(recipe: Recipe):
         except (OSError, ValueError, ImportError) as error:
             if isinstance(error, RecipeError):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise RecipeError(
                 f"The model {path} cannot be loaded ({reason}): give a folder that AutoModel loads, or a hub name."
             ) from error

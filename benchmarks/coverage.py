@@ -149,7 +149,7 @@ def of_dpft(make: Callable[[], Made], reference: Rows) -> tuple[float, str]:
     plan = Plan(noise_multiplier=1.0, sample_rate=0.5, steps=10, delta=1e-3, units=8)
     with Engine(model, plan) as engine:
         found = preflight(engine, losses, examples)
-        batches = [examples] if engine.max_examples >= len(examples) else [[example] for example in examples]
+        batches = [examples] if engine.max_examples(9) >= len(examples) else [[example] for example in examples]
         rows = []
         with Steady():
             for batch in batches:

@@ -2,7 +2,7 @@
 
 While attached, certain modules run their own forward with the trainable parameters handled there held constant (so
 autograd builds no ``.grad`` for them) and tap the gradient of their output. When the backward pass reaches the tap,
-the per-example gradients are added to a flat workspace ``(B, P)``, one row per example. Three techniques:
+the per-example gradients are added to :class:`~dpft.gradients.gradients.Gradients`. Three techniques:
 
 ``rule``         at the layer that owns the parameter, by a closed form from :mod:`dpft.gradients.rules`
 ``functional``   at that layer or the module around it, differentiated again example by example with ``torch.func``
@@ -20,6 +20,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dpft.errors import BypassError, ExactnessError, first_line
+from dpft.gradients.gradients import Gradients
 from dpft.gradients.sites import Arrangement, Site, Slot
 
 HALF = (torch.float16, torch.bfloat16)
@@ -33,8 +34,7 @@ class Capture(Arrangement):
         self.inside: list[Site] = []  # the functional sites whose forward runs now
         self._attached = False
         self._workspace: Tensor | None = None
-        self._written: set[int] = set()  # starts of the slots that hold gradients of the current backward pass
-        self._examples: int | None = None  # B while a backward pass of rows() runs
+        self._gradients: Gradients | None = None  # while a backward pass of gradients() runs
         self._paused = False
         super().__init__(model)
 
@@ -108,30 +108,35 @@ class Capture(Arrangement):
 
     # -- gradients -----------------------------------------------------------------------------------------------
 
-    def rows(self, losses: Tensor) -> Tensor:
-        """Back-propagate ``(B,)`` losses; returns the ``(B, P)`` float32 workspace, valid until the next call.
+    def gradients(self, losses: Tensor) -> Gradients:
+        """Back-propagate ``(B,)`` losses; what is returned is valid until the next call.
 
         Raises:
             ExactnessError: a gradient has no batch dimension, or a parameter was used outside its layer.
         """
-        examples = len(losses)
-        rows = self._fresh_rows(examples)
-        self._examples = examples
+        if self.one_by_one:
+            return Gradients(self._one_by_one(losses))
+        self._gradients = made = Gradients(self._fresh_workspace(len(losses)))
         try:
-            if self.one_by_one:
-                for i in range(examples):
-                    losses[i].backward(retain_graph=i + 1 < examples)
-                    self.take(rows[i])
-                return rows
             losses.sum().backward()
         finally:
-            self._examples = None
+            self._gradients = None
+        made.complete(self.slots)
         for slot in self.slots:
-            if slot.start not in self._written:
-                slot.view(rows).zero_()  # the losses do not depend on it
             if slot.parameter.grad is not None:
                 slot.parameter.grad = None
                 raise self._inexact([slot], "it is used outside its layer's forward, where that use would be lost")
+        return made
+
+    def rows(self, losses: Tensor) -> Tensor:
+        """``(B, P)``: :meth:`gradients`, every one made."""
+        return self.gradients(losses).rows(self.size)
+
+    def _one_by_one(self, losses: Tensor) -> Tensor:
+        rows = losses.new_empty(len(losses), self.size, dtype=torch.float32)
+        for i, row in enumerate(rows):
+            losses[i].backward(retain_graph=i + 1 < len(losses))
+            self.take(row)
         return rows
 
     def take(self, row: Tensor) -> None:
@@ -143,26 +148,16 @@ class Capture(Arrangement):
                 slot.view(row).copy_(slot.parameter.grad)
                 slot.parameter.grad = None
 
-    def _fresh_rows(self, examples: int) -> Tensor:
+    def _fresh_workspace(self, examples: int) -> Tensor:
         if self._workspace is None or len(self._workspace) < examples:
-            self._workspace = torch.empty(examples, self.size, device=self.slots[0].parameter.device)
-        self._written.clear()
+            self._workspace = torch.empty(examples, self.narrow, device=self.slots[0].parameter.device)
         return self._workspace[:examples]
-
-    def _write(self, slot: Slot, gradient: Tensor) -> None:
-        """The first use of a parameter overwrites what the workspace held before; further uses add to it."""
-        destination = slot.view(self._workspace[: self._examples])
-        if slot.start in self._written:
-            destination.add_(gradient)
-        else:
-            self._written.add(slot.start)
-            destination.copy_(gradient)
 
     def _record(
         self, site: Site, form: str, rebuild: Callable, tensors: tuple[Tensor, ...], grad_output: Tensor
     ) -> None:
-        """Add one use of a module to the workspace: uses accumulate, so shared and tied parameters are whole."""
-        if self._examples is None:
+        """Add the gradients of one use of a module."""
+        if self._gradients is None:
             raise BypassError(
                 f"A backward pass reached {type(site.module).__name__} outside engine.accumulate, so its gradients would be "
                 "neither clipped nor noised: pass the per-example losses to engine.accumulate instead."
@@ -182,15 +177,15 @@ class Capture(Arrangement):
             raise self._inexact(site.slots, reason) from error
         for slot in site.slots:
             self._check_leading([slot], gradients[slot.parameter].shape)
-            self._write(slot, gradients[slot.parameter])
-        site.sizes.add(self._examples)
+            self._gradients.add(slot, gradients[slot.parameter])
+        site.sizes.add(len(self._gradients))
 
     def _functional(
         self, site: Site, form: str, rebuild: Callable, tensors: tuple[Tensor, ...], grad_output: Tensor
     ) -> dict[nn.Parameter, Tensor]:
         """Differentiate ``<module(x_i), dy_i>`` for each example i; tensors without a batch dimension are constants."""
         self._check_leading(site.slots, grad_output.shape)
-        batched = [tensor.dim() > 0 and len(tensor) == self._examples for tensor in tensors]
+        batched = [tensor.dim() > 0 and len(tensor) == len(self._gradients) for tensor in tensors]
         if form in site.batched:
             batched = [a and b for a, b in zip(site.batched[form], batched, strict=True)]
         elif self.settled:
@@ -221,11 +216,11 @@ class Capture(Arrangement):
 
     def _check_leading(self, slots: list[Slot], *shapes: torch.Size) -> None:
         for shape in shapes:
-            if not shape or shape[0] != self._examples:
+            if not shape or shape[0] != len(self._gradients):
                 found = shape[0] if shape else 0
                 raise self._inexact(
                     slots,
-                    f"it gave {found} gradients for a batch of {self._examples}: its input has no batch dimension",
+                    f"it gave {found} gradients for a batch of {len(self._gradients)}: its input has no batch dimension",
                 )
 
     def _inexact(self, slots: list[Slot], reason: str) -> ExactnessError:

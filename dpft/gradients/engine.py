@@ -18,10 +18,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dpft.errors import BudgetError, BypassError, GuaranteeError, SubsetError
 from dpft.gradients.capture import Capture
+from dpft.gradients.gradients import Gradients
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.privacy.plan import Plan
 
-WORKSPACE_BYTES = 1 << 30  # bounds a micro-batch: each of its examples needs 4 bytes per trainable parameter
+WORKSPACE_BYTES = (
+    1 << 28
+)  # bounds a micro-batch: each of its examples needs 4 bytes per parameter whose gradient is made
 
 
 class Engine:
@@ -94,12 +97,15 @@ class Engine:
             self._guard.remove()
             self._guard = None
 
-    @property
-    def max_examples(self) -> int:
-        """How many examples a micro-batch may hold: what the workspace admits, or one where gradients are made per example."""
+    def max_examples(self, tokens: int) -> int:
+        """How many examples of so many tokens a micro-batch may hold, by the gradients that must be made of each at once."""
         if self.capture.one_by_one:
             return 1
-        return max(1, WORKSPACE_BYTES // (4 * self.capture.size))
+        whole_units = self.plan.examples_per_unit > 1  # their examples' gradients are added up, so they must be made
+        made = sum(
+            slot.parameter.numel() for slot in self.capture.slots if whole_units or tokens > slot.longest_by_norm
+        )
+        return max(1, WORKSPACE_BYTES // max(4 * made, 1))
 
     # -- one logical step ----------------------------------------------------------------------------------------
 
@@ -117,10 +123,15 @@ class Engine:
             ExactnessError, BypassError: see :mod:`dpft.errors`.
         """
         self._check_ready(losses, units)
-        rows = self.capture.rows(losses)
+        gradients = self.capture.gradients(losses)
         if units is None:
-            return self._add(rows, torch.ones(len(rows), device=rows.device))
-        self._accumulate_units(rows, list(units))
+            return self._add(gradients)
+        units = list(units)
+        if self.plan.examples_per_unit == 1 and len(set(units)) == len(units):
+            self._refuse_returned(units)
+            self._closed.update(units)
+            return self._add(gradients)
+        self._accumulate_units(gradients.rows(self.capture.size), units)
 
     def release(self) -> None:
         """Add one draw of noise to the sum, divide by the public batch size and write every ``.grad``.
@@ -136,10 +147,14 @@ class Engine:
         if self._before_release is not None:
             self._before_release(self.steps_released + 1)
         self._close_open_unit()
-        total = self._sum().double()
+        flat = self._sum()
         if self.plan.noise_multiplier > 0:
-            total += self.randomness.gaussian(self.capture.size).to(total.device) * self.plan.noise_std
-        flat = (total / self.plan.expected_batch_size).float()
+            start = 0
+            for noise in self.randomness.gaussians(self.capture.size):
+                part = flat[start : start + len(noise)]
+                part.copy_(part.double() + noise.to(part.device) * self.plan.noise_std)
+                start += len(noise)
+        flat /= self.plan.expected_batch_size
         self._released.clear()
         for slot in self.capture.slots:
             gradient = slot.view(flat).to(slot.parameter.dtype)
@@ -176,35 +191,41 @@ class Engine:
             counts[0] += self._open[2]
             self._open = None
         self._close_open_unit()
-        returned = self._closed.intersection(order)
-        if returned:
-            raise GuaranteeError(
-                f"Unit {next(iter(returned))!r} came back after its gradient had been clipped, so it would count twice: "
-                "give all examples of a unit in consecutive rows of one logical batch."
-            )
+        self._refuse_returned(order)
         self._open = (order[-1], rows[-1].clone(), counts[-1].clone())
         self._closed.update(order[:-1])
-        self._add(rows[:-1], counts[:-1])
+        self._add_units(rows[:-1], counts[:-1])
 
     def _close_open_unit(self) -> None:
         if self._open is not None:
             unit, row, count = self._open
             self._open = None
             self._closed.add(unit)
-            self._add(row.unsqueeze(0), count.unsqueeze(0))
+            self._add_units(row.unsqueeze(0), count.unsqueeze(0))
 
-    def _add(self, gradients: Tensor, counts: Tensor) -> None:
-        """Clip ``(U, P)`` whole unit gradients, each summed over ``counts`` ``(U,)`` examples, and add them up."""
-        if self.plan.unit_gradient == "mean":
-            gradients = gradients / counts.unsqueeze(1) if (counts != 1).any() else gradients
-        norms = torch.linalg.vector_norm(gradients, dim=1)
+    def _refuse_returned(self, units: list) -> None:
+        returned = self._closed.intersection(units)
+        if returned:
+            raise GuaranteeError(
+                f"Unit {next(iter(returned))!r} came back after its gradient had been clipped, so it would count twice: "
+                "give all examples of a unit in consecutive rows of one logical batch."
+            )
+
+    def _add_units(self, rows: Tensor, counts: Tensor) -> None:
+        """Add ``(U, P)`` whole unit gradients, each summed over ``counts`` ``(U,)`` examples."""
+        mean = self.plan.unit_gradient == "mean" and bool((counts != 1).any())
+        self._add(Gradients(rows / counts.unsqueeze(1) if mean else rows))
+
+    def _add(self, gradients: Gradients) -> None:
+        """Clip whole unit gradients and add them up."""
+        norms = gradients.norms()
         finite = torch.isfinite(norms)
         if not finite.all():
             # A factor of zero would not do: 0 · inf is NaN, which would poison the sum and reveal the unit.
-            gradients[~finite] = 0
+            gradients.forget(~finite)
             self.nonfinite_units += int((~finite).sum())
             norms = torch.where(finite, norms, 1.0)
-        self._total = self._sum().addmv_(gradients.T, self.plan.clip.factors(norms))
+        gradients.add_to(self._sum(), self.plan.clip.factors(norms))
 
     def _sum(self) -> Tensor:
         if self._total is None:

@@ -138,16 +138,16 @@ def _isolation(capture: Capture, losses: Callable, examples: list) -> float:
             raise GuaranteeError(
                 "The loss of a preflight example is not finite: compute in float32, or look at its text and labels."
             )
-        pairs = [
-            (_gradient(capture, losses([example])[0]), _gradient(capture, loss))
-            for example, loss in zip(examples, together, strict=True)
-        ]
-    if not any(reference.any() for reference, _ in pairs):
+        error, depends = float(((together.detach() - alone).abs() / alone.abs().clamp_min(1e-2)).max()), False
+        for example, loss in zip(examples, together, strict=True):
+            single = _gradient(capture, losses([example])[0])
+            depends |= bool(single.any())
+            error = max(error, _difference(capture, _gradient(capture, loss), single)[1])
+    if not depends:
         raise GuaranteeError(
             "No trainable parameter gets a gradient from any preflight example: choose a subset that the loss depends on."
         )
-    differences = (together.detach() - alone).abs() / alone.abs().clamp_min(1e-2)
-    return max(_worst(capture, [(beside, single) for single, beside in pairs])[1], float(differences.max()))
+    return error
 
 
 def _isolation_in_double(capture: Capture, losses: Callable, examples: list, otherwise: float) -> float:
@@ -170,17 +170,18 @@ def _exactness(capture: Capture, losses: Callable, examples: list, tolerance: fl
         The largest relative error.
     """
     batches = [examples, [*reversed(examples), examples[0]], [examples[0]] * 2, [examples[0]] * 3]
-    with capture.paused():
-        references = [[_gradient(capture, loss) for loss in losses(batch)] for batch in batches]
     capture.settled = False
     while True:
-        failed, before = None, capture.state()
+        failed, before, worst, error = None, capture.state(), capture.slots[0], 0.0
         try:
-            rows = [capture.rows(losses(batch)).clone() for batch in batches]
-        except Exception as error:  # a model may raise anything when its layers are tapped or differentiated again
-            if capture.one_by_one or (isinstance(error, GuaranteeError) and not isinstance(error, ExactnessError)):
+            for batch in batches:
+                here = _batch_error(capture, losses, batch)
+                if not here[1] <= error:  # a NaN error is an error
+                    worst, error = here
+        except Exception as problem:  # a model may raise anything when its layers are tapped or differentiated again
+            if capture.one_by_one or (isinstance(problem, GuaranteeError) and not isinstance(problem, ExactnessError)):
                 raise
-            failed = error
+            failed = problem
         finally:
             for slot in capture.slots:
                 slot.parameter.grad = None
@@ -195,11 +196,7 @@ def _exactness(capture: Capture, losses: Callable, examples: list, tolerance: fl
         elif unseen is not None:
             name = f"{unseen.name} ({type(unseen.module).__name__})"
             capture.go_one_by_one(f"{name} was not reached by every preflight batch")
-        elif capture.state() == before:  # else rows were made before all was known of the calls: make them again
-            pairs = [
-                pair for some, wanted in zip(rows, references, strict=True) for pair in zip(some, wanted, strict=True)
-            ]
-            worst, error = _worst(capture, pairs)
+        elif capture.state() == before:  # else gradients were made before all was known of the calls: make them again
             if error <= tolerance:
                 return error
             if capture.one_by_one:
@@ -208,6 +205,22 @@ def _exactness(capture: Capture, losses: Callable, examples: list, tolerance: fl
                     "than rounding explains: leave it out of the subset and report the layer."
                 )
             capture.lift([worst], f"{worst.name} came out wrong by {error:.1e} at {worst.technique}")
+
+
+def _batch_error(capture: Capture, losses: Callable, batch: list) -> tuple[Slot, float]:
+    """The slot that the engine's gradients of one batch differ most in from plain backward passes, and by how much."""
+    gradients = capture.gradients(losses(batch))
+    norms, rows = gradients.norms(), gradients.rows(capture.size)
+    worst, error = (
+        capture.slots[0],
+        float((norms / rows.norm(dim=1).clamp_min(1e-30) - 1).abs().max()) if rows.any() else 0.0,
+    )
+    with capture.paused():
+        for row, loss in zip(rows, losses(batch), strict=True):
+            here = _difference(capture, row, _gradient(capture, loss))
+            if not here[1] <= error:
+                worst, error = here
+    return worst, error
 
 
 def _gradient(capture: Capture, loss: Tensor) -> Tensor:
@@ -221,16 +234,15 @@ def _gradient(capture: Capture, loss: Tensor) -> Tensor:
     return flat
 
 
-def _worst(capture: Capture, compared: list[tuple[Tensor, Tensor]]) -> tuple[Slot, float]:
-    """The slot with the largest relative error over pairs of made and expected ``(P,)`` gradients."""
+def _difference(capture: Capture, made: Tensor, expected: Tensor) -> tuple[Slot, float]:
+    """The slot with the largest relative error of a ``(P,)`` gradient, and that error."""
     worst, largest = capture.slots[0], 0.0
-    for made, expected in compared:
-        floor = FLOOR * expected.norm()
-        for slot in capture.slots:
-            wanted = expected[slot.slice]
-            error = float((made[slot.slice] - wanted).norm() / torch.maximum(wanted.norm(), floor).clamp_min(1e-30))
-            if not error <= largest:  # a NaN error is an error
-                worst, largest = slot, error
+    floor = FLOOR * expected.norm()
+    for slot in capture.slots:
+        wanted = expected[slot.slice]
+        error = float((made[slot.slice] - wanted).norm() / torch.maximum(wanted.norm(), floor).clamp_min(1e-30))
+        if not error <= largest:  # a NaN error is an error
+            worst, largest = slot, error
     return worst, largest
 
 

@@ -7,15 +7,17 @@ from functools import cached_property
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from dpft.gradients.rules import rule_for
+from dpft.gradients.rules import PRODUCTS, rule_for
+from dpft.gradients.rules.linear import longest_by_norm
 
 MAX_LIFTS = 2
+LARGE = 1 << 16  # scalars from which a parameter's gradients are kept out of the flat workspace
 RULE, FUNCTIONAL, PER_EXAMPLE = "rule", "functional", "per example"
 
 
 @dataclass
 class Slot:
-    """Where one trainable parameter lives in the flat workspace, and at which modules its uses are captured."""
+    """Where one trainable parameter lives among all P trainable scalars, and at which modules its uses are captured."""
 
     name: str
     parameter: nn.Parameter
@@ -23,6 +25,16 @@ class Slot:
     places: list[nn.Module]
     lifts: int = 0  # how often the places were exchanged for the modules around them
     technique: str = RULE
+
+    @property
+    def large(self) -> bool:
+        return self.parameter.numel() >= LARGE
+
+    @property
+    def longest_by_norm(self) -> int:
+        """The most tokens for which its per-example gradients need not be made; 0 where they must be."""
+        product = self.large and self.technique == RULE and len(self.places) == 1 and type(self.places[0]) in PRODUCTS
+        return longest_by_norm(*self.parameter.shape) if product and self.parameter.dim() == 2 else 0
 
     @property
     def slice(self) -> slice:
@@ -66,6 +78,7 @@ class Arrangement:
         slots: one :class:`Slot` per trainable parameter, tied parameters once.
         sites: the modules to tap.
         size: P, the number of trainable scalars.
+        narrow: of these the first so many, which belong to parameters that are not large.
         one_by_one: why nothing is tapped and each example has a backward pass of its own; None if it need not be.
     """
 
@@ -73,7 +86,7 @@ class Arrangement:
         self.model = model
         self.slots: list[Slot] = []
         self.sites: list[Site] = []
-        self.size = 0
+        self.size = self.narrow = 0
         self.one_by_one: str | None = None
         self.settled = False  # whether the preflight has seen every form of call
         self._parents: dict[int, list[nn.Module]] = {}
@@ -87,10 +100,13 @@ class Arrangement:
             if parameter.requires_grad:
                 # What layers share is often listed at the whole model as well; a use there would be found by rows().
                 places = [place for place in self._callable(owners[id(parameter)]) if not self._too_far(place)]
-                self.slots.append(Slot(name, parameter, self.size, places))
-                self.size += parameter.numel()
+                self.slots.append(Slot(name, parameter, 0, places))
                 if not places:
                     self.one_by_one = f"{name}: only the whole model uses it"
+        for slot in sorted(self.slots, key=lambda slot: slot.large):
+            slot.start = self.size
+            self.size += slot.parameter.numel()
+            self.narrow += 0 if slot.large else slot.parameter.numel()
         self.arrange()
 
     def _callable(self, modules: list[nn.Module]) -> list[nn.Module]:

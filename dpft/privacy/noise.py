@@ -14,13 +14,14 @@ probability below 1e-60. The noise is added in float64 and only the noisy sum is
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from torch import Tensor
 
-_CHUNK = 1 << 20  # numbers drawn at a time: bounds memory at about 100 MB, whatever the subset's size
+_CHUNK = 1 << 16  # numbers drawn at a time: their few MB stay in the processor's cache
 
 
 class Randomness(ABC):
@@ -35,15 +36,16 @@ class Randomness(ABC):
     def _key(self) -> bytes:
         """32 bytes of key and 16 of nonce, never the same twice."""
 
-    def _words(self, n: int) -> np.ndarray:
-        """``(n,)`` independent uint64."""
+    def _stream(self):
+        """A fresh key's stream: ``stream.update_into(zeros, buffer)`` fills the buffer."""
         key = self._key()
-        stream = Cipher(algorithms.ChaCha20(key[:32], key[32:48]), mode=None).encryptor()
-        return np.frombuffer(stream.update(bytes(8 * n)), dtype=np.uint64)
+        return Cipher(algorithms.ChaCha20(key[:32], key[32:48]), mode=None).encryptor()
 
     def uniform(self, n: int) -> np.ndarray:
         """``(n,)`` float64 in [0, 1), multiples of 2**-53."""
-        return (self._words(n) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        words = np.empty(n, dtype=np.uint64)
+        self._stream().update_into(bytes(8 * n), words.view(np.uint8))
+        return _uniform(words, np.empty(n))
 
     def bernoulli(self, n: int, probability: float) -> np.ndarray:
         """``(n,)`` independent coins, each True with ``probability`` (to 2**-53)."""
@@ -51,18 +53,25 @@ class Randomness(ABC):
 
     def gaussian(self, n: int) -> Tensor:
         """``(n,)`` float64 standard normal numbers, each the half-sum of four (see the module's text)."""
-        out = torch.empty(n, dtype=torch.float64)
-        for start in range(0, n, _CHUNK):
-            size = min(_CHUNK, n - start)
-            pairs = max(size, 2)
-            u = torch.from_numpy(self.uniform(4 * pairs)).view(2, 2, pairs)
-            radius = torch.log1p(-u[0]).mul_(-2.0).sqrt_()  # 1 - u is in (0, 1]: the logarithm is finite
-            angle = u[1].mul_(2.0 * torch.pi)
-            cosines = (radius * torch.cos(angle)).sum(0)
-            sines = radius.mul_(torch.sin(angle)).sum(0)
+        return torch.cat([part.clone() for part in self.gaussians(n)]) if n else torch.empty(0, dtype=torch.float64)
+
+    def gaussians(self, n: int) -> Iterator[Tensor]:
+        """The same draw in parts, one after another; each is valid until the next is asked for."""
+        stream, size = self._stream(), max(2, min(_CHUNK, n))
+        zeros, words = bytes(32 * size), np.empty(4 * size, dtype=np.uint64)
+        u = torch.empty(2, 2, size, dtype=torch.float64)
+        cosines = torch.empty(2, size, dtype=torch.float64)
+        for start in range(0, n, size):
+            stream.update_into(zeros, words.view(np.uint8))
+            _uniform(words, u.view(-1).numpy())
+            radius, angle = (
+                u[0].neg_().log1p_().mul_(-2.0).sqrt_(),
+                u[1].mul_(2.0 * torch.pi),
+            )  # 1 - u > 0: log is finite
+            torch.cos(angle, out=cosines).mul_(radius)
+            sines = angle.sin_().mul_(radius)
             # Shifted by one, so that the four Gaussians of one number come from four different pairs of uniforms.
-            out[start : start + size] = (cosines + sines.roll(1)).mul_(0.5)[:size]
-        return out
+            yield cosines.sum(0).add_(sines.sum(0).roll(1)).mul_(0.5)[: n - start]
 
     def __getstate__(self):
         raise TypeError("A source of privacy noise is never saved, copied or sent: make a new one.")
@@ -89,3 +98,9 @@ class SeededRandomness(Randomness):
     def _key(self) -> bytes:
         self._draws += 1
         return hashlib.sha512(f"{self._seed}/{self._draws}".encode()).digest()
+
+
+def _uniform(words: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """The upper 53 bits of each uint64, as a float64 in [0, 1); ``words`` is used up."""
+    np.right_shift(words, np.uint64(11), out=words)
+    return np.multiply(words, 2.0**-53, out=out, casting="unsafe")

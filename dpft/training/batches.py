@@ -5,7 +5,7 @@ most ``token_budget`` padded tokens. The cut changes speed and memory, never the
 examples stay consecutive, and the engine completes a unit before it clips.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,13 +58,18 @@ class Examples:
 
 
 def cut(
-    lengths: Sequence[int], units: Sequence[int], *, token_budget: int, max_examples: int = 1 << 30
+    lengths: Sequence[int],
+    units: Sequence[int],
+    *,
+    token_budget: int,
+    max_examples: Callable[[int], int] = lambda tokens: 1 << 30,
 ) -> list[np.ndarray]:
     """Cut examples into micro-batches of at most ``token_budget`` padded tokens, each unit's examples consecutive.
 
     Args:
         lengths: ``(n,)`` tokens of each example.
         units: ``(n,)`` which unit each belongs to.
+        max_examples: how many examples of a given length a micro-batch may hold (:meth:`Engine.max_examples`).
 
     Returns:
         Arrays of positions into ``lengths``, together every position once; long examples come first, so that too
@@ -83,7 +88,7 @@ def cut(
     widest = 0
     for place in np.lexsort((-lengths, units, -by_unit)):
         width = max(widest, int(lengths[place]))
-        if group and (width * (len(group) + 1) > token_budget or len(group) == max_examples):
+        if group and (width * (len(group) + 1) > token_budget or len(group) >= max_examples(width)):
             groups.append(np.array(group))
             group, width = [], int(lengths[place])
         group.append(place)
@@ -118,7 +123,7 @@ class LogicalBatches:
         *,
         steps: int,
         token_budget: int,
-        max_examples: int,
+        max_examples: Callable[[int], int],
     ) -> None:
         self.examples, self.task, self.sampler, self.steps = examples, task, sampler, steps
         self.token_budget, self.max_examples = token_budget, max_examples

@@ -10,6 +10,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from dpft.errors import BudgetError, BypassError, GuaranteeError, SubsetError
 from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import preflight
+from dpft.privacy import noise
 from dpft.privacy.clipping import AutoClip, FlatClip
 from dpft.privacy.noise import SecureRandomness, SeededRandomness
 from dpft.subset import Subset
@@ -90,7 +91,7 @@ def test_units_are_whole_under_every_technique(subset, case, quiet):
     expected = brute_force(made, [[0, 1], [2], [3, 4]], FlatClip(C), True)
     with Engine(made.model, quiet(unit="patient", examples_per_unit=2, steps=16)) as engine:
         preflight(engine, made.losses, made.examples)
-        for cut in every_cut(5) if engine.max_examples > 1 else [[[i] for i in range(5)]]:
+        for cut in every_cut(5) if engine.max_examples(9) > 1 else [[[i] for i in range(5)]]:
             for group in cut:
                 engine.accumulate(made.losses([made.examples[i] for i in group]), [units[i] for i in group])
             engine.release()
@@ -181,6 +182,21 @@ def test_each_step_gets_one_draw_of_the_stated_noise(bert, plan, clip, micro_bat
         deviation = lambda std, scaled=scaled: abs(float((scaled**2).mean()) / std**2 - 1) / (2 / len(scaled)) ** 0.5
         assert deviation(2.0) < 5
         assert deviation(2.0 * 2 / 3) > 5 and deviation(2.0 * 3 / 2) > 5
+
+
+def test_a_draw_made_in_many_parts_covers_every_parameter(bert, plan, monkeypatch):
+    """Long draws are made and added part by part: no part may be missed, nor any noise be used twice."""
+    monkeypatch.setattr(noise, "_CHUNK", 100)
+    with Engine(bert.model, plan(), SeededRandomness(5)) as engine:
+        engine.release()
+        size, slots = engine.capture.size, engine.capture.slots
+    released = torch.zeros(size)
+    for slot in slots:
+        slot.view(released).copy_(slot.parameter.grad)
+    assert size > 300
+    expected = SeededRandomness(5).gaussian(size) * plan().noise_std / plan().expected_batch_size
+    torch.testing.assert_close(released, expected.float())
+    assert len(expected.unique()) == size
 
 
 def test_an_empty_draw_releases_noise(bert, plan):

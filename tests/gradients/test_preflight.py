@@ -71,7 +71,7 @@ def test_prompts_that_are_made_once_for_the_batch_go_one_by_one(family, case, pl
     with Engine(made.model, plan()) as engine:
         found = preflight(engine, made.losses, made.examples)
         assert found.techniques == {"per example": 48} and "prompt_encoder" in found.one_by_one
-        assert engine.max_examples == 1 and not engine.capture.sites
+        assert engine.max_examples(9) == 1 and not engine.capture.sites
 
 
 class Shared(nn.Module):

@@ -33,7 +33,7 @@ def test_every_tuner_is_exact_or_refused(tuner, family, plan):
             return
         found = preflight(engine, made.losses, made.examples)
         assert found.exact and found.max_relative_error < 5e-5
-        batches = [made.examples] if engine.max_examples >= 3 else [[example] for example in made.examples]
+        batches = [made.examples] if engine.max_examples(9) >= 3 else [[example] for example in made.examples]
         for batch in batches:
             engine.accumulate(made.losses(batch))
         engine.release()
@@ -81,7 +81,7 @@ def test_any_combination_is_exact_or_refused(family, parts, plan):
     parameters = [p for p in made.model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(sum(made.losses([one])[0] for one in others), parameters, allow_unused=True)
     with engine:
-        for batch in [others] if engine.max_examples > 1 else [[one] for one in others]:
+        for batch in [others] if engine.max_examples(9) > 1 else [[one] for one in others]:
             engine.accumulate(made.losses(batch))
         engine.release()
     scale = engine.plan.expected_batch_size

@@ -20,7 +20,7 @@ TASK = LabelledTask(lambda features: pad_features(features, 0, token_labels=True
 )
 def test_every_cut_keeps_every_example_once_and_units_together(examples, budget, most):
     lengths, units = [e[0] for e in examples], [e[1] for e in examples]
-    groups = cut(lengths, units, token_budget=budget, max_examples=most)
+    groups = cut(lengths, units, token_budget=budget, max_examples=lambda tokens: most)
     order = [int(i) for group in groups for i in group]
     assert sorted(order) == list(range(len(examples)))
     runs = [
@@ -66,7 +66,12 @@ def test_units_are_grouped_by_their_column():
 def test_planned_steps_are_executed_steps_whatever_is_drawn(rate):
     """T9: an empty draw is a step, neither skipped nor padded with a fake record."""
     batches = LogicalBatches(
-        encode("example"), TASK, PoissonSampler(rate, 1, SeededRandomness(0)), steps=7, token_budget=20, max_examples=4
+        encode("example"),
+        TASK,
+        PoissonSampler(rate, 1, SeededRandomness(0)),
+        steps=7,
+        token_budget=20,
+        max_examples=lambda tokens: 4,
     )
     drawn = [sum(len(units) for _, units in batch) for batch in batches]
     assert len(drawn) == len(batches) == 7
@@ -76,7 +81,12 @@ def test_planned_steps_are_executed_steps_whatever_is_drawn(rate):
 def test_a_unit_gives_at_most_its_share():
     """T16."""
     batches = LogicalBatches(
-        encode("patient"), TASK, PoissonSampler(1.0, 2, SeededRandomness(0)), steps=5, token_budget=8, max_examples=4
+        encode("patient"),
+        TASK,
+        PoissonSampler(1.0, 2, SeededRandomness(0)),
+        steps=5,
+        token_budget=8,
+        max_examples=lambda tokens: 4,
     )
     for batch in batches:
         units = [unit for _, micro in batch for unit in micro]
@@ -86,7 +96,12 @@ def test_a_unit_gives_at_most_its_share():
 def test_no_two_draws_are_the_same_shuffle():
     """T9: an epoch of shuffled batches would draw every unit once; Poisson draws some twice and some never."""
     batches = LogicalBatches(
-        encode("example"), TASK, PoissonSampler(0.2, 1, SeededRandomness(1)), steps=5, token_budget=64, max_examples=9
+        encode("example"),
+        TASK,
+        PoissonSampler(0.2, 1, SeededRandomness(1)),
+        steps=5,
+        token_budget=64,
+        max_examples=lambda tokens: 9,
     )
     counts = np.bincount([unit for batch in batches for _, micro in batch for unit in micro], minlength=20)
     assert counts.min() == 0 and counts.max() > 1

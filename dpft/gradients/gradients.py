@@ -1,0 +1,111 @@
+"""The per-example gradients of one backward pass, made only as far as they must be.
+
+Gradients of small parameters go to one flat workspace ``(B, narrow)``, so that norms are one reduction and the clipped sum one
+matrix-vector product. A large weight of a linear layer stays a product of two matrices where its norm alone is
+cheaper (:mod:`dpft.gradients.rules.linear`); any other large gradient is a tensor ``(B, *shape)`` of its own.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpft.gradients.rules.linear import Product, longest_by_norm
+from dpft.gradients.sites import Slot
+
+
+class Gradients:
+    """What one backward pass gave for each of B examples.
+
+    Args:
+        narrow: ``(B, n)``, the gradients of the parameters whose slots lie in the first n of P places.
+    """
+
+    def __init__(self, narrow: Tensor) -> None:
+        self.narrow = narrow
+        self.large: dict[int, Large] = {}
+        self._written: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.narrow)
+
+    def add(self, slot: Slot, gradient: Tensor | Product) -> None:
+        """Add one use of a parameter: uses accumulate, so that shared and tied parameters are whole before the norm."""
+        if slot.large:
+            before = self.large.get(slot.start)
+            self.large[slot.start] = Large.of(slot, gradient if before is None else _sum(before.gradient, gradient))
+            return
+        destination = slot.view(self.narrow)
+        if slot.start in self._written:
+            destination.add_(_made(gradient))
+        else:  # the workspace holds what an earlier pass left
+            self._written.add(slot.start)
+            destination.copy_(_made(gradient))
+
+    def complete(self, slots: list[Slot]) -> None:
+        """Zero the places of parameters that the losses do not depend on."""
+        for slot in slots:
+            if not slot.large and slot.start not in self._written:
+                slot.view(self.narrow).zero_()
+
+    def rows(self, size: int) -> Tensor:
+        """``(B, P)``, every gradient made."""
+        if self.narrow.shape[1] == size:
+            return self.narrow
+        rows = self.narrow.new_zeros(len(self), size)
+        rows[:, : self.narrow.shape[1]] = self.narrow
+        for one in self.large.values():
+            one.slot.view(rows).copy_(_made(one.gradient))
+        return rows
+
+    def norms(self) -> Tensor:
+        """``(B,)`` norms of the whole gradients, never below the true ones by more than a rounding of float32."""
+        norms = torch.linalg.vector_norm(self.narrow, dim=1)
+        if not self.large:
+            return norms
+        return torch.stack([norms.square(), *(one.squares for one in self.large.values())]).sum(0).sqrt()
+
+    def forget(self, lost: Tensor) -> None:
+        """Zero the gradients of the examples ``(B,)`` that are true, whatever they hold."""
+        self.narrow[lost] = 0
+        for one in self.large.values():
+            if isinstance(one.gradient, Product):
+                one.gradient = one.gradient.without(lost)
+            else:
+                one.gradient[lost] = 0
+
+    def add_to(self, total: Tensor, factors: Tensor) -> None:
+        """``total`` ``(P,)`` ``+= Σ_i factors[i] · g_i``"""
+        total[: self.narrow.shape[1]].addmv_(self.narrow.T, factors)
+        for one in self.large.values():
+            if isinstance(one.gradient, Product):
+                one.gradient.add_to(one.slot.view(total), factors)
+            else:
+                total[one.slot.slice].addmv_(one.gradient.flatten(1).T, factors)
+
+
+@dataclass
+class Large:
+    """One large parameter's gradients, and their squared norms ``(B,)``, taken while they are at hand."""
+
+    slot: Slot
+    gradient: Tensor | Product
+    squares: Tensor
+
+    @classmethod
+    def of(cls, slot: Slot, gradient: Tensor | Product) -> "Large":
+        if isinstance(gradient, Product):
+            if gradient.tokens <= longest_by_norm(*gradient.shape[1:]):
+                return cls(slot, gradient, gradient.squares())
+            gradient = gradient.made()
+        return cls(slot, gradient, torch.linalg.vector_norm(gradient.flatten(1), dim=1).square())
+
+
+def _sum(first: Tensor | Product, second: Tensor | Product) -> Tensor | Product:
+    if isinstance(first, Product) and isinstance(second, Product):
+        return first + second
+    return _made(first) + _made(second)
+
+
+def _made(gradient: Tensor | Product) -> Tensor:
+    return gradient.made() if isinstance(gradient, Product) else gradient

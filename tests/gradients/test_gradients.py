@@ -1,0 +1,136 @@
+"""Norms and clipped sums are the same whether per-example gradients are made or not."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import dpft.gradients.sites as sites
+from dpft.gradients.engine import Engine
+from dpft.gradients.rules.linear import Product, longest_by_norm
+from dpft.privacy.clipping import FlatClip
+from dpft.privacy.plan import Plan
+
+M, N = 40, 24
+SWITCH = longest_by_norm(M, N)
+
+
+@pytest.fixture(autouse=True)
+def everything_is_large(monkeypatch):
+    monkeypatch.setattr(sites, "LARGE", 64)
+
+
+def plan(**fields):
+    return Plan(**{"noise_multiplier": 0.0, "sample_rate": 1.0, "steps": 5, "delta": 1e-3, "units": 4, **fields})
+
+
+def brute_force(model, losses, clip):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p) for p in parameters]
+    for loss in losses:
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        for place, gradient in zip(total, gradients, strict=True):
+            place += gradient * (clip / norm).clamp(max=1.0)
+    return total
+
+
+class Net(nn.Module):
+    def __init__(self, layer, *, twice=False):
+        super().__init__()
+        self.first, self.norm, self.twice = layer, nn.LayerNorm(M), twice
+        self.last = nn.Linear(M, 3)
+
+    def forward(self, x):
+        y = self.norm(self.first(x))
+        if self.twice:
+            y = y + self.norm(self.first(x.flip(1).tanh()))
+        return self.last(y).square().mean((1, 2))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, SWITCH - 1, SWITCH, SWITCH + 1, 2 * SWITCH])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "used twice"])
+def test_the_clipped_sum_is_that_of_brute_force_on_both_sides_of_the_switch(tokens, kind):
+    torch.manual_seed(0)
+    model = Net(Conv1D(M, N) if kind == "conv1d" else nn.Linear(N, M), twice=kind == "used twice")
+    x = torch.randn(4, tokens, N) * torch.tensor([0.1, 1.0, 3.0, 10.0]).view(-1, 1, 1)
+    norms = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm()
+        for loss in map(lambda one: model(one.unsqueeze(0))[0], x)
+    ]
+    clip = float(torch.stack(norms).median())  # so that some are clipped and some are not
+    wanted = brute_force(model, model(x), clip)
+    with Engine(model, plan(clip=FlatClip(clip))) as engine:
+        unmade = tokens * (2 if kind == "used twice" else 1) <= SWITCH
+        engine.capture.gradients(model(x))
+        gradients = engine.capture.gradients(model(x))
+        start = next(slot.start for slot in engine.capture.slots if slot.name == "first.weight")
+        assert isinstance(gradients.large[start].gradient, Product) == unmade
+        torch.testing.assert_close(gradients.norms(), torch.stack(norms), rtol=2e-5, atol=0)
+        engine.accumulate(model(x))
+        engine.release()
+        for parameter, expected in zip(model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad * 4, expected, rtol=1e-4, atol=1e-5 * clip)
+
+
+def test_terms_that_cancel_never_hide_a_norm():
+    """Two tokens whose contributions cancel but for rounding: a norm that came out too small would clip too little."""
+    generator = torch.Generator().manual_seed(0)
+    for exponent in range(1, 8):
+        left = torch.randn(64, 1, 50, generator=generator).repeat(1, 2, 1) * 1e3
+        right = torch.randn(64, 1, 70, generator=generator).repeat(1, 2, 1) * 1e3
+        right[:, 1] *= -1 - 10.0**-exponent
+        product = Product(left, right)
+        truth = Product(left.double(), right.double()).made().flatten(1).norm(dim=1)
+        assert (product.squares().double().sqrt() >= truth * (1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("tokens", [2, 2 * SWITCH])
+def test_a_nonfinite_example_contributes_nothing_whether_made_or_not(poison, tokens):
+    torch.manual_seed(0)
+    model = Net(nn.Linear(N, M))
+    x = torch.randn(4, tokens, N)
+    wanted = brute_force(model, model(x[1:]), 1.0)
+    x[0, 0, 0] = poison
+    with Engine(model, plan()) as engine:
+        engine.accumulate(model(x))
+        assert engine.nonfinite_units == 1
+        engine.release()
+        for parameter, expected in zip(model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad * 4, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [3, 2 * SWITCH])
+def test_units_of_several_examples_are_whole_before_the_norm(tokens):
+    torch.manual_seed(0)
+    model = Net(nn.Linear(N, M))
+    x = torch.randn(4, tokens, N)
+    losses = model(x)
+    wanted = brute_force(model, [losses[:3].mean(), losses[3]], 0.01)
+    with Engine(model, plan(examples_per_unit=3, clip=FlatClip(0.01))) as engine:
+        engine.accumulate(model(x[:2]), ["a", "a"])
+        engine.accumulate(model(x[2:]), ["a", "b"])
+        engine.release()
+        for parameter, expected in zip(model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad * 4, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_every_weight_of_a_real_architecture():
+    torch.manual_seed(0)
+    none = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    sizes = dict(vocab_size=60, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **none))
+    model.transformer.wpe.requires_grad_(False)  # its input has no batch dimension: the preflight would lift it
+    ids = torch.randint(60, (3, 12))
+    losses = lambda m: torch.nn.functional.cross_entropy(m(ids).logits.mT, ids, reduction="none").mean(1)
+    wanted = brute_force(model, losses(model), 1.0)
+    twin = copy.deepcopy(model)
+    with Engine(twin, plan(clip=FlatClip(1.0))) as engine:
+        engine.accumulate(losses(twin))
+        engine.release()
+        for parameter, expected in zip(filter(lambda p: p.requires_grad, twin.parameters()), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad * 4, expected, rtol=1e-3, atol=1e-5)

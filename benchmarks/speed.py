@@ -64,9 +64,10 @@ def made(work: Work):
     """The model with its subset, one batch, and ``losses(model, batch) -> (B,)``."""
     import torch
     import transformers
+    from torch.nn.functional import cross_entropy
 
     import dpft
-    from dpft.tasks.task import class_losses, token_losses
+    from dpft.tasks.task import class_losses
 
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
@@ -92,7 +93,11 @@ def made(work: Work):
         losses = lambda model, batch: class_losses(forward(model, batch), batch["labels"])
     else:
         batch["labels"] = ids
-        losses = lambda model, batch: token_losses(forward(model, batch), batch["labels"], shift=True)
+        losses = (
+            lambda model, batch: cross_entropy(  # nothing is padded
+                forward(model, batch)[:, :-1].mT, batch["labels"][:, 1:], reduction="none"
+            ).mean(1)
+        )
     return model.train(), batch, losses
 
 

@@ -124,6 +124,9 @@ class BaselineTable(_Table):
 
 class RunTable(_Table):
     seed: int = Field(0, description="Initialises new layers and dropout; never noise or sampling.")
+    frozen_prefix: Literal["auto", "on", "off"] = Field(
+        "auto", description="Compute layers before all that trains once for each example, and keep that encrypted."
+    )
     token_budget: int = Field(1024, ge=16, description="Padded tokens in a micro-batch: speed and memory, not privacy.")
     save_steps: int | None = Field(None, ge=1, description="Write a checkpoint every so many steps, to resume from.")
 

@@ -66,6 +66,10 @@ class _Callback(TrainerCallback):
         """Called by the trainer with the engine whose budget is shown."""
         self._engine = engine
 
+    def say(self, text: str) -> None:
+        """Called by the trainer before work that takes a while and is no step."""
+        self._bar.update(spent=text)
+
     def _spent(self, done: int) -> str:
         engine = self._engine
         if not engine.randomness.private or engine.plan.noise_multiplier == 0:

@@ -47,14 +47,18 @@ class Examples:
     def __len__(self) -> int:
         return len(self.features)
 
-    def spread(self, n: int = 3, among: int = 200) -> list:
-        """``n`` of the first ``among`` examples, from the shortest to the median length: what the preflight looks at.
+    def spread(self, n: int = 3) -> list:
+        """``n`` examples of different lengths: what the preflight looks at."""
+        return [self.features[place] for place in self.spread_places(n)]
+
+    def spread_places(self, n: int = 3, among: int = 200) -> list[int]:
+        """Numbers of ``n`` of the first ``among`` examples, from the shortest to the median length.
 
         Structure shows in short examples as well, and the longest would cost the most.
         """
         order = np.argsort(self.lengths[:among], kind="stable")
         places = np.unique(np.linspace(0, len(order) // 2, n).round().astype(int)) if len(order) else []
-        return [self.features[order[place]] for place in places]
+        return [int(order[place]) for place in places]
 
 
 def cut(
@@ -102,18 +106,32 @@ class LogicalBatch:
     """One Poisson draw, as an iterable of ``(batch, units)`` micro-batches; it has none if the draw was empty."""
 
     def __init__(
-        self, examples: Examples, task: Task, places: np.ndarray, units: np.ndarray, groups: list[np.ndarray]
+        self,
+        examples: Examples,
+        task: Task,
+        places: np.ndarray,
+        units: np.ndarray,
+        groups: list[np.ndarray],
+        chosen: Callable[[np.ndarray, dict], None],
     ) -> None:
         self._examples, self._task, self._places, self._units, self._groups = examples, task, places, units, groups
+        self._chosen = chosen
 
     def __iter__(self) -> Iterator[tuple[dict, list[int]]]:
         for group in self._groups:
-            features = [self._examples.features[place] for place in self._places[group]]
-            yield self._task.collate(features), self._units[group].tolist()
+            places = self._places[group]
+            batch = self._task.collate([self._examples.features[place] for place in places])
+            self._chosen(places, batch)
+            yield batch, self._units[group].tolist()
 
 
 class LogicalBatches:
-    """``steps`` logical batches, drawn when asked for, each time this is iterated."""
+    """``steps`` logical batches, drawn when asked for, each time this is iterated.
+
+    Args:
+        max_examples: see :func:`cut`.
+        chosen: told the examples' numbers and the batch just before each micro-batch is given out.
+    """
 
     def __init__(
         self,
@@ -124,8 +142,9 @@ class LogicalBatches:
         steps: int,
         token_budget: int,
         max_examples: Callable[[int], int],
+        chosen: Callable[[np.ndarray, dict], None] = lambda places, batch: None,
     ) -> None:
-        self.examples, self.task, self.sampler, self.steps = examples, task, sampler, steps
+        self.examples, self.task, self.sampler, self.steps, self._chosen = examples, task, sampler, steps, chosen
         self.token_budget, self.max_examples = token_budget, max_examples
 
     def __len__(self) -> int:
@@ -143,7 +162,7 @@ class LogicalBatches:
         groups = cut(
             self.examples.lengths[places], units, token_budget=self.token_budget, max_examples=self.max_examples
         )
-        return LogicalBatch(self.examples, self.task, places, units, groups)
+        return LogicalBatch(self.examples, self.task, places, units, groups, self._chosen)
 
 
 def plain_batches(examples: Examples, task: Task, token_budget: int) -> Iterator[dict]:

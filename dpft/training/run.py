@@ -152,6 +152,7 @@ def make_trainer(setup: Setup, output: Path, *, randomness: Randomness | None = 
         task=setup.task,
         randomness=randomness,
         token_budget=recipe.run.token_budget,
+        frozen_prefix=recipe.run.frozen_prefix,
         evaluation_is_public=recipe.data.validation_is_public,
         callbacks=list(callbacks),
     )
@@ -246,6 +247,7 @@ def write(
         "trainable_parameters": trainer.preflight.trainable_parameters if trainer.preflight else None,
         "all_parameters": sum(p.numel() for p in trainer.model.parameters()),
         "techniques": trainer.preflight.techniques if trainer.preflight else None,
+        "frozen_prefix": trainer.prefix.name if trainer.prefix else None,
         "weights": loading,
         "metrics": {name.removeprefix("eval_"): value for name, value in metrics.items()}
         if metrics and public

@@ -2,8 +2,10 @@
 
 import json
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from dpft.errors import BudgetError, GuaranteeError, RecipeError
+from dpft.errors import BudgetError, GuaranteeError, IsolationError, RecipeError
 from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import Preflight, fingerprint, preflight
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.privacy.plan import Plan
 from dpft.tasks.task import LabelledTask, Task
 from dpft.training.batches import Examples, LogicalBatch, LogicalBatches, plain_batches
+from dpft.training.prefix import WORTH, FrozenPrefix
 from dpft.training.releases import Releases
 
 TRAINABLE = "trainable.safetensors"  # in a checkpoint: the whole subset
@@ -51,6 +54,9 @@ class DPTrainerMixin:
         task: per-example losses and collation; by default made of the trainer's data collator and ``labels``.
         randomness: the source of sampling and noise; a seeded one is for tests and states NOT PRIVATE.
         token_budget: padded tokens in a micro-batch.
+        frozen_prefix: whether the output of layers before all that trains is computed once for each example and kept,
+            encrypted, as long as the run (:mod:`dpft.training.prefix`): ``"auto"`` if it pays and the layers are deterministic,
+            ``"on"``, with these layers in evaluation mode, or ``"off"``.
         evaluation_is_public: whether metrics on ``eval_dataset`` may be logged. If not, :meth:`evaluate` returns them
             to its caller and nothing else sees them.
 
@@ -69,9 +75,11 @@ class DPTrainerMixin:
         task: Task | None = None,
         randomness: Randomness | None = None,
         token_budget: int = TOKEN_BUDGET,
+        frozen_prefix: str = "auto",
         evaluation_is_public: bool = False,
         **kwargs,
     ) -> None:
+        self.frozen_prefix, self.prefix = frozen_prefix, None
         self.plan, self.token_budget, self.evaluation_is_public = plan, token_budget, evaluation_is_public
         self.randomness = randomness or SecureRandomness()
         self.engine: Engine | None = None
@@ -120,7 +128,13 @@ class DPTrainerMixin:
                 callback.watch(self.engine)
         with self.engine:
             self.preflight = self._preflight()
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with self.engine.capture.paused():
+                self.prefix = self._kept_prefix()
+            try:
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            finally:
+                if self.prefix is not None:
+                    self.prefix.close()
         output.metrics.pop("train_loss", None)
         return output._replace(training_loss=math.nan)
 
@@ -135,8 +149,9 @@ class DPTrainerMixin:
         if known.get("key") == key:
             self.engine.capture.load_state(known["state"])
             return Preflight(**known["found"])
-        precise = (lambda examples: self._example_losses(examples, autocast=False)) if self.args.bf16 else None
-        found = preflight(self.engine, self._example_losses, self._examples().spread(), precise)
+        losses = lambda examples, **how: self._losses(self._prepare_inputs(self.task.collate(examples)), **how)
+        precise = partial(losses, autocast=False) if self.args.bf16 else None
+        found = preflight(self.engine, losses, self._examples().spread(), precise)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"key": key, "state": self.engine.capture.state(), "found": asdict(found)}))
         return found
@@ -146,19 +161,52 @@ class DPTrainerMixin:
             self._train_examples = Examples.encode(self.train_dataset, self.task, self.plan.unit)
         return self._train_examples
 
-    def _example_losses(self, examples: list, *, autocast: bool = True) -> Tensor:
-        batch = self._prepare_inputs(self.task.collate(examples))
+    def _collated(self, places: Sequence[int]) -> dict:
+        features = self._examples().features
+        return self._prepare_inputs(self.task.collate([features[place] for place in places]))
+
+    def _losses(self, batch: dict, *, autocast: bool = True) -> Tensor:
         with self.compute_loss_context_manager() if autocast else nullcontext():
             return self.task.losses(self.model, batch)
 
+    def _kept_prefix(self) -> FrozenPrefix | None:
+        """The frozen prefix of every example, if it pays or was asked for."""
+        examples, asked = self._examples(), self.frozen_prefix == "on"
+        drawn = sum(min(len(members), self.plan.examples_per_unit) for members in examples.members)
+        uses = self.plan.sample_rate * (self.plan.steps - self.engine.steps_released) * drawn / len(examples)
+        if self.frozen_prefix == "off" or (uses < WORTH and not asked):
+            return None
+        prefix = FrozenPrefix.find(self.model, self._losses, self._collated(examples.spread_places()))
+        folder = Path(self.args.output_dir) / "private"
+        folder.mkdir(parents=True, exist_ok=True)
+        if asked and prefix is None:
+            raise RecipeError("frozen_prefix is on, but the first block trains already: switch it off.")
+        if prefix is None or (not asked and (prefix.random or not prefix.fits(examples, folder))):
+            return None
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "say"):
+                callback.say(f"keeping the output of {prefix.name}")
+        try:
+            prefix.fill(examples, self._collated, self._losses, folder, 4 * self.token_budget)
+        except IsolationError:
+            prefix.close()
+            if asked:
+                raise
+            return None
+        return prefix
+
     def get_train_dataloader(self) -> LogicalBatches:
+        examples, prefix = self._examples(), self.prefix
+        if prefix is not None:
+            examples = replace(examples, lengths=prefix.lengths(examples))
         return LogicalBatches(
-            self._examples(),
+            examples,
             self.task,
             self.plan.sampler(self.randomness),
             steps=self.plan.steps,
             token_budget=self.token_budget,
             max_examples=self.engine.max_examples,
+            **({"chosen": prefix.select} if prefix is not None else {}),
         )
 
     def num_examples(self, dataloader) -> int:

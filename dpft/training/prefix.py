@@ -1,0 +1,308 @@
+"""The frozen beginning of a model, computed once for each example and kept, encrypted, as long as the run.
+
+Where everything that trains sits behind layers that do not (a head, the last blocks, adapters on them), those layers give the
+same output for an example in every step. It is private data: it lies in a file without a name, which the operating
+system forgets when the process ends, however it ends, encrypted under a key that exists in this process alone.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dpft.errors import IsolationError
+from dpft.subset.layers import blocks
+from dpft.training.batches import Examples, cut
+
+TOLERANCE = 1e-4
+WORTH = 2.0  # how often an example must be expected in a run for its prefix to be worth keeping
+
+
+class EncryptedStore:
+    """Byte strings by number, written once and read often; nothing of them outlives the process in the clear."""
+
+    def __init__(self, folder: Path) -> None:
+        self._key = os.urandom(32)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (without a name from the start; closed by close())
+        self._places: dict[int, tuple[int, int]] = {}
+        self._end = 0
+
+    def write(self, number: int, content: bytes) -> None:
+        self._file.write(self._cipher(number).encryptor().update(content))
+        self._places[number] = (self._end, len(content))
+        self._end += len(content)
+
+    def read(self, number: int) -> bytes:
+        start, size = self._places[number]
+        self._file.flush()
+        return self._cipher(number).decryptor().update(os.pread(self._file.fileno(), size, start))
+
+    def close(self) -> None:
+        self._file.close()
+        self._key = b""
+
+    def _cipher(self, number: int) -> Cipher:
+        """AES in counter mode; each number has counters of its own, so no two contents share key stream."""
+        return Cipher(algorithms.AES(self._key), modes.CTR(number.to_bytes(8, "big") + bytes(8)))
+
+
+class _Stop(Exception):
+    """Ends a forward pass at the boundary, with its output."""
+
+    def __init__(self, output) -> None:
+        self.output = output
+
+
+@dataclass
+class FrozenPrefix:
+    """Replays the output of a model's frozen beginning; made by :meth:`find`, filled by :meth:`fill`.
+
+    Attributes:
+        name: of the last frozen module, the boundary.
+        modules: those that need not run any more, the boundary last.
+        needed: which of the boundary's output tensors the loss depends on.
+        per_token: which of these have a row for each token; padding is not kept.
+        random: whether two passes in training mode differ, by dropout.
+        numbers: how many float32 are kept for each token, and for each example besides.
+    """
+
+    name: str
+    modules: list[nn.Module]
+    needed: list[int]
+    per_token: list[bool]
+    random: bool
+    numbers: tuple[int, int]
+    _store: EncryptedStore | None = None
+    _structure: object = None
+    _others: list = field(default_factory=list)  # the output's leaves that are not kept, as they were once
+    _dtypes: list[torch.dtype] = field(default_factory=list)
+    _shapes: dict[int, list[torch.Size]] = field(default_factory=dict)
+    _output: object = None
+
+    # -- finding ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def find(cls, model: nn.Module, losses: Callable[[Mapping], Tensor], batch: Mapping[str, Tensor]):
+        """The longest frozen beginning, or None if everything from the first block on trains.
+
+        Args:
+            losses: of a collated batch; nothing must be attached to the model.
+            batch: two examples or more.
+        """
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        backbone = getattr(base, "base_model", base)
+        candidates = [(None, backbone)] if backbone is not base else []
+        try:
+            name, found = blocks(base)
+            candidates += [(f"{name}.{i}", block) for i, block in enumerate(found)]
+        except Exception:  # a model without blocks may still have a backbone
+            name, found = "", []
+        seen: dict[int, list] = {}
+        hooks = [
+            module.register_forward_hook(lambda m, a, output: seen.setdefault(id(m), []).append(output))
+            for _, module in candidates
+        ]
+        try:
+            losses(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        frozen = [m for _, m in candidates if len(seen.get(id(m), ())) == 1 and not _depends(seen[id(m)][0])]
+        if backbone is not base and backbone in frozen:
+            names = {id(m): n for n, m in model.named_modules()}
+            return cls._at(names[id(backbone)], [backbone], model, losses, batch)
+        count = 0
+        while count < len(found) and found[count] in frozen:
+            count += 1
+        if not count:
+            return None
+        return cls._at(f"{name}.{count - 1}", list(found[:count]), model, losses, batch)
+
+    @classmethod
+    def _at(cls, name: str, modules: list[nn.Module], model: nn.Module, losses: Callable, batch: Mapping):
+        leaves: list[Tensor] = []
+
+        def as_leaves(module, args, output):
+            values, structure = tree_flatten(output)
+            values = [v.detach().requires_grad_() if _floating(v) else v for v in values]
+            leaves.extend(values)
+            return tree_unflatten(values, structure)
+
+        hook = modules[-1].register_forward_hook(as_leaves)
+        try:
+            total = losses(batch).sum()
+        finally:
+            hook.remove()
+        places = [i for i, leaf in enumerate(leaves) if _floating(leaf)]
+        gradients = torch.autograd.grad(total, [leaves[i] for i in places], allow_unused=True)
+        needed = [i for i, gradient in zip(places, gradients, strict=True) if gradient is not None]
+        shape = _mask(batch).shape if _mask(batch) is not None else None
+        per_token = [shape is not None and leaves[i].dim() > 2 and leaves[i].shape[:2] == shape for i in needed]
+        widths = [leaves[i][0].numel() // (shape[1] if t else 1) for i, t in zip(needed, per_token, strict=True)]
+        by_token = sum(w for w, t in zip(widths, per_token, strict=True) if t)
+        prefix = cls(name, modules, needed, per_token, False, (by_token, sum(widths) - by_token))
+        was = model.training
+        model.train()
+        first, second = (prefix._kept(losses, batch) for _ in range(2))
+        prefix.random = any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        model.train(was)
+        return prefix
+
+    # -- filling ---------------------------------------------------------------------------------------------------
+
+    def bytes(self, examples: Examples) -> int:
+        return 4 * int(self.numbers[0] * examples.lengths.sum() + self.numbers[1] * len(examples))
+
+    def fits(self, examples: Examples, folder: Path) -> bool:
+        """Whether half of the free space of the disk suffices."""
+        return self.bytes(examples) < shutil.disk_usage(folder).free / 2
+
+    def lengths(self, examples: Examples) -> np.ndarray:
+        """What an example costs from now on, in tokens."""
+        return examples.lengths if any(self.per_token) else np.ones_like(examples.lengths)
+
+    def fill(
+        self,
+        examples: Examples,
+        collate: Callable[[Sequence[int]], dict],
+        losses: Callable[[Mapping], Tensor],
+        folder: Path,
+        token_budget: int,
+    ) -> None:
+        """Compute and keep the output for every example, in evaluation mode.
+
+        Args:
+            collate: the batch of the examples with these numbers.
+            folder: where the nameless file lies.
+
+        Raises:
+            IsolationError: an example's output depends on which others share its batch.
+        """
+        self._store = EncryptedStore(folder)
+        model_modules = [module for module in self.modules for module in module.modules()]
+        modes_before = [module.training for module in model_modules]
+        for module in model_modules:
+            module.training = False
+        try:
+            for places in cut(examples.lengths, range(len(examples)), token_budget=token_budget):
+                batch = collate(places)
+                kept, lengths = self._kept(losses, batch), _lengths(batch, len(places))
+                for row, place in enumerate(places.tolist()):
+                    rows = [
+                        tensor[row][: lengths[row]] if per_token else tensor[row]
+                        for tensor, per_token in zip(kept, self.per_token, strict=True)
+                    ]
+                    self._shapes[place] = [tensor.shape for tensor in rows]
+                    flat = torch.cat([tensor.flatten() for tensor in rows]).float().cpu()
+                    self._store.write(place, flat.numpy().tobytes())
+            self._verify(collate, losses, examples.spread_places())
+        finally:
+            for module, mode in zip(model_modules, modes_before, strict=True):
+                module.training = mode
+
+    def _verify(self, collate: Callable, losses: Callable, places: Sequence[int]) -> None:
+        """What is replayed, alone or beside others, gives the loss that the model gives."""
+        with torch.no_grad():
+            for group in [list(places), *([place] for place in places)]:
+                batch = collate(group)
+                self.select(group, batch)
+                wanted = losses(batch)
+                with self:
+                    made = losses(batch)
+                if not torch.allclose(made, wanted, rtol=TOLERANCE, atol=TOLERANCE):
+                    error = float((made - wanted).abs().max())
+                    raise IsolationError(
+                        f"What {self.name} gives for an example changes the loss by {error:.1e} when it is computed beside others or the "
+                        'layers before it are skipped: set run.frozen_prefix = "off".'
+                    )
+
+    def _kept(self, losses: Callable, batch: Mapping) -> list[Tensor]:
+        """Of the boundary's output, the tensors that are needed; what comes behind it does not run."""
+
+        def stop(module, args, output):
+            raise _Stop(output)
+
+        hook = self.modules[-1].register_forward_hook(stop)
+        try:
+            with torch.no_grad():
+                losses(batch)
+        except _Stop as stopped:
+            leaves, self._structure = tree_flatten(stopped.output)
+            self._others = [None if i in self.needed else leaf for i, leaf in enumerate(leaves)]
+            self._dtypes = [leaves[i].dtype for i in self.needed]
+            return [leaves[i] for i in self.needed]
+        finally:
+            hook.remove()
+        raise IsolationError(f"{self.name} was not reached by an example's forward pass.")
+
+    # -- replaying -------------------------------------------------------------------------------------------------
+
+    def select(self, places: Sequence[int], batch: Mapping[str, Tensor]) -> None:
+        """Let the next forward passes be those of these examples, collated to ``batch``."""
+        longest = _mask(batch).shape[1] if _mask(batch) is not None else 0
+        device = next(self.modules[-1].parameters()).device
+        flats = [torch.frombuffer(bytearray(self._store.read(int(place))), dtype=torch.float32) for place in places]
+        parts = [
+            flat.split([shape.numel() for shape in self._shapes[int(place)]])
+            for flat, place in zip(flats, places, strict=True)
+        ]
+        leaves = [self._stand_in(leaf, len(flats), longest) for leaf in self._others]
+        for k, (leaf, per_token) in enumerate(zip(self.needed, self.per_token, strict=True)):
+            rows = [part[k].view(self._shapes[int(place)][k]) for part, place in zip(parts, places, strict=True)]
+            if per_token:
+                whole = rows[0].new_zeros(len(rows), longest, *rows[0].shape[1:])
+                for i, row in enumerate(rows):
+                    whole[i, : len(row)] = row
+            else:
+                whole = torch.stack(rows)
+            leaves[leaf] = whole.to(device, self._dtypes[k])
+        self._output = tree_unflatten(leaves, self._structure)
+
+    @staticmethod
+    def _stand_in(leaf, examples: int, longest: int):
+        """Zeros for a tensor that the loss does not depend on; anything else as it was."""
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            return leaf
+        shape = [examples, *leaf.shape[1:]]
+        return leaf.new_zeros(1).expand(shape if leaf.dim() < 3 else [examples, longest, *leaf.shape[2:]])
+
+    def __enter__(self) -> "FrozenPrefix":
+        for module in self.modules:
+            module.forward = lambda *args, **kwargs: self._output
+        return self
+
+    def __exit__(self, *_) -> None:
+        for module in self.modules:
+            del module.forward
+
+    def close(self) -> None:
+        """Forget key and content."""
+        if self._store is not None:
+            self._store.close()
+        self._output, self._store = None, None
+
+
+def _floating(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _depends(output) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_flatten(output)[0])
+
+
+def _mask(batch: Mapping[str, Tensor]) -> Tensor | None:
+    return batch.get("attention_mask")
+
+
+def _lengths(batch: Mapping[str, Tensor], examples: int) -> list[int]:
+    """How many leading tokens of each example are no padding."""
+    mask = _mask(batch)
+    return [0] * examples if mask is None else mask.sum(1).tolist()

@@ -207,6 +207,7 @@ class OfOpacus:
             noise_multiplier=1.0,
             max_grad_norm=CLIP,
             expected_batch_size=EFFECTIVE,
+            loss_reduction="sum",
         )
 
     def micro_batch(self) -> None:
@@ -217,7 +218,6 @@ class OfOpacus:
 
     def update(self) -> None:
         self.optimizer.add_noise()
-        self.optimizer.scale_grad()
         self.optimizer.original_optimizer.step()
         self.forget()
 
@@ -248,6 +248,7 @@ class OfGhost(OfOpacus):
             noise_multiplier=1.0,
             max_grad_norm=CLIP,
             expected_batch_size=EFFECTIVE,
+            loss_reduction="sum",
         )
 
     def micro_batch(self) -> None:

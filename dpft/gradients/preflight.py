@@ -10,19 +10,18 @@ The structure is proven in float32, whatever the run computes in: rounding would
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from dpft.errors import ExactnessError, GuaranteeError, IsolationError, first_line
 from dpft.gradients.capture import HALF, Capture
 from dpft.gradients.engine import Engine
 from dpft.gradients.sites import Slot
+from dpft.gradients.steady import deterministic, in_precision
 
 TOLERANCE = 1e-4  # relative error that float32 arithmetic explains
 HALF_TOLERANCE = 0.1  # and that of half precision, where a run uses it: only gross errors show
@@ -77,27 +76,27 @@ def preflight(
             f"The preflight was given {len(examples)} example, and isolation shows only beside others: give two or more."
         )
     capture = engine.capture
-    with _deterministic(capture):
+    with deterministic(capture):
         floating = [t for t in (*capture.model.parameters(), *capture.model.buffers()) if t.is_floating_point()]
         half = [tensor for tensor in floating if tensor.dtype in HALF]
         precise = precise_losses or losses
-        with _in_precision(half, torch.float32):
-            isolated = _isolation(capture, precise, examples)
+        with in_precision(half, torch.float32):
+            isolated, norms, references = _isolation(capture, precise, examples)
         if not isolated <= TOLERANCE:  # a coupling, or float32 rounding, which deep models amplify a thousandfold?
-            with _in_precision(floating, torch.float64):
+            with in_precision(floating, torch.float64):
                 isolated = _isolation_in_double(capture, precise, examples, isolated)
         if not isolated <= TOLERANCE:
-            with _in_precision(half, torch.float32):
+            with in_precision(half, torch.float32):
                 raise IsolationError(
                     f"An example's gradient changes by {isolated:.1e} (relative) when others share its batch, so clipping it would not bound "
                     f"its influence: {_coupling_layer(capture.model, precise, examples)}."
                 )
         while True:
-            with _in_precision(half, torch.float32):
-                error = max(isolated, _exactness(capture, precise, examples, TOLERANCE))
+            with in_precision(half, torch.float32):
+                error = max(isolated, _exactness(capture, precise, examples, norms, references, TOLERANCE))
             proven = capture.state()
             if half or precise_losses:
-                _exactness(capture, losses, examples, HALF_TOLERANCE)
+                _exactness(capture, losses, examples, norms, {}, HALF_TOLERANCE)
             if capture.state() == proven:  # else half precision needed another arrangement, which is to be proven too
                 break
         capture.settled = True
@@ -129,53 +128,91 @@ def fingerprint(model: nn.Module, *settings) -> str:
     return sha256("\n".join(described).encode()).hexdigest()
 
 
-def _isolation(capture: Capture, losses: Callable, examples: list) -> float:
-    """The largest relative difference between an example's gradient alone and beside the others, by plain autograd."""
+def _isolation(capture: Capture, losses: Callable, examples: list) -> tuple[float, Tensor, dict]:
+    """How far an example's loss or gradient beside the others is from the one alone, by plain autograd.
+
+    Gradients are compared in one random combination, in which each example has about the same weight: what a coupling
+    changes in any of them changes it too.
+
+    Returns:
+        The largest relative error, ``(B,)`` norms of the gradients alone, and the combinations of two batches, the whole
+        and the first example alone, by their examples' numbers.
+    """
     with capture.paused():
         together = _without_side_effects(capture.model, lambda: losses(examples))
-        alone = torch.stack([losses([example])[0].detach() for example in examples])
+        alone, gradients = [], []
+        for example in examples:
+            loss = losses([example])[0]
+            alone.append(loss.detach())
+            gradients.append(_gradient(capture, loss))
+        alone, norms = torch.stack(alone), torch.stack([gradient.norm() for gradient in gradients])
         if not torch.isfinite(alone).all():
             raise GuaranteeError(
                 "The loss of a preflight example is not finite: compute in float32, or look at its text and labels."
             )
-        error, depends = float(((together.detach() - alone).abs() / alone.abs().clamp_min(1e-2)).max()), False
-        for example, loss in zip(examples, together, strict=True):
-            single = _gradient(capture, losses([example])[0])
-            depends |= bool(single.any())
-            error = max(error, _difference(capture, _gradient(capture, loss), single)[1])
-    if not depends:
-        raise GuaranteeError(
-            "No trainable parameter gets a gradient from any preflight example: choose a subset that the loss depends on."
-        )
-    return error
+        if not norms.any():
+            raise GuaranteeError(
+                "No trainable parameter gets a gradient from any preflight example: choose a subset that the loss depends on."
+            )
+        weights = _weights(norms)
+        beside = _gradient(capture, together @ weights.to(together))
+        expected = sum(weight * gradient for weight, gradient in zip(weights, gradients, strict=True))
+    error = float(((together.detach() - alone).abs() / alone.abs().clamp_min(1e-2)).max())
+    error = max(error, _difference(capture, beside, expected)[1])
+    return error, norms, {tuple(range(len(examples))): beside, (0,): _weights(norms[:1]) * gradients[0]}
+
+
+def _weights(norms: Tensor) -> Tensor:
+    """Coefficients that give gradients of these norms about the same share of their sum, always the same ones.
+
+    They are ±(0.5 to 1.5) over the norm, under which no coupling has a reason to cancel.
+    """
+    generator = torch.Generator().manual_seed(1)
+    shares = torch.rand(len(norms), generator=generator) + 0.5
+    signs = torch.randint(2, (len(norms),), generator=generator) * 2 - 1
+    return (shares * signs).to(norms) / norms.clamp_min(1e-3 * norms.max()).clamp_min(1e-30)
 
 
 def _isolation_in_double(capture: Capture, losses: Callable, examples: list, otherwise: float) -> float:
     """The same in float64, or what float32 gave where the model or its inputs cannot be float64."""
     try:
-        return _isolation(capture, losses, examples)
+        return _isolation(capture, losses, examples)[0]
     except GuaranteeError:
         raise
     except Exception:  # whatever a kernel says of a type that it does not know
         return otherwise
 
 
-def _exactness(capture: Capture, losses: Callable, examples: list, tolerance: float) -> float:
+def _exactness(
+    capture: Capture, losses: Callable, examples: list, norms: Tensor, references: dict, tolerance: float
+) -> float:
     """Compare the engine's rows with plain backward passes through the same batches; lift what fails until all agree.
 
     The batches have several sizes, which tell what is as long as the batch from the batch, both orders of lengths, and, as
     many a model then passes its mask in another form or not at all, no padding.
 
+    Args:
+        norms: ``(B,)``, of each example's gradient.
+        references: what :func:`_isolation` found by plain backward passes; others are added.
+
     Returns:
         The largest relative error.
     """
-    batches = [examples, [*reversed(examples), examples[0]], [examples[0]] * 2, [examples[0]] * 3]
+    every = list(range(len(examples)))
+    batches = [every, every[1::-1], [0, 0], [0]]
     capture.settled = False
     while True:
         failed, before, worst, error = None, capture.state(), capture.slots[0], 0.0
         try:
             for batch in batches:
-                here = _batch_error(capture, losses, batch)
+                chosen, weights = [examples[i] for i in batch], _weights(norms[batch])
+                made, error_of_norms = _combined(capture, losses(chosen), weights)
+                if tuple(batch) not in references:
+                    with capture.paused():
+                        plain = losses(chosen)
+                        references[tuple(batch)] = _gradient(capture, plain @ weights.to(plain))
+                here = _difference(capture, made, references[tuple(batch)])
+                here = (here[0], error_of_norms) if not error_of_norms <= here[1] else here
                 if not here[1] <= error:  # a NaN error is an error
                     worst, error = here
         except Exception as problem:  # a model may raise anything when its layers are tapped or differentiated again
@@ -207,20 +244,12 @@ def _exactness(capture: Capture, losses: Callable, examples: list, tolerance: fl
             capture.lift([worst], f"{worst.name} came out wrong by {error:.1e} at {worst.technique}")
 
 
-def _batch_error(capture: Capture, losses: Callable, batch: list) -> tuple[Slot, float]:
-    """The slot that the engine's gradients of one batch differ most in from plain backward passes, and by how much."""
-    gradients = capture.gradients(losses(batch))
-    norms, rows = gradients.norms(), gradients.rows(capture.size)
-    worst, error = (
-        capture.slots[0],
-        float((norms / rows.norm(dim=1).clamp_min(1e-30) - 1).abs().max()) if rows.any() else 0.0,
-    )
-    with capture.paused():
-        for row, loss in zip(rows, losses(batch), strict=True):
-            here = _difference(capture, row, _gradient(capture, loss))
-            if not here[1] <= error:
-                worst, error = here
-    return worst, error
+def _combined(capture: Capture, losses: Tensor, weights: Tensor) -> tuple[Tensor, float]:
+    """The engine's rows of one batch in one combination ``(P,)``, and how far norms without rows are from theirs."""
+    gradients = capture.gradients(losses)
+    unmade, rows = gradients.norms(), gradients.rows(capture.size)
+    lengths = rows.norm(dim=1)
+    return weights @ rows, float(((unmade - lengths).abs() / lengths.clamp_min(1e-30)).max()) if lengths.any() else 0.0
 
 
 def _gradient(capture: Capture, loss: Tensor) -> Tensor:
@@ -300,89 +329,3 @@ def _without_side_effects(model: nn.Module, forward: Callable[[], Tensor]) -> Te
                 "would stay un-noised: put it in eval mode, or replace it (subset.replace_batchnorm puts GroupNorm for BatchNorm)."
             )
     return result
-
-
-@contextmanager
-def _deterministic(capture: Capture):
-    """Training mode without chance, and trainable weights slightly moved, so that no gradient is zero by initialisation.
-
-    A fresh LoRA has B = 0, which makes every gradient of A zero: equal zeros would prove nothing.
-    """
-    was_training = capture.model.training
-    capture.model.train()
-    saved = [slot.parameter.detach().clone() for slot in capture.slots]
-    buffers = {name: buffer.clone() for name, buffer in capture.model.named_buffers()}
-    generator = torch.Generator().manual_seed(0)
-    try:
-        with torch.no_grad():
-            for slot in capture.slots:
-                slot.parameter += 0.01 * torch.randn(slot.parameter.shape, generator=generator).to(slot.parameter)
-        with _NoChance(capture):
-            yield
-    finally:
-        with torch.no_grad():
-            for slot, value in zip(capture.slots, saved, strict=True):
-                slot.parameter.copy_(value)
-                slot.parameter.grad = None
-            for name, buffer in capture.model.named_buffers():
-                if name in buffers and buffers[name].shape == buffer.shape:
-                    buffer.copy_(buffers[name])
-        capture.model.train(was_training)
-
-
-@contextmanager
-def _in_precision(tensors: list[Tensor], dtype: torch.dtype):
-    """Parameters and buffers in a higher precision, which changes no value, and back."""
-    saved = [(tensor, tensor.data) for tensor in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to(dtype)
-        yield
-    finally:
-        for tensor, value in saved:
-            tensor.grad = None
-            tensor.data = value
-
-
-class _NoChance(TorchFunctionMode):
-    """Dropout is the identity and random tensors are constant: chance is per example anyway, but differs in a batch.
-
-    A functional site that takes chances is remembered, because differentiating it again would draw others.
-    """
-
-    DROPOUTS = {
-        getattr(torch.nn.functional, name)
-        for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
-    } | {torch.dropout}
-    LIKE = {torch.randn_like: 0.0, torch.rand_like: 0.5, torch.bernoulli: 1.0}
-    FILL = {Tensor.normal_: 0.0, Tensor.uniform_: 0.5, Tensor.bernoulli_: 1.0}
-    MAKE = {torch.randn: 0.0, torch.rand: 0.5}
-
-    def __init__(self, capture: Capture) -> None:
-        super().__init__()
-        self._capture = capture
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func in self.DROPOUTS:
-            probability = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-            training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
-            if probability and training:
-                self._takes_chances()
-            return args[0] if args else kwargs["input"]
-        if func in self.LIKE or func in self.FILL or func in self.MAKE:
-            self._takes_chances()
-            if func in self.LIKE:
-                return torch.full_like(args[0], self.LIKE[func])
-            if func in self.FILL:
-                return args[0].fill_(self.FILL[func])
-            return func(*args, **kwargs).detach().fill_(self.MAKE[func])
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            if kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0):
-                self._takes_chances()
-            args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0}
-        return func(*args, **kwargs)
-
-    def _takes_chances(self) -> None:
-        for site in self._capture.inside:
-            site.random = True

@@ -52,13 +52,14 @@ class Examples:
         return [self.features[place] for place in self.spread_places(n)]
 
     def spread_places(self, n: int = 3, among: int = 200) -> list[int]:
-        """Numbers of ``n`` of the first ``among`` examples, from the shortest to the median length.
+        """Numbers of ``n`` of the first ``among`` examples: of different lengths, and among the shortest.
 
         Structure shows in short examples as well, and the longest would cost the most.
         """
-        order = np.argsort(self.lengths[:among], kind="stable")
-        places = np.unique(np.linspace(0, len(order) // 2, n).round().astype(int)) if len(order) else []
-        return [int(order[place]) for place in places]
+        lengths, places = np.unique(self.lengths[:among], return_index=True)
+        last = min(max(n - 1, len(lengths) // 16), len(lengths) - 1)
+        found = places[np.unique(np.linspace(0, last, n).round().astype(int))].tolist() if len(lengths) else []
+        return found + [i for i in range(min(n, len(self))) if i not in found][: n - len(found)]
 
 
 def cut(

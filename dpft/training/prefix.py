@@ -5,53 +5,23 @@ same output for an example in every step. It is private data: it lies in a file 
 system forgets when the process ends, however it ends, encrypted under a key that exists in this process alone.
 """
 
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dpft.errors import IsolationError
+from dpft.privacy.store import EncryptedStore
 from dpft.subset.layers import blocks
 from dpft.training.batches import Examples, cut
 
 TOLERANCE = 1e-4
 WORTH = 2.0  # how often an example must be expected in a run for its prefix to be worth keeping
-
-
-class EncryptedStore:
-    """Byte strings by number, written once and read often; nothing of them outlives the process in the clear."""
-
-    def __init__(self, folder: Path) -> None:
-        self._key = os.urandom(32)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (without a name from the start; closed by close())
-        self._places: dict[int, tuple[int, int]] = {}
-        self._end = 0
-
-    def write(self, number: int, content: bytes) -> None:
-        self._file.write(self._cipher(number).encryptor().update(content))
-        self._places[number] = (self._end, len(content))
-        self._end += len(content)
-
-    def read(self, number: int) -> bytes:
-        start, size = self._places[number]
-        self._file.flush()
-        return self._cipher(number).decryptor().update(os.pread(self._file.fileno(), size, start))
-
-    def close(self) -> None:
-        self._file.close()
-        self._key = b""
-
-    def _cipher(self, number: int) -> Cipher:
-        """AES in counter mode; each number has counters of its own, so no two contents share key stream."""
-        return Cipher(algorithms.AES(self._key), modes.CTR(number.to_bytes(8, "big") + bytes(8)))
 
 
 class _Stop(Exception):

@@ -219,11 +219,10 @@ class DPTrainerMixin:
     def training_step(self, model, inputs: LogicalBatch, num_items_in_batch=None) -> Tensor:
         """Accumulate every micro-batch of the draw and release once. Returns zero: the loss is private."""
         model.train()
-        for batch, units in inputs:
-            batch = self._prepare_inputs(batch)
-            with self.compute_loss_context_manager():
-                losses = self.task.losses(model, batch)
-            self.engine.accumulate(losses, units)
+        with self.prefix or nullcontext():
+            for batch, units in inputs:
+                losses = self._losses(self._prepare_inputs(batch))
+                self.engine.accumulate(losses, units)
         self.engine.release()
         return torch.zeros((), device=self.args.device)
 

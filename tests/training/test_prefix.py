@@ -1,18 +1,16 @@
 """The frozen prefix: replayed, it is what the model gives; kept, nobody can read it."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from dpft.errors import IsolationError, RecipeError
 from dpft.privacy.noise import SeededRandomness
 from dpft.subset import Subset
 from dpft.tasks.task import LabelledTask, class_losses, pad_features
 from dpft.training.batches import Examples
-from dpft.training.prefix import EncryptedStore, FrozenPrefix
+from dpft.training.prefix import FrozenPrefix
 from dpft.training.run import _without_dropout
 from dpft.training.trainer import DPTrainer
 
@@ -118,24 +116,6 @@ def test_a_prefix_that_others_in_the_batch_change_is_refused(bert, tmp_path, mon
         prefix.fill(task.examples, task.collate, task.losses, tmp_path, token_budget=8)
 
 
-def test_what_is_kept_is_encrypted_and_has_no_name(tmp_path):
-    store = EncryptedStore(tmp_path)
-    secret = b"the patient's name is Nguyen Thi Hoa" * 20
-    for number in range(3):
-        store.write(number, secret)
-    assert [store.read(number) for number in (2, 0, 1)] == [secret] * 3
-    assert not list(tmp_path.iterdir())
-    on_disk = os.pread(store._file.fileno(), 10 * len(secret), 0)
-    assert len(on_disk) == 3 * len(secret)
-    parts = [on_disk[i * len(secret) : (i + 1) * len(secret)] for i in range(3)]
-    assert b"Nguyen" not in on_disk and len(set(parts)) == 3
-    # Key streams that repeated would cancel: the same content under two numbers must not XOR to a constant.
-    assert len({a ^ b for a, b in zip(parts[0], parts[1], strict=True)}) > 100
-    store.close()
-    with pytest.raises(ValueError):
-        store.read(0)
-
-
 def run(case, plan, folder, subset, frozen_prefix, **fields):
     made = case("bert")
     model = Subset(subset).apply(made.model)
@@ -152,8 +132,27 @@ def run(case, plan, folder, subset, frozen_prefix, **fields):
         frozen_prefix=frozen_prefix,
         **fields,
     )
+    trainer.calls = CallsInSteps(model.base_model.model.bert if "lora" in subset else model.bert)
+    trainer.add_callback(trainer.calls)
     trainer.train()
     return trainer
+
+
+class CallsInSteps(TrainerCallback):
+    """How often the encoder's first block computed while the trainer took its steps."""
+
+    def __init__(self, encoder):
+        self.count, self._counting = 0, False
+        encoder.encoder.layer[0].attention.register_forward_hook(self._called)
+
+    def _called(self, *_):
+        self.count += self._counting
+
+    def on_train_begin(self, *_, **__):
+        self._counting = True
+
+    def on_train_end(self, *_, **__):
+        self._counting = False
 
 
 @pytest.mark.parametrize("subset", ["last_blocks(1) + head", "lora(rank=2, last_blocks=1)", 'layers("classifier*")'])
@@ -161,6 +160,7 @@ def test_a_run_with_a_prefix_trains_the_same_weights(case, plan, tmp_path, subse
     """And evaluates other examples as ever, and leaves nothing of the prefix behind."""
     runs = [run(case, plan, tmp_path / how, subset, how, token_budget=16) for how in ("off", "on")]
     assert runs[0].prefix is None and runs[1].prefix is not None and runs[1].prefix._store is None
+    assert runs[0].calls.count > 0 and runs[1].calls.count == 0
     expected = dict(runs[0].model.named_parameters())
     for name, parameter in runs[1].model.named_parameters():
         torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=1e-5)

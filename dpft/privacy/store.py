@@ -1,0 +1,39 @@
+"""Private bytes on disk for the length of a run, which nobody else can read and nothing outlives."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+
+class EncryptedStore:
+    """Byte strings by number, each written once and read often.
+
+    The file has no name, so the operating system forgets it when the process ends, however it ends; its content is
+    encrypted under a key that exists in this process alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._key = os.urandom(32)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (without a name from the start; closed by close())
+        self._places: dict[int, tuple[int, int]] = {}
+        self._end = 0
+
+    def write(self, number: int, content: bytes) -> None:
+        self._file.write(self._cipher(number).encryptor().update(content))
+        self._places[number] = (self._end, len(content))
+        self._end += len(content)
+
+    def read(self, number: int) -> bytes:
+        start, size = self._places[number]
+        self._file.flush()
+        return self._cipher(number).decryptor().update(os.pread(self._file.fileno(), size, start))
+
+    def close(self) -> None:
+        self._file.close()
+        self._key = b""
+
+    def _cipher(self, number: int) -> Cipher:
+        """AES in counter mode; each number has counters of its own, so no two contents share key stream."""
+        return Cipher(algorithms.AES(self._key), modes.CTR(number.to_bytes(8, "big") + bytes(8)))

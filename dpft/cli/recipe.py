@@ -66,6 +66,7 @@ def params(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
             "shape": "x".join(map(str, s.parameter.shape)),
             "count": s.parameter.numel(),
             "technique": s.technique,
+            "norm_alone": f"up to {s.longest_by_norm} tokens" if s.longest_by_norm else "",
         }
         for s in engine.capture.slots
     ]

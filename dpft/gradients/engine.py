@@ -127,7 +127,8 @@ class Engine:
         if units is None:
             return self._add(gradients)
         units = list(units)
-        if self.plan.examples_per_unit == 1 and len(set(units)) == len(units):
+        whole = self.plan.examples_per_unit == 1 and len(set(units)) == len(units)
+        if whole and self._open is None:  # an open unit might go on here
             self._refuse_returned(units)
             self._closed.update(units)
             return self._add(gradients)

@@ -104,6 +104,22 @@ def test_a_nonfinite_example_contributes_nothing_whether_made_or_not(poison, tok
             torch.testing.assert_close(parameter.grad * 4, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("per_unit", [1, 3])
+def test_a_unit_that_goes_on_in_the_next_micro_batch_is_clipped_once(per_unit):
+    """T16: also where the plan expects one example of each unit, and the next micro-batch has each unit once."""
+    torch.manual_seed(0)
+    model = Net(nn.Linear(N, M))
+    x = torch.randn(4, 3, N)
+    losses = model(x)
+    wanted = brute_force(model, [losses[:3].mean(), losses[3]], 0.01)
+    with Engine(model, plan(examples_per_unit=per_unit, clip=FlatClip(0.01))) as engine:
+        engine.accumulate(model(x[:2]), ["a", "a"])
+        engine.accumulate(model(x[2:]), ["a", "b"])
+        engine.release()
+        for parameter, expected in zip(model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad * 4, expected, rtol=1e-4, atol=1e-8)
+
+
 @pytest.mark.parametrize("tokens", [3, 2 * SWITCH])
 def test_units_of_several_examples_are_whole_before_the_norm(tokens):
     torch.manual_seed(0)

@@ -165,12 +165,14 @@ def _isolation(capture: Capture, losses: Callable, examples: list) -> tuple[floa
 def _weights(norms: Tensor) -> Tensor:
     """Coefficients that give gradients of these norms about the same share of their sum, always the same ones.
 
-    They are ±(0.5 to 1.5) over the norm, under which no coupling has a reason to cancel.
+    They are ±½, ±1 or ±2 over the norm, under which no coupling has a reason to cancel, and powers of two, so that each
+    example's part of a backward pass is rounded as it is by itself: deep models amplify rounding a thousandfold.
     """
     generator = torch.Generator().manual_seed(1)
-    shares = torch.rand(len(norms), generator=generator) + 0.5
+    shares = 2.0 ** torch.randint(-1, 2, (len(norms),), generator=generator)
     signs = torch.randint(2, (len(norms),), generator=generator) * 2 - 1
-    return (shares * signs).to(norms) / norms.clamp_min(1e-3 * norms.max()).clamp_min(1e-30)
+    norms = norms.clamp_min(1e-3 * norms.max()).clamp_min(1e-30)
+    return (shares * signs).to(norms) * 2.0 ** -norms.log2().round()
 
 
 def _isolation_in_double(capture: Capture, losses: Callable, examples: list, otherwise: float) -> float:

@@ -22,9 +22,8 @@ from dpft.gradients.gradients import Gradients
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.privacy.plan import Plan
 
-WORKSPACE_BYTES = (
-    1 << 28
-)  # bounds a micro-batch: each of its examples needs 4 bytes per parameter whose gradient is made
+# Bounds a micro-batch: each of its examples needs 4 bytes for each parameter whose gradient is made.
+WORKSPACE_BYTES = 1 << 28
 
 
 class Engine:

@@ -10,13 +10,13 @@ training. Before that, both make the clipped sum of the same 64 diagnoses, which
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+
+from output import circumstances, deliver, options
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 BATCH, CLIP, LENGTH = 256, 1.0, 48
@@ -109,8 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    options(parser)
     parser.add_argument("--system", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     import torch
@@ -127,26 +126,19 @@ def main() -> None:
             found[system] = torch.load(file)
     sums = [found[system].pop("sums") for system in ("dpft", "opacus")]
     error = max(float((sums[0][name] - sums[1][name]).norm() / sums[1][name].norm()) for name in sums[1])
-    from dpft.training.run import versions
-
     result = {
         "opacus_over_dpft_time": found["opacus"]["seconds"] / found["dpft"]["seconds"],
         "clipped_sums_differ_by": error,
         "rows": arguments.rows,
         "epochs": arguments.epochs,
         **found,
-        "hardware": f"{os.cpu_count()} cores",
-        "versions": versions(),
+        **circumstances(),
     }
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print(
-            f"opacus {found['opacus']['seconds']:.0f} s, dpft {found['dpft']['seconds']:.0f} s: "
-            f"{result['opacus_over_dpft_time']:.1f} times; clipped sums differ by {error:.1e}"
-        )
+    text = (
+        f"opacus {found['opacus']['seconds']:.0f} s, dpft {found['dpft']['seconds']:.0f} s: "
+        f"{result['opacus_over_dpft_time']:.1f} times; clipped sums differ by {error:.1e}"
+    )
+    deliver(result, arguments, text)
 
 
 if __name__ == "__main__":

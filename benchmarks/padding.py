@@ -4,11 +4,10 @@ DPFT_DATA=... DPFT_MODELS=... python benchmarks/padding.py --json
 """
 
 import argparse
-import json
 import os
-from pathlib import Path
 
 import numpy as np
+from output import deliver, options
 from transformers import AutoTokenizer
 
 from dpft.training.batches import cut
@@ -53,8 +52,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="size of a random micro-batch")
     parser.add_argument("--token-budget", type=int, default=1024)
     parser.add_argument("--logical", type=int, default=256, help="examples of a logical batch")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--output", type=Path)
+    options(parser)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(os.path.join(os.environ["DPFT_MODELS"], "smollm2-135m"))
     rows = []
@@ -78,10 +76,7 @@ def main() -> None:
         "token_budget": arguments.token_budget,
         "logical_batch": arguments.logical,
     }
-    if arguments.output:
-        arguments.output.write_text(json.dumps(found, indent=2) + "\n")
-    if arguments.json:
-        print(json.dumps(found, indent=2))
+    deliver(found, arguments)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from output import circumstances, deliver, options
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CLIP = 1.0
@@ -73,14 +76,12 @@ def made(work: Work):
     generator = torch.Generator().manual_seed(1)
     if work.model == "minilm":
         path = os.path.join(os.environ["DPFT_MODELS"], "minilm-l6")
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=22)
+        none = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=22, **none)
     else:
         none = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**none))
         with_linear(model)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     model = dpft.Subset(work.subset).apply(model)
     with torch.no_grad():  # a fresh LoRA's B is zero, and so would be half of the gradients that are compared
         for parameter in model.parameters():
@@ -93,11 +94,8 @@ def made(work: Work):
         losses = lambda model, batch: class_losses(forward(model, batch), batch["labels"])
     else:
         batch["labels"] = ids
-        losses = (
-            lambda model, batch: cross_entropy(  # nothing is padded
-                forward(model, batch)[:, :-1].mT, batch["labels"][:, 1:], reduction="none"
-            ).mean(1)
-        )
+        each = partial(cross_entropy, reduction="none")  # nothing is padded
+        losses = lambda model, batch: each(forward(model, batch)[:, :-1].mT, batch["labels"][:, 1:]).mean(1)
     return model.train(), batch, losses
 
 
@@ -115,7 +113,9 @@ def with_linear(model) -> None:
 
 
 def forward(model, batch):
-    return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    from dpft.tasks.task import _without_labels
+
+    return model(**_without_labels(batch)).logits
 
 
 def cut(batch: dict, size: int) -> list[dict]:
@@ -131,7 +131,6 @@ class Plain:
     def __init__(self, work: Work) -> None:
         import torch
 
-        self.work = work
         self.model, self.batch, self.losses = made(work)
         self.optimizer = torch.optim.AdamW(trainable(self.model).values(), lr=LEARNING_RATE)
 
@@ -194,15 +193,13 @@ class OfDPFT:
 
 
 class OfOpacus:
-    def __init__(self, work: Work, functorch: bool = False) -> None:
+    def __init__(self, work: Work, **settings) -> None:
         import torch
-        from opacus.grad_sample import GradSampleModule
-        from opacus.optimizers import DPOptimizer
 
-        self.work = work
+        wrapper, optimizer = self.classes()
         model, self.batch, self.losses = made(work)
-        self.model = GradSampleModule(model, loss_reduction="sum", force_functorch=functorch)
-        self.optimizer = DPOptimizer(
+        self.model = wrapper(model, loss_reduction="sum", **settings)
+        self.optimizer = optimizer(
             torch.optim.AdamW(trainable(model).values(), lr=LEARNING_RATE),
             noise_multiplier=1.0,
             max_grad_norm=CLIP,
@@ -210,8 +207,17 @@ class OfOpacus:
             loss_reduction="sum",
         )
 
-    def micro_batch(self) -> None:
+    def classes(self) -> tuple[type, type]:
+        from opacus.grad_sample import GradSampleModule
+        from opacus.optimizers import DPOptimizer
+
+        return GradSampleModule, DPOptimizer
+
+    def backward(self) -> None:
         self.losses(self.model, self.batch).sum().backward()
+
+    def micro_batch(self) -> None:
+        self.backward()
         self.optimizer.signal_skip_step(True)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -233,32 +239,17 @@ class OfOpacus:
 
 
 class OfGhost(OfOpacus):
-    def __init__(self, work: Work) -> None:
-        import torch
+    def classes(self) -> tuple[type, type]:
         from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
         from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
 
-        self.work = work
-        model, self.batch, self.losses = made(work)
-        self.model = GradSampleModuleFastGradientClipping(
-            model, loss_reduction="sum", max_grad_norm=CLIP, use_ghost_clipping=True
-        )
-        self.optimizer = DPOptimizerFastGradientClipping(
-            torch.optim.AdamW(trainable(model).values(), lr=LEARNING_RATE),
-            noise_multiplier=1.0,
-            max_grad_norm=CLIP,
-            expected_batch_size=EFFECTIVE,
-            loss_reduction="sum",
-        )
+        return GradSampleModuleFastGradientClipping, DPOptimizerFastGradientClipping
 
-    def micro_batch(self) -> None:
+    def backward(self) -> None:
         from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
         losses = self.losses(self.model, self.batch)
         DPTensorFastGradientClipping(self.model, self.optimizer, losses, loss_reduction="sum").backward()
-        self.optimizer.signal_skip_step(True)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
 
 class OfOpake:
@@ -269,7 +260,6 @@ class OfOpake:
         from opake.patches import apply_model_patches, apply_runtime_patches
         from opake.random import key
 
-        self.work = work
         apply_runtime_patches()
         self.model, self.batch, losses = made(work)
         apply_model_patches(self.model)
@@ -286,8 +276,6 @@ class OfOpake:
             loss, clipping_norm=CLIP, batch_argnums=tuple(range(1, 1 + len(names))), normalize_by=1.0
         )
         self.noise, self.noise_state = gaussian_noise(noise_multiplier=1.0, key=key(42))
-
-        self.total = None
 
     def micro_batch(self) -> None:
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
@@ -309,8 +297,8 @@ SYSTEMS: dict[str, Callable] = {
     "plain": Plain,
     "dpft": OfDPFT,
     "opacus hooks": OfOpacus,
-    "opacus ghost": OfGhost,
-    "opacus functorch": lambda work: OfOpacus(work, functorch=True),
+    "opacus ghost": partial(OfGhost, max_grad_norm=CLIP, use_ghost_clipping=True),
+    "opacus functorch": partial(OfOpacus, force_functorch=True),
     "opake": OfOpake,
 }
 
@@ -455,8 +443,7 @@ def main() -> None:
     parser.add_argument("--work", action="append", metavar="TEXT", help="only work whose name contains this")
     parser.add_argument("--system", action="append", choices=[s for s in SYSTEMS if s != "plain"])
     parser.add_argument("--repeats", type=int, default=7, help="timed pairs")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    options(parser)
     parser.add_argument("--serve", nargs=2, metavar=("SYSTEM", "WORK"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
@@ -465,13 +452,7 @@ def main() -> None:
         sys.exit("DPFT_MODELS must name the folder with minilm-l6 (see benchmarks/models.py)")
     works = [name for name in WORK if not arguments.work or any(text in name for text in arguments.work)]
     rows = collect(works, arguments.system or [s for s in SYSTEMS if s != "plain"], arguments.repeats)
-    from dpft.training.run import versions
-
-    found = {"rows": rows, "repeats": arguments.repeats, "hardware": f"{os.cpu_count()} cores", "versions": versions()}
-    if arguments.output:
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-    if arguments.json:
-        print(json.dumps(found, indent=1))
+    deliver({"rows": rows, "repeats": arguments.repeats, **circumstances()}, arguments)
 
 
 if __name__ == "__main__":

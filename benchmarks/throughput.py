@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+
+from output import circumstances, deliver, options
 
 DATA = "mts_dialog/train.csv"
 
@@ -121,8 +122,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    options(parser)
     parser.add_argument("--system", choices=["plain", "dpft"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.system:
@@ -152,8 +152,6 @@ def main() -> None:
                 file=sys.stderr,
             )
     median = lambda system, key: statistics.median(run[key] for run in runs if run["system"] == system)
-    from dpft.training.run import versions
-
     found = {
         "dp_over_plain_throughput": median("dpft", "examples_per_second") / median("plain", "examples_per_second"),
         "dp_over_plain_peak_memory": median("dpft", "peak_memory_mib") / median("plain", "peak_memory_mib"),
@@ -166,17 +164,10 @@ def main() -> None:
             "steps": arguments.steps,
             "max_length": arguments.max_length,
         },
-        "hardware": f"{os.cpu_count()} cores",
-        "versions": versions(),
+        **circumstances(),
     }
-    if arguments.output:
-        arguments.output.write_text(json.dumps(found, indent=2) + "\n")
-    if arguments.json:
-        print(json.dumps(found, indent=2))
-    else:
-        print(
-            f"dpft over plain: {found['dp_over_plain_throughput']:.2f} times the examples/s, {found['dp_over_plain_peak_memory']:.2f} times the peak memory"
-        )
+    text = f"dpft over plain: {found['dp_over_plain_throughput']:.2f} times the examples/s, {found['dp_over_plain_peak_memory']:.2f} times the peak memory"
+    deliver(found, arguments, text)
 
 
 if __name__ == "__main__":

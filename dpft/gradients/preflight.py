@@ -213,10 +213,10 @@ def _exactness(
                     with capture.paused():
                         plain = losses(chosen)
                         references[tuple(batch)] = _gradient(capture, plain @ weights.to(plain))
-                here = _difference(capture, made, references[tuple(batch)])
-                here = (here[0], error_of_norms) if not error_of_norms <= here[1] else here
-                if not here[1] <= error:  # a NaN error is an error
-                    worst, error = here
+                slot, wrong = _difference(capture, made, references[tuple(batch)])
+                for found in (wrong, error_of_norms):
+                    if not found <= error:  # a NaN error is an error
+                        worst, error = slot, found
         except Exception as problem:  # a model may raise anything when its layers are tapped or differentiated again
             if capture.one_by_one or (isinstance(problem, GuaranteeError) and not isinstance(problem, ExactnessError)):
                 raise

@@ -64,10 +64,8 @@ class Randomness(ABC):
         for start in range(0, n, size):
             stream.update_into(zeros, words.view(np.uint8))
             _uniform(words, u.view(-1).numpy())
-            radius, angle = (
-                u[0].neg_().log1p_().mul_(-2.0).sqrt_(),
-                u[1].mul_(2.0 * torch.pi),
-            )  # 1 - u > 0: log is finite
+            radius = u[0].neg_().log1p_().mul_(-2.0).sqrt_()  # 1 - u is in (0, 1]: the logarithm is finite
+            angle = u[1].mul_(2.0 * torch.pi)
             torch.cos(angle, out=cosines).mul_(radius)
             sines = angle.sin_().mul_(radius)
             # Shifted by one, so that the four Gaussians of one number come from four different pairs of uniforms.

@@ -7,6 +7,7 @@ examples stay consecutive, and the engine completes a unit before it clips.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -83,7 +84,7 @@ def cut(
     >>> [group.tolist() for group in cut([2, 9, 3, 4], [0, 1, 2, 3], token_budget=10)]
     [[1], [3, 2], [0]]
     """
-    lengths, units = np.asarray(lengths), np.asarray(units)
+    lengths, units, most = np.asarray(lengths), np.asarray(units), cache(max_examples)
     longest: dict[int, int] = {}
     for length, unit in zip(lengths.tolist(), units.tolist(), strict=True):
         longest[unit] = max(length, longest.get(unit, 0))
@@ -93,7 +94,7 @@ def cut(
     widest = 0
     for place in np.lexsort((-lengths, units, -by_unit)):
         width = max(widest, int(lengths[place]))
-        if group and (width * (len(group) + 1) > token_budget or len(group) >= max_examples(width)):
+        if group and (width * (len(group) + 1) > token_budget or len(group) >= most(width)):
             groups.append(np.array(group))
             group, width = [], int(lengths[place])
         group.append(place)
@@ -113,7 +114,7 @@ class LogicalBatch:
         places: np.ndarray,
         units: np.ndarray,
         groups: list[np.ndarray],
-        chosen: Callable[[np.ndarray, dict], None],
+        chosen: Callable[[np.ndarray, dict], None] | None,
     ) -> None:
         self._examples, self._task, self._places, self._units, self._groups = examples, task, places, units, groups
         self._chosen = chosen
@@ -122,7 +123,8 @@ class LogicalBatch:
         for group in self._groups:
             places = self._places[group]
             batch = self._task.collate([self._examples.features[place] for place in places])
-            self._chosen(places, batch)
+            if self._chosen is not None:
+                self._chosen(places, batch)
             yield batch, self._units[group].tolist()
 
 
@@ -143,7 +145,7 @@ class LogicalBatches:
         steps: int,
         token_budget: int,
         max_examples: Callable[[int], int],
-        chosen: Callable[[np.ndarray, dict], None] = lambda places, batch: None,
+        chosen: Callable[[np.ndarray, dict], None] | None = None,
     ) -> None:
         self.examples, self.task, self.sampler, self.steps, self._chosen = examples, task, sampler, steps, chosen
         self.token_budget, self.max_examples = token_budget, max_examples

@@ -8,6 +8,7 @@ system forgets when the process ends, however it ends, encrypted under a key tha
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dpft.errors import IsolationError
+from dpft.errors import IsolationError, SubsetError
 from dpft.privacy.store import EncryptedStore
 from dpft.subset.layers import blocks
 from dpft.training.batches import Examples, cut
@@ -69,32 +70,26 @@ class FrozenPrefix:
         """
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         backbone = getattr(base, "base_model", base)
-        candidates = [(None, backbone)] if backbone is not base else []
         try:
             name, found = blocks(base)
-            candidates += [(f"{name}.{i}", block) for i, block in enumerate(found)]
-        except Exception:  # a model without blocks may still have a backbone
+        except SubsetError:  # a model without blocks may still have a backbone
             name, found = "", []
         seen: dict[int, list] = {}
         hooks = [
             module.register_forward_hook(lambda m, a, output: seen.setdefault(id(m), []).append(output))
-            for _, module in candidates
+            for module in (backbone, *found)
         ]
         try:
             losses(batch)
         finally:
             for hook in hooks:
                 hook.remove()
-        frozen = [m for _, m in candidates if len(seen.get(id(m), ())) == 1 and not _depends(seen[id(m)][0])]
-        if backbone is not base and backbone in frozen:
+        frozen = lambda module: len(seen.get(id(module), ())) == 1 and not _depends(seen[id(module)][0])
+        if backbone is not base and frozen(backbone):
             names = {id(m): n for n, m in model.named_modules()}
             return cls._at(names[id(backbone)], [backbone], model, losses, batch)
-        count = 0
-        while count < len(found) and found[count] in frozen:
-            count += 1
-        if not count:
-            return None
-        return cls._at(f"{name}.{count - 1}", list(found[:count]), model, losses, batch)
+        first = list(takewhile(frozen, found))
+        return cls._at(f"{name}.{len(first) - 1}", first, model, losses, batch) if first else None
 
     @classmethod
     def _at(cls, name: str, modules: list[nn.Module], model: nn.Module, losses: Callable, batch: Mapping):
@@ -154,7 +149,7 @@ class FrozenPrefix:
             folder: where the nameless file lies.
 
         Raises:
-            IsolationError: an example's output depends on which others share its batch.
+            IsolationError: an example's output depends on which others share its batch, or padding comes first.
         """
         self._store = EncryptedStore(folder)
         model_modules = [module for module in self.modules for module in module.modules()]
@@ -273,6 +268,16 @@ def _mask(batch: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def _lengths(batch: Mapping[str, Tensor], examples: int) -> list[int]:
-    """How many leading tokens of each example are no padding."""
+    """How many leading tokens of each example are no padding.
+
+    Raises:
+        IsolationError: some padding comes before a token.
+    """
     mask = _mask(batch)
-    return [0] * examples if mask is None else mask.sum(1).tolist()
+    if mask is None:
+        return [0] * examples
+    if (mask[:, 1:] > mask[:, :-1]).any():
+        raise IsolationError(
+            'The batches are padded before their tokens, so a frozen prefix would lose its place: set run.frozen_prefix = "off".'
+        )
+    return mask.sum(1).tolist()

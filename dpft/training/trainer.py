@@ -123,9 +123,7 @@ class DPTrainerMixin:
         self.engine.steps_released = charged
         if charged >= self.plan.steps:
             raise BudgetError(f"All {self.plan.steps:,} planned steps have been released: nothing is left to resume.")
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "watch"):
-                callback.watch(self.engine)
+        self._tell("watch", self.engine)
         with self.engine:
             self.preflight = self._preflight()
             with self.engine.capture.paused():
@@ -138,6 +136,12 @@ class DPTrainerMixin:
         output.metrics.pop("train_loss", None)
         return output._replace(training_loss=math.nan)
 
+    def _tell(self, name: str, *facts) -> None:
+        """Call the method of this name of every callback that has one."""
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, name):
+                getattr(callback, name)(*facts)
+
     def _preflight(self) -> Preflight:
         """The proof, or what an earlier start of this very run found; it is the same for the same model and versions."""
         path = Path(self.args.output_dir) / "private" / "preflight.json"  # its errors are numbers made from the data
@@ -149,7 +153,7 @@ class DPTrainerMixin:
         if known.get("key") == key:
             self.engine.capture.load_state(known["state"])
             return Preflight(**known["found"])
-        losses = lambda examples, **how: self._losses(self._prepare_inputs(self.task.collate(examples)), **how)
+        losses = lambda features, **how: self._losses(self._collated(features), **how)
         precise = partial(losses, autocast=False) if self.args.bf16 else None
         found = preflight(self.engine, losses, self._examples().spread(), precise)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,9 +165,8 @@ class DPTrainerMixin:
             self._train_examples = Examples.encode(self.train_dataset, self.task, self.plan.unit)
         return self._train_examples
 
-    def _collated(self, places: Sequence[int]) -> dict:
-        features = self._examples().features
-        return self._prepare_inputs(self.task.collate([features[place] for place in places]))
+    def _collated(self, features: Sequence) -> dict:
+        return self._prepare_inputs(self.task.collate(features))
 
     def _losses(self, batch: dict, *, autocast: bool = True) -> Tensor:
         with self.compute_loss_context_manager() if autocast else nullcontext():
@@ -171,23 +174,24 @@ class DPTrainerMixin:
 
     def _kept_prefix(self) -> FrozenPrefix | None:
         """The frozen prefix of every example, if it pays or was asked for."""
+        if self.frozen_prefix == "off":
+            return None
         examples, asked = self._examples(), self.frozen_prefix == "on"
         drawn = sum(min(len(members), self.plan.examples_per_unit) for members in examples.members)
         uses = self.plan.sample_rate * (self.plan.steps - self.engine.steps_released) * drawn / len(examples)
-        if self.frozen_prefix == "off" or (uses < WORTH and not asked):
+        if uses < WORTH and not asked:
             return None
-        prefix = FrozenPrefix.find(self.model, self._losses, self._collated(examples.spread_places()))
+        prefix = FrozenPrefix.find(self.model, self._losses, self._collated(examples.spread()))
         folder = Path(self.args.output_dir) / "private"
         folder.mkdir(parents=True, exist_ok=True)
         if asked and prefix is None:
             raise RecipeError("frozen_prefix is on, but the first block trains already: switch it off.")
         if prefix is None or (not asked and (prefix.random or not prefix.fits(examples, folder))):
             return None
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "say"):
-                callback.say(f"keeping the output of {prefix.name}")
+        self._tell("say", f"keeping the output of {prefix.name}")
+        collate = lambda places: self._collated([examples.features[place] for place in places])
         try:
-            prefix.fill(examples, self._collated, self._losses, folder, 4 * self.token_budget)
+            prefix.fill(examples, collate, self._losses, folder, 4 * self.token_budget)
         except IsolationError:
             prefix.close()
             if asked:
@@ -206,7 +210,7 @@ class DPTrainerMixin:
             steps=self.plan.steps,
             token_budget=self.token_budget,
             max_examples=self.engine.max_examples,
-            **({"chosen": prefix.select} if prefix is not None else {}),
+            chosen=prefix.select if prefix is not None else None,
         )
 
     def num_examples(self, dataloader) -> int:

@@ -62,17 +62,16 @@ def test_units_are_grouped_by_their_column():
     assert all(len({ROWS[i]["patient"] for i in group}) == 1 for group in examples.members)
 
 
+def drawn_batches(unit, sampler, *, steps, token_budget, most):
+    return LogicalBatches(
+        encode(unit), TASK, sampler, steps=steps, token_budget=token_budget, max_examples=lambda tokens: most
+    )
+
+
 @pytest.mark.parametrize("rate", [1e-12, 0.3, 1.0])
 def test_planned_steps_are_executed_steps_whatever_is_drawn(rate):
     """T9: an empty draw is a step, neither skipped nor padded with a fake record."""
-    batches = LogicalBatches(
-        encode("example"),
-        TASK,
-        PoissonSampler(rate, 1, SeededRandomness(0)),
-        steps=7,
-        token_budget=20,
-        max_examples=lambda tokens: 4,
-    )
+    batches = drawn_batches("example", PoissonSampler(rate, 1, SeededRandomness(0)), steps=7, token_budget=20, most=4)
     drawn = [sum(len(units) for _, units in batch) for batch in batches]
     assert len(drawn) == len(batches) == 7
     assert {1e-12: sum(drawn) == 0, 0.3: len(set(drawn)) > 1, 1.0: set(drawn) == {20}}[rate]
@@ -80,14 +79,7 @@ def test_planned_steps_are_executed_steps_whatever_is_drawn(rate):
 
 def test_a_unit_gives_at_most_its_share():
     """T16."""
-    batches = LogicalBatches(
-        encode("patient"),
-        TASK,
-        PoissonSampler(1.0, 2, SeededRandomness(0)),
-        steps=5,
-        token_budget=8,
-        max_examples=lambda tokens: 4,
-    )
+    batches = drawn_batches("patient", PoissonSampler(1.0, 2, SeededRandomness(0)), steps=5, token_budget=8, most=4)
     for batch in batches:
         units = [unit for _, micro in batch for unit in micro]
         assert sorted(units) == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -95,14 +87,7 @@ def test_a_unit_gives_at_most_its_share():
 
 def test_no_two_draws_are_the_same_shuffle():
     """T9: an epoch of shuffled batches would draw every unit once; Poisson draws some twice and some never."""
-    batches = LogicalBatches(
-        encode("example"),
-        TASK,
-        PoissonSampler(0.2, 1, SeededRandomness(1)),
-        steps=5,
-        token_budget=64,
-        max_examples=lambda tokens: 9,
-    )
+    batches = drawn_batches("example", PoissonSampler(0.2, 1, SeededRandomness(1)), steps=5, token_budget=64, most=9)
     counts = np.bincount([unit for batch in batches for _, micro in batch for unit in micro], minlength=20)
     assert counts.min() == 0 and counts.max() > 1
 

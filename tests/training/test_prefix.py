@@ -116,6 +116,15 @@ def test_a_prefix_that_others_in_the_batch_change_is_refused(bert, tmp_path, mon
         prefix.fill(task.examples, task.collate, task.losses, tmp_path, token_budget=8)
 
 
+def test_padding_before_the_tokens_is_refused(bert, tmp_path):
+    task = Collated(bert, "last_blocks(1)")
+    collate = task.collate
+    task.collate = lambda places: {k: v.flip(1) if v.dim() == 2 else v for k, v in collate(places).items()}
+    prefix = FrozenPrefix.find(task.model, task.losses, task.collate([0, 1]))
+    with pytest.raises(IsolationError, match="padded before"):
+        prefix.fill(task.examples, task.collate, task.losses, tmp_path, token_budget=8)
+
+
 def run(case, plan, folder, subset, frozen_prefix, **fields):
     made = case("bert")
     model = Subset(subset).apply(made.model)

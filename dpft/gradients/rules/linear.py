@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 # Making a gradient (m, n), taking its norm and adding it up moves about 3 numbers of each weight through memory, while the norm
-# alone costs 2 T² (m + n) operations. On CPUs and GPUs measured, memory moves one number in the time of so many operations:
+# alone costs 2 T² (m + n) operations. Memory is taken to move one number in the time of so many operations: an estimate,
+# which changes speed alone; benchmarks/speed.py shows what comes of it on either side.
 OPERATIONS_PER_NUMBER = 40
 ROUNDING = 2.0**-21  # of sums of products in float32, relative to the sum of their absolute values
 

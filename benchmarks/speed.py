@@ -149,7 +149,7 @@ class Plain:
         total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         for part in cut(self.batch, 1):
             gradients = torch.autograd.grad(self.losses(self.model, part)[0], list(parameters.values()))
-            norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+            norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm()  # float32 would lose 5e-5
             for name, gradient in zip(parameters, gradients, strict=True):
                 total[name].add_(gradient, alpha=float((CLIP / norm).clamp(max=1.0)))
         return total

@@ -13,6 +13,8 @@ from torch import Tensor
 from dpft.gradients.rules.linear import Product, longest_by_norm
 from dpft.gradients.sites import Slot
 
+BLOCK = 4096
+
 
 class Gradients:
     """What one backward pass gave for each of B examples.
@@ -59,8 +61,8 @@ class Gradients:
         return rows
 
     def norms(self) -> Tensor:
-        """``(B,)`` norms of the whole gradients, never below the true ones by more than a rounding of float32."""
-        norms = torch.linalg.vector_norm(self.narrow, dim=1)
+        """``(B,)`` norms of the whole gradients, below the true ones by a relative 1e-6 at most."""
+        norms = row_norms(self.narrow)
         if not self.large:
             return norms
         return torch.stack([norms.square(), *(one.squares for one in self.large.values())]).sum(0).sqrt()
@@ -98,7 +100,20 @@ class Large:
             if gradient.tokens <= longest_by_norm(*gradient.shape[1:]):
                 return cls(slot, gradient, gradient.squares())
             gradient = gradient.made()
-        return cls(slot, gradient, torch.linalg.vector_norm(gradient.flatten(1), dim=1).square())
+        return cls(slot, gradient, row_norms(gradient.flatten(1)).square())
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """``(B, n)`` to ``(B,)`` norms, taken block by block.
+
+    In one go PyTorch adds float32 squares one after another on CPUs: of 38 million numbers it gave 0.26 % less than the
+    norm (torch 2.13), and a unit whose norm is too small is clipped too little.
+    """
+    whole = rows.shape[1] - rows.shape[1] % BLOCK
+    parts = [torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)]
+    if whole:
+        parts.append(torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, BLOCK)), dim=2))
+    return torch.linalg.vector_norm(torch.cat(parts, 1), dim=1)
 
 
 def _sum(first: Tensor | Product, second: Tensor | Product) -> Tensor | Product:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dpft.errors import ExactnessError, GuaranteeError, IsolationError, first_line
 from dpft.gradients.capture import HALF, Capture
 from dpft.gradients.engine import Engine
+from dpft.gradients.gradients import row_norms
 from dpft.gradients.sites import Slot
 from dpft.gradients.steady import deterministic, in_precision
 
@@ -253,7 +254,7 @@ def _combined(capture: Capture, losses: Tensor, weights: Tensor) -> tuple[Tensor
     """
     gradients = capture.gradients(losses)
     unmade, rows = gradients.norms(), gradients.rows(capture.size)
-    lengths = rows.norm(dim=1)
+    lengths = row_norms(rows)
     excess = (unmade - lengths) / lengths.clamp_min(1e-30)
     return weights @ rows, float(torch.where(excess > 0, excess / 100, -excess).max()) if lengths.any() else 0.0
 

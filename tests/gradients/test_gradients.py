@@ -88,6 +88,18 @@ def test_terms_that_cancel_never_hide_a_norm():
         assert (product.squares().double().sqrt() >= truth * (1 - 1e-6)).all()
 
 
+@pytest.mark.parametrize("large", [True, False])
+def test_a_long_gradient_is_clipped_by_its_true_norm(large, monkeypatch):
+    """T6: in one go, float32 loses 0.01 % of the norm of six million numbers, and with it the bound."""
+    monkeypatch.setattr(sites, "LARGE", 64 if large else 1 << 40)
+    torch.manual_seed(0)
+    model = nn.Linear(3000, 2000, bias=False)
+    x = torch.rand(1, 2 * longest_by_norm(2000, 3000), 3000) + 0.5
+    with Engine(model, plan(clip=FlatClip(1.0))) as engine:
+        engine.accumulate(model(x).square().mean((1, 2)))
+        assert float(engine._sum().double().norm()) == pytest.approx(1.0, rel=2e-6)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
 @pytest.mark.parametrize("tokens", [2, 2 * SWITCH])
 def test_a_nonfinite_example_contributes_nothing_whether_made_or_not(poison, tokens):

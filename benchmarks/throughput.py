@@ -1,65 +1,206 @@
-"""Examples per second of private training against plain training, on real dialogues of very different lengths.
+"""Examples per second on real texts of very different lengths: private training beside plain training and Opacus.
 
-    DPFT_DATA=... DPFT_MODELS=... python benchmarks/throughput.py --json
+    DPFT_DATA=... DPFT_MODELS=... python benchmarks/throughput.py --json [--set dialogues] [--batch 256]
 
-plain   transformers.Trainer + PEFT with its defaults: random micro-batches of 8, accumulated to the effective batch
-dpft    DPTrainer, the same model, adapter, optimizer and expected batch; micro-batches sorted by length
+SmolLM2-135M with LoRA; every system trains one step on the same ``--batch`` texts, with AdamW:
 
-Each runs in a process of its own, in turn (plain, dpft, plain, dpft, ...); ratios are of the medians. The time counted is that of
-the training steps, sampling, collation and noise included, loading and preflight excluded; the memory is the process's peak.
+plain    transformers.Trainer + PEFT with its defaults: random micro-batches of 8, accumulated to the whole batch
+opacus   hooks, with BatchMemoryManager(max_physical_batch_size=8), which cuts the batch as it comes
+dpft     DPTrainer with its defaults
+sorted   no privacy: plain backward passes over dpft's own micro-batches, cut from sorted texts by 1,024 padded tokens
+
+Each is a process of its own, and they take turns of one micro-batch, so that a machine that drifts drifts for all. Time is
+that of the step: sampling, collation, noise and update included; loading, preflight and tuning excluded. Memory is the process's peak.
+The floor is the time of ``sorted`` less the share of its tokens that are padding: what remains is what the texts cost.
 """
 
 import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 from output import circumstances, deliver, options
 
-DATA = "mts_dialog/train.csv"
+SETS = {
+    "dialogues": ("mts_dialog/train.csv", "dialogue"),
+    "notes": ("mts_dialog/train.csv", "section_text"),
+    "appeals": ("nm_appeals/train.jsonl", "text"),
+}
+MICRO_BATCH = 8
+SORTED_TOKENS = 1024
 
 
-class Clock:
-    """Time spent in training steps, and how many examples went through the model in them."""
+class Turns:
+    """The clock of one system: it runs while it is the system's turn."""
 
-    def __init__(self):
-        self.seconds, self.examples, self._since = 0.0, 0, 0.0
+    def __init__(self) -> None:
+        self.seconds, self.examples, self._channel = 0.0, 0, sys.stdout
+        sys.stdout = sys.stderr
 
-    def callback(self):
-        from transformers import TrainerCallback
+    def begin(self) -> None:
+        """Be ready, and wait for the first turn."""
+        self._wait()
 
-        clock = self
+    def done(self, examples: int) -> None:
+        """So many more examples went through the model; the next turn may be another's."""
+        self.seconds += time.perf_counter() - self._since
+        self.examples += examples
+        self._wait()
 
-        class Steps(TrainerCallback):
-            def on_train_begin(self, args, state, control, **_):
-                clock._since = time.perf_counter()
+    def end(self) -> None:
+        self.seconds += time.perf_counter() - self._since
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        self._say(seconds=self.seconds, peak_memory_mib=peak)
 
-            def on_step_end(self, args, state, control, **_):
-                clock.seconds = time.perf_counter() - clock._since
+    def _wait(self) -> None:
+        self._say(examples=self.examples)
+        sys.stdin.readline()
+        self._since = time.perf_counter()
 
-        return Steps()
+    def _say(self, **facts) -> None:
+        print(json.dumps(facts), file=self._channel, flush=True)
 
 
-def measure(system: str, batch: int, steps: int, max_length: int) -> dict:
+class Texts:
+    """The model, the task and the batch that every system trains on."""
+
+    def __init__(self, name: str, batch: int, max_length: int) -> None:
+        import numpy as np
+        import transformers
+
+        import dpft
+        from dpft.training.batches import Examples
+        from dpft.training.data import read
+
+        transformers.set_seed(0)
+        file, column = SETS[name]
+        path = os.path.join(os.environ["DPFT_MODELS"], "smollm2-135m")
+        model = transformers.AutoModelForCausalLM.from_pretrained(path)
+        self.task = dpft.CausalLM(transformers.AutoTokenizer.from_pretrained(path), text=column, max_length=max_length)
+        self.model = dpft.Subset("lora(rank=8)").apply(model)
+        rows = read(os.path.join(os.environ["DPFT_DATA"], file))
+        self.rows = rows.select(np.random.default_rng(0).choice(len(rows), batch, replace=False))
+        self.examples = Examples.encode(self.rows, self.task)
+
+    @property
+    def parameters(self) -> list:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def plain(texts: Texts, turns: Turns) -> None:
+    import transformers
+
+    class Pauses(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__) -> None:
+            turns.begin()
+
+        def on_substep_end(self, *_, **__) -> None:
+            turns.done(MICRO_BATCH)
+
+        def on_step_end(self, *_, **__) -> None:
+            turns.end()
+
+    arguments = transformers.TrainingArguments(
+        **quiet(),
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=len(texts.examples) // MICRO_BATCH,
+        max_steps=1,
+        dataloader_pin_memory=False,
+    )
+    transformers.Trainer(
+        model=texts.model,
+        args=arguments,
+        train_dataset=texts.examples.features,
+        data_collator=texts.task.collate,
+        callbacks=[Pauses()],
+    ).train()
+
+
+def opacus(texts: Texts, turns: Turns) -> None:
     import torch
+    from opacus import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+    from opacus.utils.batch_memory_manager import BatchMemoryManager
+
+    batch = len(texts.examples)
+    model = GradSampleModule(texts.model.train())
+    optimizer = DPOptimizer(
+        torch.optim.AdamW(texts.parameters, lr=1e-3), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=batch
+    )
+    loader = torch.utils.data.DataLoader(
+        texts.examples.features, batch_size=batch, shuffle=True, collate_fn=texts.task.collate
+    )
+    turns.begin()
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=MICRO_BATCH, optimizer=optimizer) as batches:
+        for part in batches:
+            optimizer.zero_grad()
+            texts.task.losses(model, part).mean().backward()
+            optimizer.step()
+            turns.done(len(part["labels"]))
+    turns.end()
+
+
+def dpft(texts: Texts, turns: Turns) -> None:
     import transformers
 
     import dpft
-    from dpft.training.data import read
 
-    clock = Clock()
-    transformers.set_seed(0)
-    path = os.path.join(os.environ["DPFT_MODELS"], "smollm2-135m")
-    model = transformers.AutoModelForCausalLM.from_pretrained(path)
-    task = dpft.CausalLM(transformers.AutoTokenizer.from_pretrained(path), text="dialogue", max_length=max_length)
-    rows = read(os.path.join(os.environ["DPFT_DATA"], DATA))
-    model = dpft.Subset("lora(rank=8)").apply(model)
-    common = dict(
+    batch = len(texts.examples)
+    plan = dpft.Plan(noise_multiplier=1.0, sample_rate=1.0, steps=1, delta=1e-5, units=batch)
+    losses, started, held = texts.task.losses, [], []
+
+    def paused(model, part):
+        if held:  # what began with the micro-batch before is finished when the next one begins
+            turns.done(held.pop())
+        if started:
+            held.append(len(part["labels"]))
+        return losses(model, part)
+
+    class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__) -> None:
+            started.append(True)
+            turns.begin()
+
+        def on_step_end(self, *_, **__) -> None:
+            turns.end()
+
+    texts.task.losses = paused
+    trainer = dpft.DPTrainer(
+        model=texts.model,
+        args=transformers.TrainingArguments(**quiet()),
+        train_dataset=texts.rows,
+        plan=plan,
+        task=texts.task,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+
+
+def without_padding(texts: Texts, turns: Turns) -> None:
+    import torch
+
+    from dpft.training.batches import plain_batches
+
+    texts.model.train()
+    optimizer = torch.optim.AdamW(texts.parameters, lr=1e-3)
+    turns.begin()
+    for part in plain_batches(texts.examples, texts.task, SORTED_TOKENS):
+        texts.task.losses(texts.model, part).sum().backward()
+        turns.done(len(part["labels"]))
+    optimizer.step()
+    turns.end()
+
+
+SYSTEMS: dict[str, Callable] = {"plain": plain, "opacus": opacus, "dpft": dpft, "sorted": without_padding}
+
+
+def quiet() -> dict:
+    return dict(
         output_dir=tempfile.mkdtemp(),
         learning_rate=1e-3,
         save_strategy="no",
@@ -67,107 +208,105 @@ def measure(system: str, batch: int, steps: int, max_length: int) -> dict:
         disable_tqdm=True,
         logging_strategy="no",
     )
-    if system == "plain":
-        features = task.encode(rows[:])
 
-        arguments = transformers.TrainingArguments(
-            **common,
-            per_device_train_batch_size=8,
-            gradient_accumulation_steps=batch // 8,
-            max_steps=steps,
-            dataloader_pin_memory=False,
-        )
-        trainer = transformers.Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=features,
-            data_collator=task.collate,
-            callbacks=[clock.callback()],
-        )
-    else:
-        plan = dpft.Plan(noise_multiplier=1.0, sample_rate=batch / len(rows), steps=steps, delta=1e-5, units=len(rows))
-        trainer = dpft.DPTrainer(
-            model=model,
-            args=transformers.TrainingArguments(**common),
-            train_dataset=rows,
-            plan=plan,
-            task=task,
-            callbacks=[clock.callback()],
-        )
-        losses = task.losses
 
-        def counted(model, batch):
-            if trainer.engine is not None and trainer.preflight is not None:
-                clock.examples += len(batch["labels"])
-            return losses(model, batch)
+class Process:
+    """One system at work on one set, a turn at a time."""
 
-        task.losses = counted
-    trainer.train()
-    if system == "plain":
-        clock.examples = batch * steps
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    def __init__(self, system: str, settings: list[str]) -> None:
+        command = [sys.executable, __file__, "--system", system, *settings]
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+        self.examples, self.found = 0, None
+
+    def ready(self) -> None:
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            sys.exit(self._errors.read()[-2000:])
+        answer = json.loads(line)
+        self.examples = answer.get("examples", self.examples)
+        if "seconds" in answer:
+            self.found = answer
+            self._process.kill()
+
+    def turn(self) -> None:
+        print("go", file=self._process.stdin, flush=True)
+        self.ready()
+
+
+def compare(name: str, batch: int, max_length: int) -> dict:
+    """One set: who did how much in what time."""
+    settings = ["--set", name, "--batch", str(batch), "--max-length", str(max_length)]
+    at_work = {system: Process(system, settings) for system in SYSTEMS}
+    for process in at_work.values():
+        process.ready()
+    while waiting := [process for process in at_work.values() if process.found is None]:
+        min(waiting, key=lambda process: process.examples).turn()
+    seconds = {system: process.found["seconds"] for system, process in at_work.items()}
+    memory = {system: process.found["peak_memory_mib"] for system, process in at_work.items()}
+    tokens, padded = padding(name, batch, max_length)
+    floor = seconds["sorted"] * tokens / padded
     return {
-        "system": system,
-        "examples": clock.examples,
-        "seconds": clock.seconds,
-        "examples_per_second": clock.examples / clock.seconds,
-        "peak_memory_mib": peak,
-        "torch": torch.__version__,
+        "set": name,
+        "examples": batch,
+        "tokens": tokens,
+        "seconds": seconds,
+        "examples_per_second": {system: batch / time for system, time in seconds.items()},
+        "peak_memory_mib": memory,
+        "floor_seconds": floor,
+        "dp_over_plain_throughput": seconds["plain"] / seconds["dpft"],
+        "dp_over_opacus_throughput": seconds["opacus"] / seconds["dpft"],
+        "dp_over_floor_time": seconds["dpft"] / floor,
+        "dp_over_plain_peak_memory": memory["dpft"] / memory["plain"],
+        "dp_over_opacus_peak_memory": memory["dpft"] / memory["opacus"],
     }
+
+
+def padding(name: str, batch: int, max_length: int) -> tuple[int, int]:
+    """The batch's true tokens, and those of the sorted micro-batches."""
+    from dpft.training.batches import cut
+
+    lengths = Texts(name, batch, max_length).examples.lengths
+    groups = cut(lengths, range(batch), token_budget=SORTED_TOKENS)
+    return int(lengths.sum()), sum(int(lengths[group].max()) * len(group) for group in groups)
+
+
+def described(row: dict) -> str:
+    return (
+        f"{row['set']:<10} dpft {row['examples_per_second']['dpft']:.2f} examples/s: "
+        f"{row['dp_over_plain_throughput']:.2f} times plain at {row['dp_over_plain_peak_memory']:.2f} of its memory, "
+        f"{row['dp_over_opacus_throughput']:.2f} times Opacus at {row['dp_over_opacus_peak_memory']:.2f}; "
+        f"{row['dp_over_floor_time']:.2f} times the floor's time"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=32, help="effective batch, a multiple of 8")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--set", action="append", choices=list(SETS))
+    parser.add_argument("--batch", type=int, default=256, help=f"texts in the step, a multiple of {MICRO_BATCH}")
     parser.add_argument("--max-length", type=int, default=1024)
     options(parser)
-    parser.add_argument("--system", choices=["plain", "dpft"], help=argparse.SUPPRESS)
+    parser.add_argument("--system", choices=list(SYSTEMS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.system:
-        print(json.dumps(measure(arguments.system, arguments.batch, arguments.steps, arguments.max_length)))
-        return
     missing = [name for name in ("DPFT_DATA", "DPFT_MODELS") if name not in os.environ]
     if missing:
         sys.exit(
-            f"{' and '.join(missing)} must name the folders with {DATA} and smollm2-135m (see benchmarks/models.py)"
+            f"{' and '.join(missing)} must name the folders with the sets and smollm2-135m (see benchmarks/models.py)"
         )
-    runs = []
-    for _ in range(arguments.repeats):
-        for system in ("plain", "dpft"):
-            settings = [
-                f"--batch={arguments.batch}",
-                f"--steps={arguments.steps}",
-                f"--max-length={arguments.max_length}",
-            ]
-            result = subprocess.run(
-                [sys.executable, __file__, "--system", system, *settings], capture_output=True, text=True
-            )
-            if result.returncode:
-                sys.exit(result.stderr)
-            runs.append(json.loads(result.stdout.splitlines()[-1]))
-            print(
-                f"{system:<6} {runs[-1]['examples_per_second']:.3f} examples/s, peak {runs[-1]['peak_memory_mib']:,.0f} MiB",
-                file=sys.stderr,
-            )
-    median = lambda system, key: statistics.median(run[key] for run in runs if run["system"] == system)
-    found = {
-        "dp_over_plain_throughput": median("dpft", "examples_per_second") / median("plain", "examples_per_second"),
-        "dp_over_plain_peak_memory": median("dpft", "peak_memory_mib") / median("plain", "peak_memory_mib"),
-        "runs": runs,
-        "settings": {
-            "data": DATA,
-            "model": "smollm2-135m",
-            "subset": "lora(rank=8)",
-            "batch": arguments.batch,
-            "steps": arguments.steps,
-            "max_length": arguments.max_length,
-        },
-        **circumstances(),
-    }
-    text = f"dpft over plain: {found['dp_over_plain_throughput']:.2f} times the examples/s, {found['dp_over_plain_peak_memory']:.2f} times the peak memory"
-    deliver(found, arguments, text)
+    sets = arguments.set or list(SETS)
+    if arguments.system:
+        turns = Turns()
+        return SYSTEMS[arguments.system](Texts(sets[0], arguments.batch, arguments.max_length), turns)
+    rows = []
+    for name in sets:
+        rows.append(compare(name, arguments.batch, arguments.max_length))
+        print(described(rows[-1]), file=sys.stderr, flush=True)
+    first = {key: rows[0][key] for key in ("dp_over_plain_throughput", "dp_over_plain_peak_memory")}
+    settings = {"model": "smollm2-135m", "subset": "lora(rank=8)", "max_length": arguments.max_length}
+    deliver({**first, "rows": rows, "settings": settings, **circumstances()}, arguments)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -127,7 +127,12 @@ class RunTable(_Table):
     frozen_prefix: Literal["auto", "on", "off"] = Field(
         "auto", description="Compute layers before all that trains once for each example, and keep that encrypted."
     )
-    token_budget: int = Field(1024, ge=16, description="Padded tokens in a micro-batch: speed and memory, not privacy.")
+    token_budget: Annotated[int, Field(ge=16)] | Literal["auto"] = Field(
+        "auto", description="Padded tokens in a micro-batch: speed and memory, not privacy; auto times a few."
+    )
+    memory: float | None = Field(
+        None, gt=0, description="GiB that a micro-batch may take beside the model, for token_budget = auto."
+    )
     save_steps: int | None = Field(None, ge=1, description="Write a checkpoint every so many steps, to resume from.")
 
 
@@ -307,7 +312,7 @@ def _override(tables: dict, override: str) -> None:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(first["loc"][:2])  # a table's key; what follows says which alternative of a type failed
     if first["type"] == "extra_forbidden":
         from difflib import get_close_matches
 

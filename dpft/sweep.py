@@ -118,7 +118,7 @@ def _untouched(recipe: Recipe, seeds: Sequence[int], announce) -> Row:
     """The model before training; a classifier's new head is random, so each seed has its own."""
     import torch
 
-    from dpft.training.batches import Examples, plain_batches
+    from dpft.training.batches import EVALUATION_TOKENS, Examples, plain_batches
     from dpft.training.data import load
     from dpft.training.run import load_model
 
@@ -131,9 +131,7 @@ def _untouched(recipe: Recipe, seeds: Sequence[int], announce) -> Row:
         model.eval()
         with torch.no_grad():
             metrics.append(
-                task.evaluate(
-                    model, plain_batches(Examples.encode(validation, task), task, 4 * recipe.run.token_budget)
-                )
+                task.evaluate(model, plain_batches(Examples.encode(validation, task), task, EVALUATION_TOKENS))
             )
     return _row("untouched", None, metrics, [])
 

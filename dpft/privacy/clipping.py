@@ -9,10 +9,12 @@ A clipping rule is a frozen value with two members, and everything else reads th
 """
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dpft.errors import PlanError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class FlatClip:
     def sensitivity(self) -> float:
         return self.clip_norm
 
-    def factors(self, norms: Tensor) -> Tensor:
+    def factors(self, norms: "Tensor") -> "Tensor":
         return (self.clip_norm / norms).clamp(max=1.0)
 
 
@@ -51,7 +53,7 @@ class AutoClip:
     def sensitivity(self) -> float:
         return self.clip_norm
 
-    def factors(self, norms: Tensor) -> Tensor:
+    def factors(self, norms: "Tensor") -> "Tensor":
         return self.clip_norm / (norms + self.gamma)
 
 

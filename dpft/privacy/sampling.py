@@ -5,10 +5,12 @@ size is random, zero included, and is private: no part of a run may show it.
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpft.privacy.noise import Randomness
+if TYPE_CHECKING:  # a plan is made in a second; PyTorch takes two to import
+    from dpft.privacy.noise import Randomness
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class PoissonSampler:
 
     sample_rate: float
     examples_per_unit: int
-    randomness: Randomness = field(repr=False)
+    randomness: "Randomness" = field(repr=False)
 
     def units(self, n: int) -> np.ndarray:
         """Sorted indices, among ``range(n)``, of the units that this step uses. May be empty."""

@@ -15,6 +15,7 @@ from dpft.privacy.sampling import PoissonSampler
 from dpft.tasks.task import Task
 
 CHUNK = 1000  # rows given to the tokenizer at a time
+EVALUATION_TOKENS = 4096  # padded tokens of a batch that keeps nothing for a backward pass
 
 
 @dataclass(frozen=True)

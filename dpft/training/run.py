@@ -152,6 +152,7 @@ def make_trainer(setup: Setup, output: Path, *, randomness: Randomness | None = 
         task=setup.task,
         randomness=randomness,
         token_budget=recipe.run.token_budget,
+        memory=None if recipe.run.memory is None else int(recipe.run.memory * 2**30),
         frozen_prefix=recipe.run.frozen_prefix,
         evaluation_is_public=recipe.data.validation_is_public,
         callbacks=list(callbacks),

@@ -7,8 +7,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,12 +21,13 @@ from dpft.gradients.preflight import Preflight, fingerprint, preflight
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.privacy.plan import Plan
 from dpft.tasks.task import LabelledTask, Task
-from dpft.training.batches import Examples, LogicalBatch, LogicalBatches, plain_batches
+from dpft.training.batches import EVALUATION_TOKENS, Examples, LogicalBatch, LogicalBatches, plain_batches
 from dpft.training.prefix import WORTH, FrozenPrefix
 from dpft.training.releases import Releases
+from dpft.training.tuning import fastest_budget, free_memory
 
 TRAINABLE = "trainable.safetensors"  # in a checkpoint: the whole subset
-TOKEN_BUDGET = 1024  # padded tokens of a micro-batch; on CPUs larger ones are not faster
+TOKEN_BUDGET = 1024  # padded tokens of a micro-batch until a better budget is known
 
 # Arguments of TrainingArguments that would break the guarantee, the value they must have, and why.
 FORBIDDEN = {
@@ -53,7 +55,9 @@ class DPTrainerMixin:
         plan: the privacy plan; its ``steps`` are the trainer's steps, its ``unit`` the column that names a row's unit.
         task: per-example losses and collation; by default made of the trainer's data collator and ``labels``.
         randomness: the source of sampling and noise; a seeded one is for tests and states NOT PRIVATE.
-        token_budget: padded tokens in a micro-batch.
+        token_budget: padded tokens in a micro-batch; ``"auto"`` times a few budgets on this machine and takes the smallest
+            that is about as fast as any, within ``memory``.
+        memory: bytes that a micro-batch may take beside the model, for ``"auto"``; by default a share of what is free.
         frozen_prefix: whether the output of layers before all that trains is computed once for each example and kept,
             encrypted, as long as the run (:mod:`dpft.training.prefix`): ``"auto"`` if it pays and the layers are deterministic,
             ``"on"``, with these layers in evaluation mode, or ``"off"``.
@@ -74,13 +78,16 @@ class DPTrainerMixin:
         plan: Plan,
         task: Task | None = None,
         randomness: Randomness | None = None,
-        token_budget: int = TOKEN_BUDGET,
+        token_budget: int | Literal["auto"] = "auto",
+        memory: int | None = None,
         frozen_prefix: str = "auto",
         evaluation_is_public: bool = False,
         **kwargs,
     ) -> None:
         self.frozen_prefix, self.prefix = frozen_prefix, None
-        self.plan, self.token_budget, self.evaluation_is_public = plan, token_budget, evaluation_is_public
+        self._tune, self.memory = token_budget == "auto", memory
+        self.token_budget: int = TOKEN_BUDGET if self._tune else token_budget
+        self.plan, self.evaluation_is_public = plan, evaluation_is_public
         self.randomness = randomness or SecureRandomness()
         self.engine: Engine | None = None
         self.preflight: Preflight | None = None
@@ -128,6 +135,8 @@ class DPTrainerMixin:
             self.preflight = self._preflight()
             with self.engine.capture.paused():
                 self.prefix = self._kept_prefix()
+            if self._tune:
+                self.token_budget = self._fastest_budget()
             try:
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             finally:
@@ -191,7 +200,7 @@ class DPTrainerMixin:
         self._tell("say", f"keeping the output of {prefix.name}")
         collate = lambda places: self._collated([examples.features[place] for place in places])
         try:
-            prefix.fill(examples, collate, self._losses, folder, 4 * self.token_budget)
+            prefix.fill(examples, collate, self._losses, folder, EVALUATION_TOKENS)
         except IsolationError:
             prefix.close()
             if asked:
@@ -199,12 +208,42 @@ class DPTrainerMixin:
             return None
         return prefix
 
+    def _fastest_budget(self) -> int:
+        """Nothing of it is released; the budget stays in this process, because times of private examples made it."""
+        examples = self._step_examples()
+        place = examples.spread_places()[-1]
+
+        def losses(n: int) -> Tensor:
+            batch = self._collated([examples.features[place]] * n)
+            if self.prefix is not None:
+                self.prefix.select(np.full(n, place), batch)
+            return self._losses(batch)
+
+        def accumulate(found: Tensor) -> None:
+            self.engine.accumulate(found)
+            self.engine.discard()
+
+        tokens = max(1, int(examples.lengths[place]))
+        self.model.train()
+        with self.prefix or nullcontext():
+            return fastest_budget(
+                losses,
+                accumulate,
+                model=self.model,
+                tokens=tokens,
+                most=self.engine.max_examples(tokens),
+                memory=free_memory(self.args.device) if self.memory is None else self.memory,
+            )
+
+    def _step_examples(self) -> Examples:
+        """The examples, as long as they are to what a step computes."""
+        examples = self._examples()
+        return examples if self.prefix is None else replace(examples, lengths=self.prefix.lengths(examples))
+
     def get_train_dataloader(self) -> LogicalBatches:
-        examples, prefix = self._examples(), self.prefix
-        if prefix is not None:
-            examples = replace(examples, lengths=prefix.lengths(examples))
+        prefix = self.prefix
         return LogicalBatches(
-            examples,
+            self._step_examples(),
             self.task,
             self.plan.sampler(self.randomness),
             steps=self.plan.steps,
@@ -273,7 +312,7 @@ class DPTrainerMixin:
         examples = rows if isinstance(rows, Examples) else Examples.encode(rows, self.task)
         was_training = self.model.training
         self.model.eval()
-        batches = map(self._prepare_inputs, plain_batches(examples, self.task, 4 * self.token_budget))
+        batches = map(self._prepare_inputs, plain_batches(examples, self.task, EVALUATION_TOKENS))
         found = self.task.evaluate(self.model, batches)
         self.model.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}

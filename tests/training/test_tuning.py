@@ -1,0 +1,62 @@
+"""The token budget is measured, and measuring it changes nothing but speed and memory."""
+
+import pytest
+import torch
+from torch import nn
+
+from dpft.training import tuning
+from dpft.training.tuning import SavedBytes, fastest_budget
+
+GIB = 1 << 30
+
+
+class Machine:
+    """Takes ``call + n · example`` seconds for a micro-batch of n examples, and keeps the sizes that it was given."""
+
+    def __init__(self, monkeypatch, call, example):
+        self.call, self.example, self.now, self.sizes = call, example, 0.0, []
+        self.model = nn.Linear(1000, 1)
+        monkeypatch.setattr(tuning, "_now", lambda model: self.now)
+
+    def losses(self, n):
+        self.sizes.append(n)
+        return self.model(torch.ones(n, 1000)).squeeze(1)  # keeps 4,000 bytes for each example
+
+    def accumulate(self, losses):
+        self.now += self.call + len(losses) * self.example
+
+    def fastest(self, tokens, most=1 << 20, memory=GIB):
+        return fastest_budget(self.losses, self.accumulate, model=self.model, tokens=tokens, most=most, memory=memory)
+
+
+@pytest.mark.parametrize(
+    ("call", "example", "tokens", "budget"),
+    [
+        (0.0, 1e-3, 128, 128),  # nothing is gained by a second example
+        (1e-3, 1e-3, 16, 256),  # 8 examples cost 1.125 each, 16 cost 1.06, 32 cost 1.03
+        (1.0, 1e-9, 128, 1 << 17),  # every call costs the same, as on a GPU that is far from full
+        (1.0, 1e-9, 1 << 20, 128),  # one example fills it
+    ],
+)
+def test_the_smallest_budget_that_is_about_as_fast_as_any(monkeypatch, call, example, tokens, budget):
+    assert Machine(monkeypatch, call, example).fastest(tokens) == budget
+
+
+def test_a_budget_fits_the_memory(monkeypatch):
+    machine = Machine(monkeypatch, 1.0, 1e-9)
+    assert machine.fastest(16, memory=100 * 4000) == 1024  # 64 examples fit, 128 would not
+    assert max(machine.sizes) == 64
+
+
+def test_a_budget_holds_no_more_examples_than_the_engine_takes(monkeypatch):
+    machine = Machine(monkeypatch, 1.0, 1e-9)
+    machine.fastest(16, most=20)
+    assert max(machine.sizes) == 20
+
+
+def test_what_a_forward_pass_keeps_is_counted_once_and_without_the_model():
+    model, x = nn.Linear(10, 10, bias=False), torch.ones(4, 10)
+    saved = SavedBytes(model)
+    with saved:
+        model(x).exp().sum() + model(x).sum()
+    assert saved.bytes == 4 * 40 + 4 * 40  # x, which both uses share, and exp's result

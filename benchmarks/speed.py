@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class Work:
     subset: str
     tokens: int
     examples: int
+    layers: int = 12  # of GPT-2
 
 
 WORK = {
@@ -80,7 +81,7 @@ def made(work: Work):
         model = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=22, **none)
     else:
         none = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**none))
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=work.layers, **none))
         with_linear(model)
     model = dpft.Subset(work.subset).apply(model)
     with torch.no_grad():  # a fresh LoRA's B is zero, and so would be half of the gradients that are compared
@@ -304,7 +305,7 @@ SYSTEMS: dict[str, Callable] = {
 
 
 def serve(system: str, work: Work) -> None:
-    """Do what standard input says, a line at a time: ``sum PATH``, ``time``, ``peak``."""
+    """Do what standard input says, a line at a time: ``sum PATH``, ``time``, ``parameters``, ``flops``, ``peak``."""
     import warnings
 
     import torch
@@ -321,6 +322,10 @@ def serve(system: str, work: Work) -> None:
                 answer = {}
             elif word == "time":
                 answer = {"micro_batch": timed(worker.micro_batch), "update": timed(worker.update)}
+            elif word == "parameters":
+                answer = {"parameters": sum(parameter.numel() for parameter in trainable(worker.model).values())}
+            elif word == "flops":
+                answer = {"flops": counted(worker.micro_batch), **rates()}
             else:
                 answer = {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
         except Exception as error:  # noqa: BLE001  (a peer may raise anything: its row says what)
@@ -335,6 +340,27 @@ def timed(action: Callable[[], None]) -> float:
     return time.perf_counter() - since
 
 
+def counted(action: Callable[[], None]) -> int:
+    """Multiplications and additions of matrix products, each counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with counter:
+        action()
+    return counter.get_total_flops()
+
+
+def rates() -> dict:
+    """What this machine does at best: operations of a matrix product, and bytes moved, in a second."""
+    import torch
+
+    a, b, large = torch.randn(1024, 768), torch.randn(768, 3072), torch.randn(1 << 24)
+    out = torch.empty_like(large)
+    product = min(timed(lambda: a @ b) for _ in range(10))
+    move = min(timed(lambda: out.copy_(large)) for _ in range(5))
+    return {"flops_per_second": 2 * 1024 * 768 * 3072 / product, "bytes_per_second": 8 * len(large) / move}
+
+
 # -- pairs of processes ----------------------------------------------------------------------------------------------------
 
 
@@ -345,8 +371,8 @@ class Failed(Exception):
 class Process:
     """One system at one work, as a context."""
 
-    def __init__(self, system: str, work: str) -> None:
-        command = [sys.executable, __file__, "--serve", system, work]
+    def __init__(self, system: str, work: Work) -> None:
+        command = [sys.executable, __file__, "--serve", system, json.dumps(asdict(work))]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -369,9 +395,10 @@ class Process:
         return found
 
 
-def compare(system: str, work: str, truth: dict, folder: Path, repeats: int) -> dict:
+def compare(system: str, name: str, truth: dict, folder: Path, repeats: int) -> dict:
     """One row."""
-    row = {"system": system, "work": work, "exact": None, "error": None, "time_over_plain": None}
+    work = WORK[name]
+    row = {"system": system, "work": name, "exact": None, "error": None, "time_over_plain": None}
     row |= {"time_quartiles": None, "memory_over_plain": None, "seconds": None, "max_relative_error": None}
     try:
         with Process(system, work) as other:
@@ -397,9 +424,9 @@ def compare(system: str, work: str, truth: dict, folder: Path, repeats: int) -> 
     return row
 
 
-def step_time(parts: dict, work: str) -> float:
+def step_time(parts: dict, work: Work) -> float:
     """Seconds for an effective batch, by its parts."""
-    return parts["micro_batch"] * EFFECTIVE / WORK[work].examples + parts["update"]
+    return parts["micro_batch"] * EFFECTIVE / work.examples + parts["update"]
 
 
 def relative_error(path: Path, truth: dict) -> float:
@@ -419,7 +446,7 @@ def collect(works: Sequence[str], systems: Sequence[str], repeats: int) -> list[
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for work in works:
-            with Process("plain", work) as plain:
+            with Process("plain", WORK[work]) as plain:
                 plain.ask(f"sum {folder}/truth.pt")
             truth = torch.load(f"{folder}/truth.pt")
             for system in systems:
@@ -447,7 +474,7 @@ def main() -> None:
     parser.add_argument("--serve", nargs=2, metavar=("SYSTEM", "WORK"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        return serve(arguments.serve[0], WORK[arguments.serve[1]])
+        return serve(arguments.serve[0], Work(**json.loads(arguments.serve[1])))
     if "DPFT_MODELS" not in os.environ:
         sys.exit("DPFT_MODELS must name the folder with minilm-l6 (see benchmarks/models.py)")
     works = [name for name in WORK if not arguments.work or any(text in name for text in arguments.work)]

@@ -12,16 +12,20 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 INK = "#7a8594"  # axes and labels: enough contrast on white and on near-black
 ACCENT = "#2f80ed"
 SECOND = "#e2803a"
+STYLES = (
+    {"color": ACCENT, "marker": "o"},
+    {"color": SECOND, "marker": "s"},
+    {"color": INK, "marker": "", "linestyle": "--"},
+    {"color": "#2fa37c", "marker": "^"},
+)
 
 
 def line(
     x, y, *, title: str, x_label: str, y_label: str, mark: tuple[float, float, str] | None = None, log_y: bool = False
 ) -> str:
     """One curve as an ``<svg>`` element, with an optional marked point and its label."""
-    with pyplot.rc_context(
-        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "dpft"}
-    ):
-        figure, axes = pyplot.subplots(figsize=(5.0, 3.0), layout="constrained")
+
+    def draw(axes) -> None:
         axes.plot(x, y, color=ACCENT, linewidth=2)
         if log_y:
             axes.set_yscale("log")
@@ -36,12 +40,35 @@ def line(
                 ha="right" if rising else "left",
                 color=SECOND,
             )
+        if all(isinstance(value, int) for value in x):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return _svg(draw, title, x_label, y_label)
+
+
+def lines(curves: dict[str, tuple], *, title: str, x_label: str, y_label: str, log: str = "") -> str:
+    """Named curves ``{name: (x, y)}`` with marked points; ``log`` names the logarithmic axes, such as ``"xy"``."""
+
+    def draw(axes) -> None:
+        for (name, (x, y)), style in zip(curves.items(), STYLES, strict=False):
+            axes.plot(x, y, label=name, linewidth=2, markersize=4, **style)
+        axes.set_xscale("log" if "x" in log else "linear")
+        axes.set_yscale("log" if "y" in log else "linear")
+        axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+
+    return _svg(draw, title, x_label, y_label)
+
+
+def _svg(draw, title: str, x_label: str, y_label: str) -> str:
+    with pyplot.rc_context(
+        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "dpft"}
+    ):
+        figure, axes = pyplot.subplots(figsize=(5.0, 3.0), layout="constrained")
+        draw(axes)
         axes.set_title(title, color=INK, fontsize=11, loc="left")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.margins(y=0.15)
-        if all(isinstance(value, int) for value in x):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True, color=INK, alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(INK)

@@ -18,8 +18,10 @@ def cli() -> str:
     parts = [
         "# Commands\n\nResults go to standard output, progress to standard error. Exit codes: 0 done, 1 an error in one sentence, 2 wrong usage, 3 the budget does not allow it."
     ]
-    for name in COMMANDS:
-        command = main.get_command(None, name)
+    commands = {name: main.get_command(None, name) for name in COMMANDS}
+    for name, command in list(commands.items()):
+        commands |= {f"{name} {inner}": made for inner, made in getattr(command, "commands", {}).items()}
+    for name, command in sorted(commands.items(), key=lambda item: list(COMMANDS).index(item[0].split()[0])):
         context = click.Context(command, info_name=f"dpft {name}", max_content_width=100, terminal_width=100)
         parts.append(f"## dpft {name}\n\n```\n{command.get_help(context)}\n```")
     return "\n\n".join(parts) + "\n"

@@ -44,6 +44,10 @@ _HOMES = {
     "IsolationError": "dpft.errors",
     "BypassError": "dpft.errors",
     "BudgetError": "dpft.errors",
+    "LedgerError": "dpft.errors",
+    "Dataset": "dpft.ledger",
+    "Ledger": "dpft.ledger",
+    "Event": "dpft.privacy.composition",
 }
 
 __all__ = sorted(_HOMES)

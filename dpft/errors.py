@@ -10,7 +10,8 @@
     │   ├── ExactnessError     a gradient is not the gradient of one example
     │   ├── IsolationError     one example changes what another one contributes
     │   └── BypassError        a step was tried with gradients that the engine did not make
-    └── BudgetError        the privacy budget does not allow it
+    ├── BudgetError        the privacy budget does not allow it
+    └── LedgerError        the ledger cannot be used, or does not verify
 
 A message says, in one sentence, what is wrong with its numbers, why that matters and the way out.
 The command line prints that sentence and no traceback.
@@ -56,3 +57,7 @@ class BypassError(GuaranteeError):
 
 class BudgetError(DPFTError, RuntimeError):
     """The privacy budget does not allow the operation."""
+
+
+class LedgerError(DPFTError, RuntimeError):
+    """The ledger cannot be read, written or believed; nothing was released on its account."""

@@ -136,6 +136,16 @@ class RunTable(_Table):
     save_steps: int | None = Field(None, ge=1, description="Write a checkpoint every so many steps, to resume from.")
 
 
+class LedgerTable(_Table):
+    """The account that pays."""
+
+    dataset: str | None = Field(
+        None, description="The data set's name in the ledger; without one nothing across runs is counted."
+    )
+    url: str | None = Field(None, description="The ledger's file or URL; by default DPFT_LEDGER, or the user's own.")
+    purpose: str = Field("", description="What the run is for; goes on record.")
+
+
 class Recipe(_Table):
     """One run, as one TOML file.
 
@@ -151,6 +161,7 @@ class Recipe(_Table):
     optimizer: OptimizerTable = OptimizerTable()
     baseline: BaselineTable = BaselineTable()
     run: RunTable = RunTable()
+    ledger: LedgerTable = LedgerTable()
 
     @model_validator(mode="after")
     def _consistent(self):

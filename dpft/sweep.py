@@ -58,6 +58,10 @@ def sweep(
 
     if recipe.data.validation is None:
         raise RecipeError("A comparison needs data.validation: name held-out data in the recipe.")
+    if non_private and recipe.ledger.dataset is not None:
+        raise RecipeError(
+            f"A run without privacy would spend all of {recipe.ledger.dataset!r}, and a ledger is kept for it: compare the private runs alone (--private-only)."
+        )
     output = Path(output)
     settings: list[tuple[str, float | None, Recipe]] = []
     if non_private:

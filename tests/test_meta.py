@@ -13,7 +13,20 @@ import pytest
 import dpft
 
 ROOT = Path(__file__).parent.parent
-LAYERS = ["errors", "privacy", "recipe", "subset", "gradients", "tasks", "training", "report", "sweep", "demo", "cli"]
+LAYERS = [
+    "errors",
+    "privacy",
+    "ledger",
+    "recipe",
+    "subset",
+    "gradients",
+    "tasks",
+    "training",
+    "report",
+    "sweep",
+    "demo",
+    "cli",
+]
 # recipe is checked against the subset's grammar and makes plans; the run ends by writing its card.
 EXCEPTIONS = {("recipe", "subset"), ("training", "report")}
 
@@ -48,7 +61,9 @@ def test_imports_run_one_way():
         ("dp_accounting", {"privacy", "report", "sweep.py"}),
         ("click", {"cli"}),
         ("rich", {"cli"}),
-        ("cryptography", {"privacy"}),
+        ("cryptography", {"privacy", "ledger"}),
+        ("sqlalchemy", {"ledger"}),
+        ("alembic", {"ledger"}),
         ("matplotlib", {"report"}),
     ],
 )

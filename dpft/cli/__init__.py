@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "dpft.cli.train",
     "compare": "dpft.cli.train",
     "report": "dpft.cli.report",
+    "ledger": "dpft.cli.ledger",
     "demo": "dpft.cli.train",
 }
 

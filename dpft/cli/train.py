@@ -1,5 +1,6 @@
 """``dpft train``, ``dpft compare`` and ``dpft demo``"""
 
+import json
 from pathlib import Path
 
 import click
@@ -12,12 +13,23 @@ from dpft.cli.common import as_json, overrides, recipe_file, show, table
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="The run's folder.")
 @click.option("--resume", is_flag=True, help="Continue from the folder's last checkpoint.")
 @click.option("--seeded-noise", type=int, hidden=True, help="For tests: reproducible noise, NOT PRIVATE.")
+@click.option("--ledger", help="The ledger to charge; the recipe's ledger.dataset says whose account.")
+@click.option("--purpose", help="What the run is for; goes on the ledger's record.")
 @overrides
 @as_json
 def train(
-    recipe: str, output: Path, resume: bool, seeded_noise: int | None, overrides: tuple[str, ...], as_json: bool
+    recipe: str,
+    output: Path,
+    resume: bool,
+    seeded_noise: int | None,
+    ledger: str | None,
+    purpose: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Train under differential privacy and leave a run folder with weights and a privacy card.
+
+    A run that does not fit into its data set's budget is refused with exit code 3, before anything is charged.
 
     \b
     Example:
@@ -28,7 +40,10 @@ def train(
     from dpft.recipe import Recipe
     from dpft.training.run import train as run
 
-    chosen = Recipe.read(recipe, overrides)
+    account = {"ledger.url": ledger, "ledger.purpose": purpose}
+    chosen = Recipe.read(
+        recipe, (*overrides, *(f"{key}={json.dumps(value)}" for key, value in account.items() if value))
+    )
     with progress() as bar:
         randomness = None if seeded_noise is None else SeededRandomness(seeded_noise)
         folder = run(chosen, output, randomness=randomness, callbacks=[bar.callback()], resume=resume)
@@ -42,10 +57,17 @@ def train(
 )
 @click.option("--epsilon", "epsilons", type=float, multiple=True, help="A budget to compare; repeat for several.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs per setting.")
+@click.option("--private-only", is_flag=True, help="Leave out the run without privacy, which no ledger can pay for.")
 @overrides
 @as_json
 def compare(
-    recipe: str, output: Path, epsilons: tuple[float, ...], seeds: int, overrides: tuple[str, ...], as_json: bool
+    recipe: str,
+    output: Path,
+    epsilons: tuple[float, ...],
+    seeds: int,
+    private_only: bool,
+    overrides: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Compare the untouched model, the non-private run and private runs on the validation data.
 
@@ -57,7 +79,7 @@ def compare(
     """
     from dpft.recipe import Recipe
 
-    _compare(Recipe.read(recipe, overrides), output, list(epsilons) or None, range(seeds), as_json)
+    _compare(Recipe.read(recipe, overrides), output, list(epsilons) or None, range(seeds), as_json, not private_only)
 
 
 @click.command()
@@ -98,7 +120,7 @@ def demo(output: Path, fast: bool, as_json: bool) -> None:
         click.echo(path, err=as_json)
 
 
-def _compare(recipe, output: Path, epsilons: list[float] | None, seeds: range, as_json: bool):
+def _compare(recipe, output: Path, epsilons: list[float] | None, seeds: range, as_json: bool, non_private: bool = True):
     from dpft.cli.progress import progress
     from dpft.sweep import composed_epsilon, sweep
 
@@ -108,6 +130,7 @@ def _compare(recipe, output: Path, epsilons: list[float] | None, seeds: range, a
             output,
             epsilons=epsilons,
             seeds=list(seeds),
+            non_private=non_private,
             announce=bar.announce,
             callbacks=lambda: [bar.callback()],
         )
@@ -126,8 +149,6 @@ def _compare(recipe, output: Path, epsilons: list[float] | None, seeds: range, a
 
 
 def _show_run(folder: Path, as_json: bool) -> None:
-    import json
-
     from dpft.training.run import read_metrics
 
     record = json.loads((folder / "run.json").read_text())
@@ -137,8 +158,15 @@ def _show_run(folder: Path, as_json: bool) -> None:
         show({**record, "metrics": metrics, "folder": str(folder)}, True)
         return
     if record["interrupted"]:
-        click.echo(f"Interrupted after {record['released_steps']:,} of {record['planned_steps']:,} steps.")
+        click.echo(f"Ended after {record['released_steps']:,} of {record['planned_steps']:,} steps.")
+    if record["halted"]:
+        click.echo(record["halted"])
     click.echo(record["guarantee"])
+    if record["ledger"]:
+        account = record["ledger"]
+        click.echo(
+            f"{account['dataset']!r} has spent ε = {account['spent']:.4g} of {account['budget']:g} at δ = {account['delta']:g}, over {account['runs']:,} runs."
+        )
     marked = " (PRIVATE: computed without noise, do not publish)" if record["metrics_are_private"] else ""
     shown = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
     if shown:

@@ -31,23 +31,28 @@ def write_card(folder: Path | str) -> tuple[Path, Path]:
             f"{folder} holds no finished run (no run.json): give the folder that `dpft train --output` made."
         )
     run = json.loads((folder / "run.json").read_text())
-    environment = Environment(
+    facts, templates = _facts(run), environment()
+    written = []
+    for name in ("card.md", "card.html"):
+        path = folder / name
+        path.write_text(templates.get_template(name + ".jinja").render(run=run, **facts))
+        written.append(path)
+    if (folder / "weights").is_dir():
+        _as_model_card(folder / "weights" / "README.md", written[0].read_text())
+    return written[0], written[1]
+
+
+def environment() -> Environment:
+    """Where the templates are, and how they write numbers."""
+    made = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=select_autoescape(["html.jinja"]),
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = lambda value: f"{100 * value:.3g} %"
-    environment.filters["sig"] = lambda value: f"{value:.3g}"
-    facts = _facts(run)
-    written = []
-    for name in ("card.md", "card.html"):
-        path = folder / name
-        path.write_text(environment.get_template(name + ".jinja").render(run=run, **facts))
-        written.append(path)
-    if (folder / "weights").is_dir():
-        _as_model_card(folder / "weights" / "README.md", written[0].read_text())
-    return written[0], written[1]
+    made.filters["percent"] = lambda value: f"{100 * value:.3g} %"
+    made.filters["sig"] = lambda value: f"{value:.3g}"
+    return made
 
 
 def event_of(run: dict) -> dp_event.DpEvent:

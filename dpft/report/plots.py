@@ -2,11 +2,13 @@
 
 import io
 import re
+from datetime import datetime, timedelta
 
 import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 INK = "#7a8594"  # axes and labels: enough contrast on white and on near-black
@@ -57,6 +59,32 @@ def lines(curves: dict[str, tuple], *, title: str, x_label: str, y_label: str, l
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 
     return _svg(draw, title, x_label, y_label)
+
+
+def staircase(times: list[datetime], values: list[float], *, limit: float, title: str, y_label: str) -> str:
+    """A sum that grows at each of ``times``, below its limit."""
+
+    def draw(axes) -> None:
+        axes.step([times[0], *times], [0, *values], where="post", color=ACCENT, linewidth=2)
+        axes.plot(times, values, "o", color=ACCENT, markersize=4)
+        axes.axhline(limit, color=SECOND, linestyle="--", linewidth=1.5)
+        axes.annotate(
+            f"budget {limit:g}",
+            (0.01, limit),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            color=SECOND,
+            fontsize=9,
+        )
+        axes.set_ylim(bottom=0)
+        margin = max((times[-1] - times[0]) / 20, timedelta(minutes=10))
+        axes.set_xlim(times[0] - margin, times[-1] + margin)
+        locator = AutoDateLocator(maxticks=5)
+        axes.xaxis.set_major_locator(locator)
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+
+    return _svg(draw, title, "", y_label)
 
 
 def _svg(draw, title: str, x_label: str, y_label: str) -> str:

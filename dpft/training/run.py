@@ -154,6 +154,8 @@ def make_trainer(setup: Setup, output: Path, *, randomness: Randomness | None = 
         token_budget=recipe.run.token_budget,
         memory=None if recipe.run.memory is None else int(recipe.run.memory * 2**30),
         frozen_prefix=recipe.run.frozen_prefix,
+        ledger=open_account(recipe),
+        purpose=recipe.ledger.purpose,
         evaluation_is_public=recipe.data.validation_is_public,
         callbacks=list(callbacks),
     )
@@ -161,6 +163,15 @@ def make_trainer(setup: Setup, output: Path, *, randomness: Randomness | None = 
 
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def open_account(recipe: Recipe):
+    """The recipe's data set in its ledger; None if it names none."""
+    if recipe.ledger.dataset is None:
+        return None
+    from dpft.ledger import Ledger
+
+    return Ledger(recipe.ledger.url and expand(recipe.ledger.url), create=False).dataset(recipe.ledger.dataset)
 
 
 def train(
@@ -201,6 +212,7 @@ def train(
         interrupted = True
         trainer.engine.discard()
         trainer.engine.steps_released = trainer.releases.charged  # a release cut short counts as well
+    interrupted = interrupted or trainer.engine.steps_released < trainer.plan.steps
     metrics = trainer.evaluate() if evaluate and setup.validation is not None else None
     from dpft.subset import save_weights
 
@@ -242,6 +254,8 @@ def write(
         "planned_steps": plan.steps,
         "released_steps": engine.steps_released,
         "interrupted": interrupted,
+        "halted": trainer.halted,
+        "ledger": _account(trainer),
         "expected_batch_size": plan.expected_batch_size,
         "clip": {"rule": type(plan.clip).__name__, "clip_norm": plan.clip.sensitivity},
         "subset": recipe.subset,
@@ -267,6 +281,16 @@ def write(
             **{k.removeprefix("eval_"): v for k, v in metrics.items()},
         }
         (folder / "metrics.json").write_text(json.dumps(text, indent=2))
+
+
+def _account(trainer) -> dict | None:
+    """Where the run was charged, and what its data set had spent when it ended."""
+    if trainer.account is None:
+        return None
+    dataset = trainer.account.dataset
+    policy = dataset.policy
+    found = {**trainer.account.facts, "budget": policy["epsilon"], "delta": policy["delta"]}
+    return found | {"spent": dataset.spent(), "runs": len(dataset.record.runs), "overlap": trainer.account.overlap}
 
 
 def read_metrics(folder: Path | str) -> dict | None:

@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from dpft.errors import BudgetError, GuaranteeError, IsolationError, RecipeError
+from dpft.errors import BudgetError, GuaranteeError, IsolationError, LedgerError, RecipeError
 from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import Preflight, fingerprint, preflight
+from dpft.ledger import Dataset
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.privacy.plan import Plan
 from dpft.tasks.task import LabelledTask, Task
+from dpft.training.account import Account
+from dpft.training.arguments import check_arguments
 from dpft.training.batches import EVALUATION_TOKENS, Examples, LogicalBatch, LogicalBatches, plain_batches
 from dpft.training.prefix import WORTH, FrozenPrefix
 from dpft.training.releases import Releases
@@ -28,24 +31,6 @@ from dpft.training.tuning import fastest_budget, free_memory
 
 TRAINABLE = "trainable.safetensors"  # in a checkpoint: the whole subset
 TOKEN_BUDGET = 1024  # padded tokens of a micro-batch until a better budget is known
-
-# Arguments of TrainingArguments that would break the guarantee, the value they must have, and why.
-FORBIDDEN = {
-    "gradient_accumulation_steps": (1, "a logical batch is one release; its micro-batches are cut by token_budget"),
-    "label_smoothing_factor": (0.0, "it averages over the batch; build it into the task's per-example losses"),
-    "train_sampling_strategy": ("random", "only Poisson sampling is accounted"),
-    "group_by_length": (False, "only Poisson sampling is accounted; micro-batches are sorted by length anyway"),
-    "fp16": (False, "loss scaling multiplies gradients before they are clipped; use bf16"),
-    "auto_find_batch_size": (False, "it repeats steps that have been released; lower token_budget"),
-    "load_best_model_at_end": (False, "choosing a checkpoint by private data is a release of its own"),
-    "include_num_input_tokens_seen": ("no", "the true number of tokens is private"),
-    "use_liger_kernel": (False, "it replaces layers after the preflight"),
-    "neftune_noise_alpha": (None, "it hooks the embeddings after the preflight"),
-    "full_determinism": (False, "it makes runs repeatable, and private noise must not be"),
-    "torch_compile": (False, "it bypasses the layers that the engine taps"),
-    "packing": (False, "packing puts several records into one example"),
-    "padding_free": (False, "it joins the records of a batch into one sequence"),
-}
 
 
 class DPTrainerMixin:
@@ -61,6 +46,9 @@ class DPTrainerMixin:
         frozen_prefix: whether the output of layers before all that trains is computed once for each example and kept,
             encrypted, as long as the run (:mod:`dpft.training.prefix`): ``"auto"`` if it pays and the layers are deterministic,
             ``"on"``, with these layers in evaluation mode, or ``"off"``.
+        ledger: the data set's account (:meth:`dpft.Ledger.dataset`), charged in blocks before they are released; training
+            ends at the block that no longer fits. Without one nothing across runs is counted.
+        purpose: what the run is for; goes on the ledger's record.
         evaluation_is_public: whether metrics on ``eval_dataset`` may be logged. If not, :meth:`evaluate` returns them
             to its caller and nothing else sees them.
 
@@ -81,12 +69,17 @@ class DPTrainerMixin:
         token_budget: int | Literal["auto"] = "auto",
         memory: int | None = None,
         frozen_prefix: str = "auto",
+        ledger: Dataset | None = None,
+        purpose: str = "",
         evaluation_is_public: bool = False,
         **kwargs,
     ) -> None:
         self.frozen_prefix, self.prefix = frozen_prefix, None
         self._tune, self.memory = token_budget == "auto", memory
         self.token_budget: int = TOKEN_BUDGET if self._tune else token_budget
+        self.ledger, self.purpose = ledger, purpose
+        self.account: Account | None = None
+        self.halted: str | None = None  # why the ledger ended the run early
         self.plan, self.evaluation_is_public = plan, evaluation_is_public
         self.randomness = randomness or SecureRandomness()
         self.engine: Engine | None = None
@@ -126,10 +119,11 @@ class DPTrainerMixin:
                 "budget again unseen: resume_from_checkpoint, or choose another output_dir."
             )
         self.releases.check()
-        self.engine = Engine(self.model, self.plan, self.randomness, before_release=self.releases.charge)
+        self.engine = Engine(self.model, self.plan, self.randomness, before_release=self._before_release)
         self.engine.steps_released = charged
         if charged >= self.plan.steps:
             raise BudgetError(f"All {self.plan.steps:,} planned steps have been released: nothing is left to resume.")
+        self.account = self._opened_account(charged)
         self._tell("watch", self.engine)
         with self.engine:
             self.preflight = self._preflight()
@@ -138,12 +132,36 @@ class DPTrainerMixin:
             if self._tune:
                 self.token_budget = self._fastest_budget()
             try:
+                if self.account is not None:
+                    self.account.charge_block()
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             finally:
                 if self.prefix is not None:
                     self.prefix.close()
+                if self.account is not None:
+                    self.halted = self.account.settle(self.releases.charged) or self.halted
         output.metrics.pop("train_loss", None)
         return output._replace(training_loss=math.nan)
+
+    def _opened_account(self, released: int) -> Account | None:
+        """All that can be refused is refused here, before the preflight; nothing is charged yet."""
+        folder = Path(self.args.output_dir)
+        if self.ledger is None:
+            known = Account.known(folder)
+            if known is not None:
+                raise GuaranteeError(
+                    f"The run in {folder} is charged to {known['dataset']!r} in the ledger {known['ledger']}: resume it with that account."
+                )
+            return None
+        rows = self.train_dataset if isinstance(self.train_dataset[0], Mapping) else None
+        model = getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
+        about = dict(rows=rows, purpose=self.purpose, model=model)
+        return Account(self.ledger, self.plan, self.randomness, folder, released, **about)
+
+    def _before_release(self, number: int) -> None:
+        if self.account is not None:
+            self.account.check(number)
+        self.releases.charge(number)
 
     def _tell(self, name: str, *facts) -> None:
         """Call the method of this name of every callback that has one."""
@@ -327,53 +345,24 @@ class DPTrainer(DPTrainerMixin, Trainer):
 
 
 class _StopWhenSpent(TrainerCallback):
-    """A resumed run ends when the plan's releases are spent, although its checkpoint was older."""
+    """A run ends when the plan's releases are spent, although a checkpoint was older, or when the ledger pays for no more."""
 
     def __init__(self, trainer: DPTrainerMixin) -> None:
         self._trainer = trainer
 
     def on_step_end(self, args, state, control, **_):
-        if self._trainer.engine.steps_released >= self._trainer.plan.steps:
+        trainer = self._trainer
+        released, account = trainer.engine.steps_released, trainer.account
+        if released >= trainer.plan.steps:
             control.should_training_stop = True
+        elif account is not None and released >= account.covered:
+            try:
+                account.charge_block()
+            except (BudgetError, LedgerError) as error:
+                trainer.halted, control.should_training_stop = str(error), True
         return control
-
-
-def check_arguments(args: TrainingArguments, plan: Plan, evaluation_is_public: bool) -> None:
-    """Refuse what would break the guarantee, by name.
-
-    Raises:
-        GuaranteeError: with the argument, its value, why and what to do.
-    """
-    for name, (allowed, why) in FORBIDDEN.items():
-        value = getattr(args, name, allowed)
-        if value != allowed and value not in (None, False):
-            raise GuaranteeError(f"TrainingArguments.{name} is {value!r}, but {why}: leave it at {allowed!r}.")
-    if args.max_grad_norm not in (None, 0, 0.0, _default(args, "max_grad_norm")):
-        raise GuaranteeError(
-            f"TrainingArguments.max_grad_norm is {args.max_grad_norm}, which clips the batch and not its units: set the plan's clip, and leave this at its default."
-        )
-    if args.max_steps not in (-1, plan.steps):
-        raise GuaranteeError(
-            f"TrainingArguments.max_steps is {args.max_steps:,}, but the plan accounts for {plan.steps:,} releases: leave it out, the plan decides."
-        )
-    if args.n_gpu > 1 or args.world_size > 1:
-        raise GuaranteeError(
-            f"{max(args.n_gpu, args.world_size)} devices would each add noise or sample on their own: run on one."
-        )
-    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" and not evaluation_is_public:
-        raise GuaranteeError(
-            "eval_strategy logs un-noised metrics while training: pass evaluation_is_public=True if the evaluation data are public, or call evaluate() afterwards."
-        )
-    if str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
-        raise GuaranteeError(
-            "save_strategy='best' chooses a checkpoint by a metric, a release of its own: save by steps."
-        )
 
 
 def trainable(model) -> list[tuple[str, torch.nn.Parameter]]:
     """Names and parameters of the subset, tied ones once."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _default(args: TrainingArguments, name: str) -> Any:
-    return next(f.default for f in fields(args) if f.name == name)

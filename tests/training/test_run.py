@@ -10,7 +10,6 @@ import torch
 import transformers
 from click.testing import CliRunner
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dpft.cli import main
 from dpft.errors import RecipeError
@@ -18,34 +17,6 @@ from dpft.recipe import Recipe
 from dpft.report import write_card
 from dpft.training import data
 from dpft.training.run import train
-
-WORDS = ["<pad>", "<unk>", "<eos>"] + [f"w{i}" for i in range(57)]
-
-
-@pytest.fixture
-def recipe(tmp_path, case):
-    """A small model and small data on disk, as a user has them."""
-    case("bert").model.save_pretrained(tmp_path / "model")
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
-    ).save_pretrained(tmp_path / "model")
-    rows = [(" ".join(f"w{(i * j) % 57}" for j in range(1, 2 + i % 6)), "abc"[i % 3], f"p{i % 12}") for i in range(40)]
-    for name, part in (("train.csv", rows), ("validation.csv", rows[:9])):
-        write(tmp_path / name, [("text", "label", "patient"), *part])
-    return {
-        "subset": "lora + head",
-        "model": {"path": str(tmp_path / "model")},
-        "task": {"name": "sequence_classification", "labels": ["a", "b", "c"]},
-        "data": {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "validation.csv"), "units": 40},
-        "privacy": {"epsilon": 3.0, "delta": 1e-3, "batch_size": 10, "steps": 4},
-    }
-
-
-def write(path, rows):
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows(rows)
 
 
 def snapshot(folder):
@@ -145,7 +116,7 @@ def test_an_interrupt_leaves_a_card_that_says_how_far_it_went(recipe, tmp_path):
     folder = train(Recipe.parse(recipe), tmp_path / "run", callbacks=[Interrupt()])
     run = json.loads((folder / "run.json").read_text())
     assert run["interrupted"] and run["released_steps"] == 2 and run["epsilon"] < 3.0
-    assert "interrupted after 2 of 4" in (folder / "card.md").read_text()
+    assert "ended after 2 of 4" in (folder / "card.md").read_text()
 
 
 def test_an_interrupt_before_the_first_release_leaves_no_card(recipe, tmp_path):

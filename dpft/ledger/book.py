@@ -1,0 +1,162 @@
+"""What the entries say, read once and then only onwards: policies, runs and what each was charged.
+
+::
+
+    ledger    the first entry: the ledger's identity and public key
+    dataset   a data set with its policy and fingerprint
+    amend     a change of a policy
+    run       who starts what, when and why; costs nothing
+    charge    so many releases of one mechanism, before they happen
+    settle    how many of a run's charged releases happened; never more
+    note      a warning worth keeping, such as data that changed
+"""
+
+import getpass
+import math
+import platform
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from dpft.errors import LedgerError, PlanError
+from dpft.ledger.chain import GENESIS, Entry, hash_of, head_text, signed
+from dpft.ledger.fingerprint import overlap
+from dpft.privacy.accounting import ADJACENCY
+from dpft.privacy.composition import Event, merged
+
+
+@dataclass
+class RunRecord:
+    """One run: the facts it was opened with, and what it was charged."""
+
+    id: str
+    facts: dict
+    charged: dict[Event, int] = field(default_factory=dict)  # by kind, with count 1
+    settled: dict | None = None
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What it counts for: what was charged, or, once settled, what was executed of it."""
+        if self.settled is None:
+            return merged(_times(kind, n) for kind, n in self.charged.items())
+        left, found = self.settled["executed"], []
+        for kind, n in self.charged.items():
+            found.append(_times(kind, min(n, left)))
+            left -= found[-1].count
+        return merged(event for event in found if event.count)
+
+    @property
+    def steps(self) -> int:
+        return sum(event.count for event in self.events)
+
+
+@dataclass
+class DatasetRecord:
+    """A data set's policy, fingerprint and runs, and the number of the last entry about it."""
+
+    name: str
+    policy: dict
+    fingerprint: dict | None
+    created: dict
+    runs: dict[str, RunRecord] = field(default_factory=dict)
+    notes: list[dict] = field(default_factory=list)
+    seq: int = 0
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        return merged(event for run in self.runs.values() for event in run.events)
+
+
+class Book:
+    """The ledger's state after the entries read so far. The chain of hashes is checked on the way."""
+
+    def __init__(self) -> None:
+        self.seq, self.hash, self.last_time = 0, GENESIS, ""
+        self.identity: dict | None = None
+        self.datasets: dict[str, DatasetRecord] = {}
+
+    def read(self, rows: list[Entry], end: tuple[int, str, str] | None) -> None:
+        """Go on with ``rows``.
+
+        Raises:
+            LedgerError: an entry, their order or the end is not what was once written.
+        """
+        for row in rows:
+            self._check(row)
+            self._apply(row)
+            self.seq, self.hash = row.seq, row.hash
+        here = None if self.seq == 0 else (self.seq, self.hash)
+        if (None if end is None else end[:2]) != here:
+            raise LedgerError(
+                f"The ledger ends at entry {self.seq}, and its signed end says otherwise: entries were removed or added outside of dpft; "
+                "restore it from a backup or an export."
+            )
+        if end is not None and not signed(self.identity["public_key"], head_text(*end[:2]), end[2]):
+            raise LedgerError(
+                "The signature of the ledger's end is not its key's: restore it from a backup or an export."
+            )
+
+    def like(self, print_: dict | None) -> list[tuple[str, float]]:
+        """Every data set that was registered with rows, and its overlap with these."""
+        if print_ is None:
+            return []
+        known = ((name, dataset.fingerprint) for name, dataset in self.datasets.items())
+        return [(name, overlap(print_, other)) for name, other in known if other is not None]
+
+    def _check(self, row: Entry) -> None:
+        if (row.seq, row.previous) != (self.seq + 1, self.hash):
+            raise LedgerError(
+                f"Entry {row.seq} does not follow entry {self.seq}, so entries were removed, reordered or inserted outside of dpft: "
+                "restore the ledger from a backup or an export."
+            )
+        if hash_of(row.seq, row.dataset, row.kind, row.body, row.previous) != row.hash:
+            raise LedgerError(
+                f"Entry {row.seq} is not what was once written, so someone changed it: restore the ledger from a backup or an export."
+            )
+
+    def _apply(self, row: Entry) -> None:
+        facts = row.facts
+        self.last_time = max(self.last_time, facts["at"])
+        if row.kind == "ledger":
+            self.identity = facts
+            return
+        if row.kind == "dataset":
+            self.datasets[row.dataset] = DatasetRecord(row.dataset, facts["policy"], facts["fingerprint"], facts)
+        dataset = self.datasets[row.dataset]
+        dataset.seq = row.seq
+        if row.kind == "amend":
+            dataset.policy = {**dataset.policy, **facts["policy"]}
+        elif row.kind == "run":
+            dataset.runs[facts["run"]] = RunRecord(facts["run"], facts)
+        elif row.kind == "charge":
+            kind = Event(1, **facts["event"])
+            charged = dataset.runs[facts["run"]].charged
+            charged[kind] = charged.get(kind, 0) + facts["count"]
+            dataset.runs[facts["run"]].settled = None  # a run that goes on is open again
+        elif row.kind == "settle":
+            dataset.runs[facts["run"]].settled = facts
+        elif row.kind == "note":
+            dataset.notes.append(facts)
+
+
+def _times(kind: Event, n: int) -> Event:
+    return Event(n, kind.noise_multiplier, kind.sample_rate, kind.epsilon, kind.delta)
+
+
+def seconds_back(now: str, last: str) -> float:
+    """By how much ``now`` lies before ``last``; both are ISO times in UTC."""
+    return (datetime.fromisoformat(last) - datetime.fromisoformat(now)).total_seconds() if last else 0.0
+
+
+def checked_policy(**policy) -> dict:
+    """A policy whose values make sense."""
+    if not 0 < policy["epsilon"] < math.inf:
+        raise PlanError(f"epsilon is {policy['epsilon']}: a budget must be a positive number, such as 8.")
+    if not 0 < policy["delta"] < 1:
+        raise PlanError(f"delta is {policy['delta']}, and a probability must be between 0 and 1: choose such as 1e-6.")
+    if policy["adjacency"] not in ADJACENCY:
+        raise PlanError(f"adjacency is {policy['adjacency']!r}: choose one of {', '.join(ADJACENCY)}.")
+    return policy
+
+
+def who() -> dict:
+    return {"user": getpass.getuser(), "host": platform.node()}

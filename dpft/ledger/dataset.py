@@ -1,0 +1,300 @@
+"""One data set's account, and one run's: ask what fits, charge before releasing, settle afterwards."""
+
+import math
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from datetime import UTC, date, datetime
+from typing import TYPE_CHECKING
+
+from dpft.errors import BudgetError, GuaranteeError, LedgerError
+from dpft.ledger.book import DatasetRecord, checked_policy, who
+from dpft.ledger.fingerprint import fingerprint, overlap
+from dpft.privacy import composition
+from dpft.privacy.composition import Event, merged
+from dpft.privacy.plan import Plan
+
+if TYPE_CHECKING:
+    from dpft.ledger.ledger import Ledger
+
+ACCOUNTANT = "dpft-fft"  # who computes the figures that are stored; `verify` asks another
+SHARED = 0.1  # overlap from which two sets have data in common
+CHANGED = "data_changed"
+PRICED = (0.7, 1.0, 1.5, 2.0, 4.0)  # noise multipliers that a dashboard prices
+
+
+class Dataset:
+    """One data set's account; from :meth:`Ledger.dataset` or :meth:`Ledger.create`."""
+
+    def __init__(self, ledger: "Ledger", name: str) -> None:
+        self.ledger, self.name = ledger, name
+
+    @property
+    def record(self) -> DatasetRecord:
+        return self.ledger._book.datasets[self.name]
+
+    @property
+    def policy(self) -> dict:
+        return self.record.policy
+
+    def spent(self) -> float:
+        """ε at the data set's δ of everything charged so far, by PLD."""
+        self.ledger.refresh()
+        return self._epsilon(())
+
+    def second_opinion(self) -> float:
+        """The same by Rényi DP."""
+        return composition.epsilon_rdp(self.record.events, self.policy["delta"], self.policy["adjacency"])
+
+    def curve(self) -> list[dict]:
+        """ε after each run, in the order in which they began: ``{"run", "at", "by", "purpose", "steps", "epsilon"}``."""
+        self.ledger.refresh()
+        found, events = [], ()
+        for run in self.record.runs.values():
+            events = merged((*events, *run.events))
+            epsilon = composition.epsilon(events, self.policy["delta"], self.policy["adjacency"])
+            facts = {key: run.facts.get(key) for key in ("at", "by", "purpose", "recipe", "model")}
+            found.append(
+                {"run": run.id, **facts, "steps": run.steps, "settled": run.settled is not None, "epsilon": epsilon}
+            )
+        return found
+
+    def fits(self, plan: Plan | Iterable[Event]) -> bool:
+        """Whether everything charged so far and all of ``plan`` stay within the budget."""
+        return self.after(plan) <= self.policy["epsilon"]
+
+    def after(self, plan: Plan | Iterable[Event]) -> float:
+        """The ε that would be spent after all of ``plan``."""
+        self.ledger.refresh()
+        return self._epsilon(_events(plan))
+
+    def most_steps(self, plan: Plan) -> int:
+        """How many of the plan's steps fit; zero if none does."""
+        self.ledger.refresh()
+        return self._room(_event(plan), plan.steps)
+
+    def least_noise(self, plan: Plan) -> float | None:
+        """The least noise multiplier, to 0.1 %, with which all of the plan's steps fit; None if even much noise does not."""
+        self.ledger.refresh()
+        fits = lambda log_noise: self.fits(replace(plan, noise_multiplier=math.exp(log_noise)))
+        low, high = math.log(0.3), math.log(1e4)
+        if not fits(high):
+            return None
+        while high - low > 1e-3:
+            middle = (low + high) / 2
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return math.exp(high)
+
+    def prices(self, sample_rate: float = 0.01, steps: int = 500) -> list[dict]:
+        """What a run of so many steps would cost at several noise multipliers: ``{"noise_multiplier", "alone", "after", "fits"}``."""
+        found = []
+        for noise in PRICED:
+            event = Event(steps, noise, sample_rate)
+            alone = composition.epsilon((event,), self.policy["delta"], self.policy["adjacency"])
+            after = self.after([event])
+            facts = {"noise_multiplier": noise, "alone": alone, "after": after, "fits": after <= self.policy["epsilon"]}
+            found.append({"sample_rate": sample_rate, "steps": steps, **facts})
+        return found
+
+    def open(
+        self,
+        plan: Plan,
+        *,
+        rows: Iterable[Mapping] | None = None,
+        purpose: str = "",
+        recipe: str = "",
+        model: str = "",
+        resumed: str | None = None,
+    ) -> "Run":
+        """Begin a run, or go on with the one called ``resumed``; nothing is charged yet.
+
+        Raises:
+            BudgetError: not all of the plan fits; says what ε it would reach and the largest plan that fits.
+            GuaranteeError: the plan protects another unit, or under another adjacency, than the account is kept for.
+            LedgerError: the policy forbids it, or ``rows`` are other data.
+        """
+        policy = self.policy
+        for name in ("unit", "adjacency"):
+            if getattr(plan, name) != policy[name]:
+                raise GuaranteeError(
+                    f"The plan's {name} is {getattr(plan, name)!r}, and the account of {self.name!r} is kept for {policy[name]!r}, so its budget "
+                    "would not cover the run: use the same."
+                )
+        self._check_policy()
+        warning = None if rows is None else self._recognise(rows)
+        event = _event(plan)
+        left = plan.steps
+        if resumed is not None:
+            known = self.record.runs.get(resumed)
+            if known is None:
+                raise LedgerError(
+                    f"The account of {self.name!r} knows no run {resumed}: resume with the ledger it was started with."
+                )
+            left = max(1, plan.steps - known.steps)
+        if not self.fits([replace(event, count=left)]):
+            raise BudgetError(self._refusal(plan, left))
+        run = Run(self, resumed or uuid.uuid4().hex[:12], event, plan.steps)
+        run.overlap = warning
+        if resumed is None:
+            run.opening = {"purpose": purpose, "recipe": recipe, "model": model, "steps": plan.steps}
+        return run
+
+    def spend(self, events: Iterable[Event], *, purpose: str) -> float:
+        """Record what was, or will be, released by other means, such as another tool; returns the ε spent after it.
+
+        Raises:
+            BudgetError: it does not fit.
+        """
+        self._check_policy()
+        events = merged(events)
+        if not self.fits(events):
+            raise BudgetError(
+                f"That would take {self.name!r} to ε = {self.after(events):.4g} of {self.policy['epsilon']:g} at δ = {self.policy['delta']:g}: spend less."
+            )
+        run = Run(self, uuid.uuid4().hex[:12], events[0], 0)
+        run.opening = {"purpose": purpose, "recipe": "", "model": "", "steps": sum(event.count for event in events)}
+        for event in events:
+            run.event, run.steps = replace(event, count=1), event.count
+            run.charge(event.count)
+        run.settle(sum(event.count for event in events))
+        return self.spent()
+
+    def amend(self, **changes) -> None:
+        """Change the policy (``epsilon``, ``expires``, ``spenders``); the entry says who did and when."""
+        policy = checked_policy(**{**self.policy, **changes})
+        if policy["epsilon"] < self.spent():
+            raise BudgetError(
+                f"{self.name!r} has spent ε = {self.spent():.4g} already: a budget cannot be lowered below that."
+            )
+        self.ledger._append(self.name, "amend", lambda book: {"policy": changes})
+
+    def _epsilon(self, more: tuple[Event, ...]) -> float:
+        events = merged((*self.record.events, *more))
+        return composition.epsilon(events, self.policy["delta"], self.policy["adjacency"])
+
+    def _room(self, event: Event, most: int) -> int:
+        """The largest count of ``event``, up to ``most``, that fits."""
+        fits = lambda n: self._epsilon((replace(event, count=n),)) <= self.policy["epsilon"]
+        if fits(most):
+            return most
+        low, high = 0, most
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def _check_policy(self) -> None:
+        policy, user = self.policy, who()["user"]
+        if policy["expires"] and datetime.now(UTC).date() > date.fromisoformat(policy["expires"]):
+            raise LedgerError(
+                f"The access to {self.name!r} ended on {policy['expires']}: ask for its policy to be amended."
+            )
+        if policy["spenders"] and user not in policy["spenders"]:
+            raise LedgerError(
+                f"{user} may not spend the budget of {self.name!r}: its policy names {', '.join(policy['spenders'])}."
+            )
+
+    def _recognise(self, rows: Iterable[Mapping]) -> float | None:
+        """None if the rows are those that were registered; else the share that still is."""
+        known = self.record.fingerprint
+        found = fingerprint(rows, self.ledger.key.secret)
+        for other, share in self.ledger._book.like(found):
+            if share == 1.0 and other != self.name:
+                raise LedgerError(f"These rows are the data set {other!r}, not {self.name!r}: name that one.")
+        if known is None or found["digest"] == known["digest"]:
+            return None
+        share = overlap(known, found)
+        if share < SHARED:
+            raise LedgerError(
+                f"These rows have nothing in common with those that {self.name!r} was created from ({known['rows']:,} rows): name another data set, or create one."
+            )
+        return share
+
+    def _refusal(self, plan: Plan, left: int) -> str:
+        policy, most, noise = self.policy, self._room(_event(plan), left), self.least_noise(replace(plan, steps=left))
+        ways = [f"at most {most:,} of {left:,} steps fit" if most else "not one step fits"]
+        if noise is not None:
+            ways.append(f"all of them with a noise multiplier of {noise:.3f}")
+        would = self._epsilon((replace(_event(plan), count=left),))
+        return (
+            f"The run would take {self.name!r} from ε = {self._epsilon(()):.4g} to {would:.4g}, above its budget of {policy['epsilon']:g} at "
+            f"δ = {policy['delta']:g}: {', or '.join(ways)}."
+        )
+
+
+class Run:
+    """One run's account: :meth:`charge` before releasing, :meth:`settle` at the end."""
+
+    def __init__(self, dataset: Dataset, identity: str, event: Event, steps: int) -> None:
+        self.dataset, self.id, self.event, self.steps = dataset, identity, event, steps
+        self.opening: dict | None = None  # what is written about a new run with its first charge
+        self.overlap: float | None = None  # of changed data with the data that was registered
+        self._room, self._valid_at = 0, -1  # how many more releases fit, as of which entry about the data set
+
+    def charge(self, count: int) -> None:
+        """Reserve ``count`` more releases; they may happen when this returns.
+
+        Raises:
+            BudgetError: they do not fit.
+            LedgerError: the charge could not be written, so nothing may be released.
+        """
+        if self.overlap is not None:
+            self._write("note", about=CHANGED, overlap=self.overlap)
+            self.overlap = None
+        while True:
+            if self._valid_at != self.dataset.record.seq or count > self._room:
+                self.dataset.ledger.refresh()
+                self._valid_at = self.dataset.record.seq
+                self._room = self.dataset._room(self.event, max(count, self.steps))
+            if count > self._room:
+                raise BudgetError(
+                    f"{count:,} more releases do not fit into the budget of {self.dataset.name!r}, ε = {self.dataset.policy['epsilon']:g} at "
+                    f"δ = {self.dataset.policy['delta']:g}: {self._room:,} do."
+                )
+            if self.opening is not None:
+                if not self._write("run", self._valid_at, **self.opening):
+                    continue
+                self.opening, self._valid_at = None, self.dataset.record.seq
+            if self._write("charge", self._valid_at, count=count, event=_facts(self.event)):
+                self._room -= count
+                self._valid_at = self.dataset.record.seq
+                return
+
+    def _write(self, kind: str, valid_at: int | None = None, **facts) -> bool:
+        """Add an entry about this run, unless others wrote about the data set since entry ``valid_at``."""
+        name, facts = self.dataset.name, {"run": self.id, **facts}
+        current = lambda book: facts if valid_at in (None, book.datasets[name].seq) else None
+        return self.dataset.ledger._append(name, kind, current)
+
+    def settle(self, executed: int) -> None:
+        """Say how many of the charged releases happened; the others no longer count.
+
+        Raises:
+            GuaranteeError: more than was charged.
+        """
+        self.dataset.ledger.refresh()
+        record = self.dataset.record.runs[self.id]
+        charged = sum(record.charged.values())
+        if executed > charged:
+            raise GuaranteeError(
+                f"Run {self.id} executed {executed:,} releases and was charged {charged:,}: charge before releasing."
+            )
+        others = [e for run in self.dataset.record.runs.values() if run.id != self.id for e in run.events]
+        mine = replace(record, settled={"executed": executed}).events
+        policy = self.dataset.policy
+        epsilon = composition.epsilon(merged((*others, *mine)), policy["delta"], policy["adjacency"])
+        self._write("settle", executed=executed, epsilon=epsilon, accountant=ACCOUNTANT)
+
+
+def _event(plan: Plan) -> Event:
+    """One of the plan's releases."""
+    return Event(1, plan.noise_multiplier, plan.sample_rate)
+
+
+def _events(plan: Plan | Iterable[Event]) -> tuple[Event, ...]:
+    return (replace(_event(plan), count=plan.steps),) if isinstance(plan, Plan) else tuple(plan)
+
+
+def _facts(event: Event) -> dict:
+    """A release without its number, as it is stored."""
+    return {key: value for key, value in vars(event).items() if key != "count" and value is not None}

@@ -1,0 +1,187 @@
+"""Where entries lie: SQLite by default, PostgreSQL for teams; one append-only table and a signed end, through SQLAlchemy.
+
+An append is one transaction that first takes the lock on the end: writers queue, and none sees half of another's entry. SQLite
+runs with a write-ahead log that is flushed at every commit.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from dpft.errors import LedgerError, first_line
+from dpft.ledger.chain import Entry
+
+REVISION = "0001"
+WAIT_SECONDS = 60
+
+End = tuple[int, str, str]  # the last entry's number and hash, and the key's signature of both
+
+metadata = sa.MetaData()
+entries = sa.Table(
+    "entries",
+    metadata,
+    sa.Column("seq", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=False),
+    sa.Column("dataset", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("previous", sa.Text, nullable=False),
+    sa.Column("hash", sa.Text, nullable=False),
+    sa.Column("signature", sa.Text, nullable=False),
+)
+head = sa.Table(
+    "head",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("seq", sa.BigInteger, nullable=False),
+    sa.Column("hash", sa.Text, nullable=False),
+    sa.Column("signature", sa.Text, nullable=False),
+)
+
+
+def default_url() -> str:
+    """``DPFT_LEDGER``, or a SQLite file in the user's data folder."""
+    return os.environ.get("DPFT_LEDGER") or str(data_folder() / "ledger.db")
+
+
+def data_folder() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "dpft"
+
+
+class Store:
+    """The entries at ``url``: a SQLAlchemy URL, or the path of a SQLite file.
+
+    Raises:
+        LedgerError: from every method, if the database cannot be reached, read or written.
+    """
+
+    def __init__(self, url: str, *, create: bool = True) -> None:
+        if "://" not in url:
+            path = Path(url).expanduser()
+            if not create and not path.exists():
+                raise LedgerError(f"There is no ledger at {path}: create a data set in it, or name another --ledger.")
+            if create:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            url = f"sqlite:///{path}"
+        if url.startswith(("postgres://", "postgresql://")):
+            url = "postgresql+psycopg://" + url.split("://", 1)[1]
+        with _spoken(url):
+            self.url = sa.make_url(url)
+            self._sqlite = self.url.get_backend_name() == "sqlite"
+            options = {"timeout": WAIT_SECONDS} if self._sqlite else {"connect_timeout": 10}
+            self._engine = sa.create_engine(self.url, connect_args=options, pool_pre_ping=not self._sqlite)
+        if self._sqlite:
+            sa.event.listen(self._engine, "connect", _flush_every_commit)
+            sa.event.listen(self._engine, "begin", _lock_if_writing)
+        self._migrate()
+
+    def __str__(self) -> str:
+        return self.url.render_as_string(hide_password=True)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def after(self, seq: int) -> tuple[list[Entry], End | None]:
+        """The entries after ``seq``, in order, and the signed end ``(seq, hash, signature)``."""
+        with self._begin(writing=False) as connection:
+            return _after(connection, seq)
+
+    def append(
+        self, make: Callable[[list[Entry], End | None], tuple[Entry, str] | None], seq: int
+    ) -> tuple[Entry, str] | None:
+        """Add one entry, in a transaction of its own.
+
+        Args:
+            make: is given the entries after ``seq`` and the end, under the lock; returns the entry and the signature of
+                the new end, or None to add nothing.
+
+        Returns:
+            What ``make`` made, when it is on disk.
+        """
+        with self._begin(writing=True) as connection:
+            if not self._sqlite:
+                connection.execute(sa.text("LOCK TABLE head IN EXCLUSIVE MODE"))
+            made = make(*_after(connection, seq))
+            if made is None:
+                return None
+            entry, signature = made
+            connection.execute(entries.insert().values(**vars(entry)))
+            end = {"seq": entry.seq, "hash": entry.hash, "signature": signature}
+            if entry.seq == 1:
+                connection.execute(head.insert().values(id=1, **end))
+            else:
+                connection.execute(head.update().values(**end))
+        return made
+
+    def restore(self, rows: list[Entry], end: End) -> None:
+        """Fill an empty store with verified entries."""
+        with self._begin(writing=True) as connection:
+            if connection.execute(sa.select(sa.func.count()).select_from(entries)).scalar():
+                raise LedgerError(f"{self} holds a ledger already: import into a new one.")
+            connection.execute(entries.insert(), [vars(row) for row in rows])
+            connection.execute(head.insert().values(id=1, seq=end[0], hash=end[1], signature=end[2]))
+
+    @contextmanager
+    def _begin(self, *, writing: bool) -> Iterator[sa.Connection]:
+        with _spoken(str(self)), self._engine.connect() as connection:
+            with connection.execution_options(writing=writing).begin():
+                yield connection
+
+    def _migrate(self) -> None:
+        """Bring the tables to this version's form; every other start finds them so and only looks."""
+        with _spoken(str(self)), self._engine.connect() as connection:
+            connection = connection.execution_options(writing=False)
+            known = sa.inspect(connection).has_table("alembic_version")
+            revision = (
+                connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar() if known else None
+            )
+        if revision == REVISION:
+            return
+        from alembic import command
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        with _spoken(str(self)), self._engine.connect() as connection:
+            with connection.execution_options(writing=True).begin():
+                if not self._sqlite:  # processes that start together: one migrates, the others find it done
+                    connection.execute(sa.text("SELECT pg_advisory_xact_lock(4441)"))
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+
+
+def _after(connection: sa.Connection, seq: int) -> tuple[list[Entry], End | None]:
+    rows = connection.execute(sa.select(entries).where(entries.c.seq > seq).order_by(entries.c.seq))
+    found = [Entry(*row) for row in rows]
+    end = connection.execute(sa.select(head.c.seq, head.c.hash, head.c.signature)).first()
+    return found, None if end is None else tuple(end)
+
+
+def _flush_every_commit(connection, _) -> None:
+    connection.isolation_level = None  # transactions begin where the engine says so
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={WAIT_SECONDS * 1000}"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _lock_if_writing(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writing") else "BEGIN")
+
+
+@contextmanager
+def _spoken(where: str) -> Iterator[None]:
+    """Databases' errors as one sentence."""
+    try:
+        yield
+    except sa.exc.NoSuchModuleError as error:
+        raise LedgerError(
+            f"{where} names no database that is known here: use a file's path or postgresql://."
+        ) from error
+    except ModuleNotFoundError as error:
+        raise LedgerError(f"The ledger {where} needs {error.name}: pip install dpft[postgres].") from error
+    except sa.exc.SQLAlchemyError as error:
+        reason = first_line(getattr(error, "orig", None) or error)
+        raise LedgerError(
+            f"The ledger {where} cannot be used ({reason}), so nothing may be released on its account: mend that and try again."
+        ) from error

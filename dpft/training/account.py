@@ -1,0 +1,86 @@
+"""A trainer's account in the ledger: blocks of releases are charged before their first, and settled at the end."""
+
+import json
+import math
+from pathlib import Path
+
+from dpft.errors import BudgetError, GuaranteeError, LedgerError
+from dpft.ledger import Dataset
+from dpft.privacy.noise import Randomness
+from dpft.privacy.plan import Plan
+
+BLOCKS = 20  # a run is charged in about so many blocks: what a crash may over-count is one of them
+
+
+class Account:
+    """What a run in ``folder`` may release, by the data set's ledger.
+
+    Raises:
+        GuaranteeError: the folder's run was charged to another account or to none, or its noise can be made again from a seed.
+        BudgetError, LedgerError: see :meth:`dpft.Dataset.open`; nothing is charged yet.
+    """
+
+    def __init__(
+        self, dataset: Dataset, plan: Plan, randomness: Randomness, folder: Path, released: int, **about
+    ) -> None:
+        if not randomness.private:
+            raise GuaranteeError(
+                "Noise from a seed protects nobody, so no ledger can pay for it: train without the ledger, or without the seed."
+            )
+        self._path = folder / "ledger.json"
+        self.facts = {"ledger": dataset.ledger.id, "dataset": dataset.name}
+        known = self.known(folder)
+        if released and known is None:
+            raise GuaranteeError(
+                f"The run in {folder} has released {released:,} steps that no ledger was charged for: resume it without one."
+            )
+        if known is not None and {key: known[key] for key in self.facts} != self.facts:
+            raise GuaranteeError(
+                f"The run in {folder} is charged to {known['dataset']!r} in the ledger {known['ledger']}: resume it with that account."
+            )
+        self.dataset, self.plan, self.covered = dataset, plan, released
+        self.run = dataset.open(plan, resumed=known and known["run"], **about)
+        self.facts["run"] = self.run.id
+        self.overlap = self.run.overlap
+
+    @staticmethod
+    def known(folder: Path) -> dict | None:
+        """The account that an earlier start of the run was charged to."""
+        path = folder / "ledger.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def charge_block(self) -> None:
+        """Pay for the next releases: a block, or what fits of it.
+
+        Raises:
+            BudgetError: not one more release fits.
+            LedgerError: the ledger cannot be written.
+        """
+        block = min(math.ceil(self.plan.steps / BLOCKS), self.plan.steps - self.covered)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(self.facts))
+        try:
+            self.run.charge(block)
+        except BudgetError:
+            block = min(block, self.dataset.most_steps(self.plan))
+            if not block:
+                raise
+            self.run.charge(block)
+        self.covered += block
+
+    def check(self, number: int) -> None:
+        """Raises GuaranteeError: release ``number`` has not been paid for."""
+        if number > self.covered:
+            raise GuaranteeError(
+                f"Release {number:,} was not charged to {self.dataset.name!r}, which has paid for {self.covered:,}."
+            )
+
+    def settle(self, released: int) -> str | None:
+        """Give back what was charged and not released; returns what went wrong, in which case all of it stays charged."""
+        if self.run.opening is not None:
+            return None  # nothing was ever charged
+        try:
+            self.run.settle(released)
+        except LedgerError as error:
+            return f"The run's last block stays charged whole: {error}"
+        return None

@@ -1,0 +1,200 @@
+"""Nobody overspends: charges come first, compose, and are granted once."""
+
+import multiprocessing
+from datetime import UTC, date, datetime, timedelta
+
+import pytest
+
+from dpft.errors import BudgetError, GuaranteeError, LedgerError, PlanError
+from dpft.ledger import Ledger
+from dpft.ledger import ledger as ledger_module
+from dpft.privacy.composition import Event, reference
+from dpft.privacy.plan import Plan
+
+PLAN = Plan(noise_multiplier=1.0, sample_rate=0.05, steps=100, delta=1e-4)
+
+
+@pytest.fixture
+def notes(ledger):
+    return ledger.create("notes", epsilon=5.0, delta=1e-4)
+
+
+def test_a_run_is_charged_before_and_settled_after(ledger, notes, url):
+    run = notes.open(PLAN, purpose="first", model="smollm2")
+    assert notes.spent() == 0 and not notes.curve()  # to open costs nothing and leaves nothing
+    run.charge(40)
+    others = Ledger(url).dataset("notes")
+    assert others.spent() == pytest.approx(reference((Event(40, 1.0, 0.05),), 1e-4), rel=2e-3)
+    run.charge(40)
+    run.settle(63)
+    assert others.spent() == pytest.approx(reference((Event(63, 1.0, 0.05),), 1e-4), rel=2e-3)
+    (shown,) = others.curve()
+    assert shown["steps"] == 63 and shown["settled"] and shown["purpose"] == "first" and shown["by"]["user"]
+    assert others.second_opinion() > others.spent()
+
+
+def test_a_killed_run_stays_at_what_was_reserved_and_a_resumed_one_charges_again(notes):
+    run = notes.open(PLAN)
+    run.charge(50)
+    again = notes.open(PLAN, resumed=run.id)
+    again.charge(50)
+    assert [(r["steps"], r["settled"]) for r in notes.curve()] == [(100, False)]
+    again.settle(80)
+    assert notes.record.runs[run.id].steps == 80
+    with pytest.raises(LedgerError, match="knows no run 123"):
+        notes.open(PLAN, resumed="123")
+
+
+def test_runs_compose_with_all_that_went_before(notes):
+    notes.spend([Event(100, 1.0, 0.05)], purpose="one")
+    notes.spend([Event(1, None, None, 0.3, 1e-9)], purpose="another tool")
+    events = (Event(100, 1.0, 0.05), Event(50, 2.0, 0.1), Event(1, None, None, 0.3, 1e-9))
+    assert notes.spend([Event(50, 2.0, 0.1)], purpose="two") == pytest.approx(reference(events, 1e-4), rel=2e-3)
+
+
+def test_what_does_not_fit_is_refused_with_what_does(notes):
+    plan = Plan(noise_multiplier=1.0, sample_rate=0.05, steps=3000, delta=1e-4)
+    most, noise = notes.most_steps(plan), notes.least_noise(plan)
+    with pytest.raises(
+        BudgetError,
+        match=rf"at most {most:,} of 3,000 steps fit, or all of them with a noise multiplier of {noise:.3f}",
+    ):
+        notes.open(plan)
+    assert not notes.curve()
+    event = lambda n, sigma=1.0: (Event(n, sigma, 0.05),)
+    assert notes.fits(event(most)) and not notes.fits(event(most + 1))
+    assert notes.fits(event(3000, noise)) and not notes.fits(event(3000, noise * 0.99))
+
+
+def test_a_charge_beyond_the_budget_is_refused_and_leaves_nothing(ledger, notes):
+    run = notes.open(PLAN)
+    run.charge(100)
+    before = ledger.refresh().seq
+    with pytest.raises(BudgetError, match="more releases do not fit"):
+        run.charge(10_000)
+    with pytest.raises(GuaranteeError, match="executed 101 releases and was charged 100"):
+        run.settle(101)
+    with pytest.raises(BudgetError, match="spend less"):
+        notes.spend([Event(1, None, None, 4.9, 0.0)], purpose="too much")
+    assert ledger.refresh().seq == before
+
+
+def test_a_release_without_noise_is_never_paid_for(notes):
+    with pytest.raises(BudgetError, match="to inf"):
+        notes.open(Plan(noise_multiplier=0.0, sample_rate=0.05, steps=1, delta=1e-4))
+
+
+def test_the_account_is_kept_for_one_unit_and_adjacency(notes):
+    for change in ({"unit": "patient"}, {"adjacency": "replace-one"}):
+        with pytest.raises(GuaranteeError, match=next(iter(change))):
+            notes.open(Plan(noise_multiplier=1.0, sample_rate=0.05, steps=1, delta=1e-4, **change))
+
+
+def test_the_policy_is_kept(ledger, monkeypatch):
+    yesterday = datetime.now(UTC).date() - timedelta(days=1)
+    old = ledger.create("old", epsilon=1.0, delta=1e-6, expires=yesterday)
+    with pytest.raises(LedgerError, match=f"ended on {yesterday}"):
+        old.open(PLAN)
+    old.amend(expires=date(2999, 1, 1).isoformat(), epsilon=7.0)
+    old.open(PLAN).charge(100)
+    with pytest.raises(BudgetError, match="cannot be lowered"):
+        old.amend(epsilon=0.1)
+    hers = ledger.create("hers", epsilon=3.0, delta=1e-4, spenders=["ann"])
+    with pytest.raises(LedgerError, match="its policy names ann"):
+        hers.open(PLAN)
+    monkeypatch.setattr("getpass.getuser", lambda: "ann")
+    hers.open(PLAN)
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        (dict(epsilon=0, delta=1e-6), "epsilon is 0"),
+        (dict(epsilon=1, delta=1.5), "delta is 1.5"),
+        (dict(epsilon=1, delta=1e-6, adjacency="both"), "adjacency is 'both'"),
+        (dict(epsilon=1, delta=0.01), "permits publishing one whole"),
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused(ledger, rows, facts, said):
+    with pytest.raises(PlanError, match=said):
+        ledger.create("notes", rows=rows, **facts)
+
+
+def test_data_are_recognised_by_their_rows(ledger, rows):
+    notes = ledger.create("notes", epsilon=5.0, delta=1e-4, rows=rows)
+    with pytest.raises(LedgerError, match="the data set 'notes' already"):
+        ledger.create("copy", epsilon=5.0, delta=1e-4, rows=rows[::-1])
+    changed = rows[:150] + [{"text": "new", "patient": str(i)} for i in range(50)]
+    run = notes.open(PLAN, rows=changed)
+    assert 0.4 < run.overlap < 0.8  # 150 of 250
+    run.charge(1)
+    assert [note["about"] for note in notes.record.notes] == ["data_changed"]
+    with pytest.raises(LedgerError, match="nothing in common"):
+        notes.open(PLAN, rows=[{"text": f"other {i}"} for i in range(50)])
+    more = ledger.create("more", epsilon=5.0, delta=1e-4, rows=changed)
+    assert ledger.shared("more")[0][0] == "notes"
+    with pytest.raises(LedgerError, match="are the data set 'notes', not 'more'"):
+        more.open(PLAN, rows=rows)
+    text = str([vars(row) for row in ledger.store.after(0)[0]])
+    assert "note 7" not in text and "p7" not in text
+
+
+def test_names_are_unique_and_unknown_ones_are_named(ledger, notes):
+    with pytest.raises(LedgerError, match="already"):
+        ledger.create("notes", epsilon=1.0, delta=1e-6)
+    with pytest.raises(LedgerError, match="no data set 'nodes': it has notes"):
+        ledger.dataset("nodes")
+
+
+def test_a_clock_that_was_set_back_is_refused(notes, monkeypatch):
+    class Past(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2020, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr(ledger_module, "datetime", Past)
+    with pytest.raises(LedgerError, match="clock says 2020-01-01"):
+        notes.open(PLAN).charge(1)
+    assert notes.spent() == 0
+
+
+def test_without_its_key_a_ledger_can_be_read_and_not_charged(notes, url, home, tmp_path, monkeypatch):
+    (key,) = (home / "keys").glob("*.key")
+    assert key.stat().st_mode & 0o077 == 0
+    key.rename(tmp_path / "team.key")
+    other = Ledger(url).dataset("notes")
+    assert other.spent() == 0
+    with pytest.raises(LedgerError, match="copy it there from whoever made"):
+        other.open(PLAN).charge(1)
+    monkeypatch.setenv("DPFT_LEDGER_KEY", str(tmp_path / "team.key"))
+    Ledger(url).dataset("notes").open(PLAN).charge(1)
+    Ledger(str(tmp_path / "second.db"))  # a team's key may sign several ledgers
+    assert Ledger(url).dataset("notes").spent() > 0
+
+
+def race(url, start, granted):
+    run = Ledger(url).dataset("last").open(Plan(noise_multiplier=2.0, sample_rate=0.1, steps=1, delta=1e-6))
+    start.wait()
+    for _ in range(3):
+        try:
+            run.charge(2)
+            granted.put(2)
+        except BudgetError:
+            return
+
+
+def test_the_last_of_the_budget_is_granted_once(ledger, url):
+    """T15: writers that ask at the same time."""
+    last = ledger.create("last", epsilon=1.0, delta=1e-6)
+    most = last.most_steps(Plan(noise_multiplier=2.0, sample_rate=0.1, steps=1000, delta=1e-6))
+    last.spend([Event(most - 5, 2.0, 0.1)], purpose="nearly all")
+    context = multiprocessing.get_context("spawn")
+    start, granted = context.Barrier(4), context.Queue()
+    racers = [context.Process(target=race, args=(url, start, granted)) for _ in range(4)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join(60)
+        assert racer.exitcode == 0
+    assert granted.qsize() == 2  # four of the five releases that were left, two at a time
+    assert last.spent() <= 1.0

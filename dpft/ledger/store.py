@@ -125,8 +125,11 @@ class Store:
 
     @contextmanager
     def _begin(self, *, writing: bool) -> Iterator[sa.Connection]:
+        options = {"writing": writing}
+        if not writing and not self._sqlite:  # entries and end are read by two statements, and must be of one moment
+            options["isolation_level"] = "REPEATABLE READ"
         with _spoken(str(self)), self._engine.connect() as connection:
-            with connection.execution_options(writing=writing).begin():
+            with connection.execution_options(**options).begin():
                 yield connection
 
     def _migrate(self) -> None:

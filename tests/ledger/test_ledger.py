@@ -1,6 +1,7 @@
 """Nobody overspends: charges come first, compose, and are granted once."""
 
 import multiprocessing
+import threading
 from datetime import UTC, date, datetime, timedelta
 
 import pytest
@@ -198,3 +199,14 @@ def test_the_last_of_the_budget_is_granted_once(ledger, url):
         assert racer.exitcode == 0
     assert granted.qsize() == 2  # four of the five releases that were left, two at a time
     assert last.spent() <= 1.0
+
+
+def test_a_reader_sees_entries_and_end_of_one_moment(ledger, notes, url):
+    run = notes.open(PLAN)
+    writer = threading.Thread(target=lambda: [run.charge(1) for _ in range(100)])
+    reader = Ledger(url)
+    writer.start()
+    while writer.is_alive():
+        reader.refresh()
+    writer.join()
+    assert reader.dataset("notes").record.runs[run.id].steps == 100

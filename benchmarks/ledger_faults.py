@@ -3,7 +3,7 @@
     python benchmarks/ledger_faults.py --json [--kills 500] [--rounds 200] [--tamperings 1000] [--store sqlite]
 
 kills        processes that charge and release are killed (SIGKILL) at random instants; what they released is kept in a file that is
-             flushed after every release. Every tenth is a real training run. ``under_counted`` counts releases that were not charged.
+             flushed after every release. Every twentieth is a real training run. ``under_counted`` counts releases that were not charged.
 races        16 processes ask for the last of a budget at the same instant; ``overspent`` counts rounds in which more was granted.
 tamperings   single bytes of an export and of a SQLite file, and whole rows, are changed; ``unnoticed`` counts changes of what the
              ledger says that neither opening nor verifying finds. Bytes of a SQLite file that no row depends on are counted apart.
@@ -103,7 +103,7 @@ def kills(url: str, count: int, folder: Path) -> dict:
     under, released, charged, never, bad = 0, 0, 0, 0, 0
     for i in range(count):
         journal = folder / f"{i}.txt"
-        train = i % 10 == 9
+        train = i % 20 == 19
         child = SPAWN.Process(target=train_forever if train else release_forever, args=(url, str(journal)))
         child.start()
         while not journal.exists() and child.is_alive():  # from its first release on

@@ -145,6 +145,14 @@ class LedgerTable(_Table):
     url: str | None = Field(None, description="The ledger's file or URL; by default DPFT_LEDGER, or the user's own.")
     purpose: str = Field("", description="What the run is for; goes on record.")
 
+    @model_validator(mode="after")
+    def _no_secret(self):
+        if self.url and re.search(r"://[^/@]*:[^/@]+@", self.url):
+            raise ValueError(
+                "ledger.url holds a password, and recipes are published with their runs: put it into ~/.pgpass or PGPASSWORD"
+            )
+        return self
+
 
 class Recipe(_Table):
     """One run, as one TOML file.

@@ -50,6 +50,7 @@ def changed(key, value):
         ("data.examples_per_unit", 3, "name the unit column"),
         ("data.units", "many", "data.units is 'many'"),
         ("run.token_budget", 1, "run.token_budget is 1"),
+        ("ledger.url", "postgresql://ann:secret@host/ledger", "ledger.url holds a password"),
     ],
 )
 def test_one_sentence_says_what_is_wrong(key, value, said):

@@ -41,6 +41,12 @@ head = sa.Table(
 )
 
 
+# Built once: building them took half of a charge's time.
+AFTER = sa.select(entries).where(entries.c.seq > sa.bindparam("after")).order_by(entries.c.seq)
+END = sa.select(head.c.seq, head.c.hash, head.c.signature)
+ADD, BEGIN_HEAD, MOVE_HEAD = entries.insert(), head.insert(), head.update().where(head.c.id == sa.bindparam("which"))
+
+
 def default_url() -> str:
     """``DPFT_LEDGER``, or a SQLite file in the user's data folder."""
     return os.environ.get("DPFT_LEDGER") or str(data_folder() / "ledger.db")
@@ -107,12 +113,12 @@ class Store:
             if made is None:
                 return None
             entry, signature = made
-            connection.execute(entries.insert().values(**vars(entry)))
+            connection.execute(ADD, vars(entry))
             end = {"seq": entry.seq, "hash": entry.hash, "signature": signature}
             if entry.seq == 1:
-                connection.execute(head.insert().values(id=1, **end))
+                connection.execute(BEGIN_HEAD, {"id": 1, **end})
             else:
-                connection.execute(head.update().values(**end))
+                connection.execute(MOVE_HEAD, {"which": 1, **end})
         return made
 
     def restore(self, rows: list[Entry], end: End) -> None:
@@ -120,8 +126,8 @@ class Store:
         with self._begin(writing=True) as connection:
             if connection.execute(sa.select(sa.func.count()).select_from(entries)).scalar():
                 raise LedgerError(f"{self} holds a ledger already: import into a new one.")
-            connection.execute(entries.insert(), [vars(row) for row in rows])
-            connection.execute(head.insert().values(id=1, seq=end[0], hash=end[1], signature=end[2]))
+            connection.execute(ADD, [vars(row) for row in rows])
+            connection.execute(BEGIN_HEAD, {"id": 1, "seq": end[0], "hash": end[1], "signature": end[2]})
 
     @contextmanager
     def _begin(self, *, writing: bool) -> Iterator[sa.Connection]:
@@ -156,9 +162,8 @@ class Store:
 
 
 def _after(connection: sa.Connection, seq: int) -> tuple[list[Entry], End | None]:
-    rows = connection.execute(sa.select(entries).where(entries.c.seq > seq).order_by(entries.c.seq))
-    found = [Entry(*row) for row in rows]
-    end = connection.execute(sa.select(head.c.seq, head.c.hash, head.c.signature)).first()
+    found = [Entry(*row) for row in connection.execute(AFTER, {"after": seq})]
+    end = connection.execute(END).first()
     return found, None if end is None else tuple(end)
 
 

@@ -29,7 +29,7 @@ class Account:
             )
         self._path = folder / "ledger.json"
         self.facts = {"ledger": dataset.ledger.id, "dataset": dataset.name}
-        known = self.known(folder)
+        known = self.known(folder) if released else None
         if released and known is None:
             raise GuaranteeError(
                 f"The run in {folder} has released {released:,} steps that no ledger was charged for: resume it without one."

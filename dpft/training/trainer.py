@@ -148,7 +148,7 @@ class DPTrainerMixin:
         folder = Path(self.args.output_dir)
         if self.ledger is None:
             known = Account.known(folder)
-            if known is not None:
+            if released and known is not None:
                 raise GuaranteeError(
                     f"The run in {folder} is charged to {known['dataset']!r} in the ledger {known['ledger']}: resume it with that account."
                 )

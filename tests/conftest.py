@@ -1,8 +1,14 @@
 """Small models of real families, built from their configurations: exactness does not depend on trained weights."""
 
+import csv
+
 import pytest
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks.zoo import Case
+
+WORDS = ["<pad>", "<unk>", "<eos>"] + [f"w{i}" for i in range(57)]
 
 
 @pytest.fixture
@@ -18,3 +24,29 @@ def plan():
         return Plan(**{"noise_multiplier": 1.0, "sample_rate": 0.5, "steps": 10, "delta": 1e-3, "units": 8, **fields})
 
     return make
+
+
+@pytest.fixture
+def recipe(tmp_path, case):
+    """A small model and small data on disk, as a user has them."""
+    case("bert").model.save_pretrained(tmp_path / "model")
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
+    ).save_pretrained(tmp_path / "model")
+    rows = [(" ".join(f"w{(i * j) % 57}" for j in range(1, 2 + i % 6)), "abc"[i % 3], f"p{i % 12}") for i in range(40)]
+    for name, part in (("train.csv", rows), ("validation.csv", rows[:9])):
+        write(tmp_path / name, [("text", "label", "patient"), *part])
+    return {
+        "subset": "lora + head",
+        "model": {"path": str(tmp_path / "model")},
+        "task": {"name": "sequence_classification", "labels": ["a", "b", "c"]},
+        "data": {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "validation.csv"), "units": 40},
+        "privacy": {"epsilon": 3.0, "delta": 1e-3, "batch_size": 10, "steps": 4},
+    }
+
+
+def write(path, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)

@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": "dpft.cli.train",
     "report": "dpft.cli.report",
     "ledger": "dpft.cli.ledger",
+    "audit": "dpft.cli.audit",
     "demo": "dpft.cli.train",
 }
 

@@ -1,0 +1,39 @@
+"""The engine's own step, attacked from inside."""
+
+import pytest
+
+from dpft.audit.step import audit_step, describe
+from dpft.errors import PlanError
+from dpft.privacy.clipping import AutoClip, FlatClip
+from dpft.privacy.plan import Plan
+
+
+def plan(sigma, clip=None):
+    return Plan(noise_multiplier=sigma, sample_rate=0.01, steps=10, delta=1e-5, clip=clip or FlatClip(0.7))
+
+
+@pytest.mark.parametrize(("sigma", "clip"), [(0.5, None), (1.0, AutoClip(2.0)), (2.0, None)])
+def test_the_step_leaks_what_it_claims(sigma, clip):
+    found = audit_step(plan(sigma, clip), steps=3000)
+    assert found.mu == pytest.approx(1 / sigma, rel=0.05)
+    assert found.verdict == "consistent" and found.mu_lower_bound <= 1 / sigma
+    assert found.epsilon_lower_bound < found.epsilon_claimed and "no proof" in describe(found)
+
+
+def test_noise_that_is_too_small_is_a_violation(monkeypatch):
+    """T7: as if it were divided by the square root of micro-batches."""
+    true = Plan.noise_std
+    monkeypatch.setattr(Plan, "noise_std", property(lambda self: true.fget(self) * 2 / 3))
+    found = audit_step(plan(1.0), steps=2000)
+    assert found.verdict == "VIOLATION" and found.mu == pytest.approx(1.5, rel=0.05)
+
+
+def test_a_bound_on_gradients_that_does_not_hold_is_a_violation(monkeypatch):
+    """T6: the noise follows a clip that the gradients do not obey."""
+    monkeypatch.setattr(FlatClip, "factors", lambda self, norms: 2 * self.clip_norm / norms)
+    assert audit_step(plan(1.0), steps=2000).verdict == "VIOLATION"
+
+
+def test_a_plan_without_noise_cannot_be_audited():
+    with pytest.raises(PlanError, match="give it noise"):
+        audit_step(plan(0.0))

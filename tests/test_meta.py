@@ -22,6 +22,7 @@ LAYERS = [
     "gradients",
     "tasks",
     "training",
+    "audit",
     "report",
     "sweep",
     "demo",

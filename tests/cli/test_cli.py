@@ -10,7 +10,6 @@ import pytest
 from click.testing import CliRunner
 
 from dpft.cli import COMMANDS, main
-from tests.training.test_run import recipe  # noqa: F401  (a fixture)
 
 
 def run(*arguments):
@@ -18,7 +17,7 @@ def run(*arguments):
 
 
 @pytest.fixture
-def in_folder(recipe, tmp_path, monkeypatch):  # noqa: F811
+def in_folder(recipe, tmp_path, monkeypatch):
     """A working folder with what the examples of ``--help`` name."""
     from dpft.recipe import Recipe
 

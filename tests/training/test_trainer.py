@@ -21,9 +21,10 @@ from dpft.gradients.preflight import preflight
 from dpft.privacy.noise import SeededRandomness
 from dpft.subset import Subset
 from dpft.tasks.task import LabelledTask
+from dpft.training.arguments import FORBIDDEN
 from dpft.training.batches import Examples, LogicalBatches
 from dpft.training.run import _without_dropout
-from dpft.training.trainer import FORBIDDEN, DPTrainer, DPTrainerMixin
+from dpft.training.trainer import DPTrainer, DPTrainerMixin
 
 
 def arguments(tmp_path, **fields):

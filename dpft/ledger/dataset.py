@@ -273,17 +273,20 @@ class Run:
             GuaranteeError: more than was charged.
         """
         self.dataset.ledger.refresh()
-        record = self.dataset.record.runs[self.id]
-        charged = sum(record.charged.values())
+        charged = sum(self.dataset.record.runs[self.id].charged.values())
         if executed > charged:
             raise GuaranteeError(
                 f"Run {self.id} executed {executed:,} releases and was charged {charged:,}: charge before releasing."
             )
-        others = [e for run in self.dataset.record.runs.values() if run.id != self.id for e in run.events]
-        mine = replace(record, settled={"executed": executed}).events
-        policy = self.dataset.policy
-        epsilon = composition.epsilon(merged((*others, *mine)), policy["delta"], policy["adjacency"])
-        self._write("settle", executed=executed, epsilon=epsilon, accountant=ACCOUNTANT)
+        settled = False
+        while (
+            not settled
+        ):  # the figure is of the very moment: if others write while it is composed, it is composed again
+            record = self.dataset.record
+            runs = {**record.runs, self.id: replace(record.runs[self.id], settled={"executed": executed})}
+            events = merged(event for run in runs.values() for event in run.events)
+            epsilon = composition.epsilon(events, record.policy["delta"], record.policy["adjacency"])
+            settled = self._write("settle", record.seq, executed=executed, epsilon=epsilon, accountant=ACCOUNTANT)
 
 
 def _event(plan: Plan) -> Event:

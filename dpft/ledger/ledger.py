@@ -12,6 +12,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
 
@@ -208,9 +209,10 @@ class Ledger:
 
     def _write_anchor(self) -> None:
         temporary = self._anchor_path().with_suffix(f".{os.getpid()}.tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary.write_text(json.dumps({"seq": self._book.seq, "hash": self._book.hash}))
-        os.replace(temporary, self._anchor_path())
+        with suppress(OSError):  # a second line of defence, which must not stop a run whose charge is on disk
+            temporary.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            temporary.write_text(json.dumps({"seq": self._book.seq, "hash": self._book.hash}))
+            os.replace(temporary, self._anchor_path())
 
     def _check_anchor(self) -> None:
         try:

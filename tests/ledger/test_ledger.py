@@ -9,6 +9,8 @@ import pytest
 from dpft.errors import BudgetError, GuaranteeError, LedgerError, PlanError
 from dpft.ledger import Ledger
 from dpft.ledger import ledger as ledger_module
+from dpft.ledger.verify import verify
+from dpft.privacy import composition
 from dpft.privacy.composition import Event, reference
 from dpft.privacy.plan import Plan
 
@@ -83,6 +85,25 @@ def test_a_charge_beyond_the_budget_is_refused_and_leaves_nothing(ledger, notes)
 def test_a_release_without_noise_is_never_paid_for(notes):
     with pytest.raises(BudgetError, match="to inf"):
         notes.open(Plan(noise_multiplier=0.0, sample_rate=0.05, steps=1, delta=1e-4))
+
+
+def test_a_figure_is_of_the_moment_at_which_it_is_written(ledger, notes, url, monkeypatch):
+    """Somebody charges while a settlement is being composed."""
+    run, other = notes.open(PLAN), Ledger(url).dataset("notes").open(PLAN)
+    run.charge(50)
+    compose, calls = composition.epsilon, []
+
+    def meanwhile(*facts):
+        found = compose(*facts)
+        if not calls:
+            calls.append(facts)
+            other.charge(20)
+        return found
+
+    monkeypatch.setattr(composition, "epsilon", meanwhile)
+    run.settle(40)
+    assert calls and verify(*ledger.store.after(0)).verified
+    assert notes.record.runs[run.id].settled["epsilon"] == notes.spent()
 
 
 def test_the_account_is_kept_for_one_unit_and_adjacency(notes):

@@ -204,7 +204,7 @@ def tamperings(count: int, folder: Path) -> dict:
     path, jsonl = folder / "whole.db", folder / "whole.jsonl"
     ledger = Ledger(str(path))
     for name in ("one", "two"):
-        dataset = ledger.create(name, epsilon=9.0, delta=1e-6, rows=[{"text": str(i)} for i in range(50)])
+        dataset = ledger.create(name, epsilon=9.0, delta=1e-6, rows=[{"text": f"{name} {i}"} for i in range(50)])
         for i in range(20):
             dataset.spend([Event(5, 2.0 + i / 10, 0.01)], purpose=f"run {i}")
     export(ledger.store, jsonl)
@@ -252,7 +252,7 @@ def tamperings(count: int, folder: Path) -> dict:
 
 
 def _tamper_row(path: Path, rows: int) -> None:
-    one, other = random.sample(range(1, rows + 1), 2)
+    one, other = random.sample(range(1, rows), 2)  # so that each of these changes something
     column = random.choice(["dataset", "kind", "body", "previous", "hash", "signature"])
     statements = random.choice(
         [

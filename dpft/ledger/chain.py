@@ -92,12 +92,13 @@ class Key:
 
 
 def signed(public: str, text: str, signature: str) -> bool:
-    """Whether the key ``public`` (hexadecimal) signed ``text``."""
+    """Whether the key ``public`` (hexadecimal) signed ``text``, and ``signature`` is written in the one way that dpft writes."""
     try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(bytes.fromhex(signature), text.encode())
+        raw = bytes.fromhex(signature)
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(raw, text.encode())
+        return raw.hex() == signature
     except (InvalidSignature, ValueError):
         return False
-    return True
 
 
 def head_text(seq: int, digest: str) -> str:

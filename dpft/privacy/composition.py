@@ -23,7 +23,7 @@ from scipy.special import ndtr
 from dpft.privacy import accounting
 from dpft.privacy.accounting import AGREEMENT, Adjacency
 
-GRIDS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
+GRIDS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 REACH = 12.0  # standard deviations of one release that are kept; beyond lies a probability below 1e-32
 TAIL = 1e-4  # share of δ that the window may leave outside
 LONGEST = 1 << 22  # numbers in a transform

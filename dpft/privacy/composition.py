@@ -24,7 +24,7 @@ from dpft.privacy import accounting
 from dpft.privacy.accounting import AGREEMENT, Adjacency
 
 GRIDS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
-REACH = 12.0  # standard deviations of one release that are kept; beyond lies a probability below 1e-32
+REACH = 9.0  # standard deviations of one release that are resolved; beyond lies 1e-19, which counts as infinite loss
 TAIL = 1e-4  # share of δ that the window may leave outside
 LONGEST = 1 << 22  # numbers in a transform
 LARGEST = 600.0  # of a privacy loss: beyond it nothing is protected, and e to its power overflows
@@ -151,12 +151,19 @@ def _loss(event: Event, grid: float, adding: bool) -> _Loss:
     # Between grid points δ is taken to be linear in e^ε; its slopes' differences are the masses, weighted by e^-ε.
     slopes = np.concatenate([[(deltas[0] - 1) / ratios[0]], np.diff(deltas) / np.diff(ratios), [0.0]])
     masses = np.maximum(np.diff(slopes), 0) * ratios
-    moments = []
-    for order in (*ORDERS, *(-order for order in ORDERS)):
-        exponents = order * losses
-        peak = exponents.max()
-        moments.append(peak + math.log((masses * np.exp(exponents - peak)).sum() or 1e-300))
-    return _Loss(first, masses, float(deltas[-1]), np.array(moments))
+    return _Loss(
+        first, masses, float(deltas[-1]), np.concatenate([_moments(masses, losses), _moments(masses, -losses)])
+    )
+
+
+def _moments(masses: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """``log E[e^(λ·loss)]`` for λ in ORDERS, each three times the one before."""
+    peak = losses.max()
+    power, found = np.exp(losses - peak), []
+    for order in ORDERS:
+        found.append(order * peak + math.log((masses * power).sum() or 1e-300))
+        power = power * power * power
+    return np.array(found)
 
 
 def _randomised_response(losses: np.ndarray, epsilon: float, delta: float) -> np.ndarray:
@@ -178,11 +185,11 @@ def _hockey_stick(losses: np.ndarray, sigma: float, q: float, adding: bool) -> n
     inside = (ratio - 1) + q  # where the loss exceeds ε: beyond a threshold on the outcome, if this is positive
     with np.errstate(divide="ignore", invalid="ignore"):
         threshold = sigma**2 * np.log(np.maximum(inside, 0) / q) + 0.5
-    near, far = ndtr(-threshold / sigma), ndtr((1 - threshold) / sigma)  # of N(0, σ²) and N(1, σ²) above it
     if adding:
-        below, below_far = ndtr(threshold / sigma), ndtr((threshold - 1) / sigma)
+        below, below_far = ndtr(threshold / sigma), ndtr((threshold - 1) / sigma)  # of N(0, σ²) and N(1, σ²) below it
         return np.where(inside > 0, below - np.exp(losses) * ((1 - q) * below + q * below_far), 0.0).clip(0)
-    return np.where(inside > 0, q * far - inside * near, 1 - ratio).clip(0)
+    above, above_far = ndtr(-threshold / sigma), ndtr((1 - threshold) / sigma)
+    return np.where(inside > 0, q * above_far - inside * above, 1 - ratio).clip(0)
 
 
 def _epsilon(events: tuple[Event, ...], delta: float, grid: float, adding: bool) -> float:
@@ -200,8 +207,14 @@ def _epsilon(events: tuple[Event, ...], delta: float, grid: float, adding: bool)
         return math.inf
     spectrum, start = np.ones(size // 2 + 1, dtype=complex), 0
     for n, loss in zip(counts, losses, strict=True):
-        spectrum *= _power(rfft(_folded(loss.masses, size)), n)
         start += n * loss.first
+        power = rfft(_folded(loss.masses, size))
+        while n:  # its n-th power by squaring, ten times faster than complex powers
+            if n & 1:
+                spectrum *= power
+            n >>= 1
+            if n:
+                np.multiply(power, power, out=power)
     masses = np.maximum(np.roll(irfft(spectrum, size), (start - low) % size), 0)
     return _at_delta(masses, low, grid, delta - infinite - TAIL * delta)
 
@@ -211,16 +224,6 @@ def _folded(masses: np.ndarray, size: int) -> np.ndarray:
     if len(masses) <= size:
         return np.pad(masses, (0, size - len(masses)))
     return np.pad(masses, (0, -len(masses) % size)).reshape(-1, size).sum(0)
-
-
-def _power(values: np.ndarray, n: int) -> np.ndarray:
-    """``values ** n`` by squaring: ten times faster than complex powers."""
-    result = None
-    while n:
-        if n & 1:
-            result = values if result is None else result * values
-        values, n = values * values, n >> 1
-    return result
 
 
 def _at_delta(masses: np.ndarray, low: int, grid: float, delta: float) -> float:

@@ -155,7 +155,6 @@ def race(url: str, rounds: int, start, stop, granted) -> None:
 
 
 def races(url: str, rounds: int) -> dict:
-    import dpft
     from dpft.ledger import Ledger
     from dpft.privacy.composition import Event, epsilon
 
@@ -178,7 +177,6 @@ def races(url: str, rounds: int) -> dict:
         winners += sum(run.steps for run in dataset.record.runs.values())
     for racer in racers:
         racer.join(60)
-    assert isinstance(ledger, dpft.Ledger)
     stuck = sum(racer.exitcode != 0 for racer in racers)
     return {
         "rounds": rounds,

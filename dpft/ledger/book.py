@@ -14,12 +14,14 @@
 import getpass
 import math
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from dpft.errors import LedgerError, PlanError
-from dpft.ledger.chain import GENESIS, Entry, hash_of, head_text, signed
+from dpft.ledger.chain import GENESIS, End, Entry, hash_of, head_text, signed
 from dpft.ledger.fingerprint import overlap
+from dpft.privacy import composition
 from dpft.privacy.accounting import ADJACENCY
 from dpft.privacy.composition import Event, merged
 
@@ -65,6 +67,10 @@ class DatasetRecord:
     def events(self) -> tuple[Event, ...]:
         return merged(event for run in self.runs.values() for event in run.events)
 
+    def epsilon(self, events: Iterable[Event]) -> float:
+        """ε of ``events`` together, at the policy's δ and adjacency."""
+        return composition.epsilon(merged(events), self.policy["delta"], self.policy["adjacency"])
+
 
 class Book:
     """The ledger's state after the entries read so far. The chain of hashes is checked on the way."""
@@ -74,16 +80,24 @@ class Book:
         self.identity: dict | None = None
         self.datasets: dict[str, DatasetRecord] = {}
 
-    def read(self, rows: list[Entry], end: tuple[int, str, str] | None) -> None:
+    def read(self, rows: list[Entry], end: End | None) -> None:
         """Go on with ``rows``.
 
         Raises:
             LedgerError: an entry, their order or the end is not what was once written.
         """
         for row in rows:
-            self._check(row)
-            self._apply(row)
-            self.seq, self.hash = row.seq, row.hash
+            self.add(row)
+        self.check_end(end)
+
+    def add(self, row: Entry) -> None:
+        """Go on by one entry; raises LedgerError if it is not the next one, as it was written."""
+        self._check(row)
+        self._apply(row)
+        self.seq, self.hash = row.seq, row.hash
+
+    def check_end(self, end: End | None) -> None:
+        """Raises LedgerError: these are not all entries, or the end is not the key's."""
         here = None if self.seq == 0 else (self.seq, self.hash)
         if (None if end is None else end[:2]) != here:
             raise LedgerError(

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from dpft.errors import LedgerError
 
 GENESIS = "0" * 64  # the hash before the first entry
+End = tuple[int, str, str]  # the last entry's number and hash, and the key's signature of both
 
 
 @dataclass(frozen=True)

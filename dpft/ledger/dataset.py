@@ -52,7 +52,7 @@ class Dataset:
         found, events = [], ()
         for run in self.record.runs.values():
             events = merged((*events, *run.events))
-            epsilon = composition.epsilon(events, self.policy["delta"], self.policy["adjacency"])
+            epsilon = self.record.epsilon(events)
             facts = {key: run.facts.get(key) for key in ("at", "by", "purpose", "recipe", "model")}
             found.append(
                 {"run": run.id, **facts, "steps": run.steps, "settled": run.settled is not None, "epsilon": epsilon}
@@ -90,7 +90,7 @@ class Dataset:
         found = []
         for noise in PRICED:
             event = Event(steps, noise, sample_rate)
-            alone = composition.epsilon((event,), self.policy["delta"], self.policy["adjacency"])
+            alone = self.record.epsilon([event])
             after = self.after([event])
             facts = {"noise_multiplier": noise, "alone": alone, "after": after, "fits": after <= self.policy["epsilon"]}
             found.append({"sample_rate": sample_rate, "steps": steps, **facts})
@@ -169,8 +169,7 @@ class Dataset:
         self.ledger._append(self.name, "amend", lambda book: {"policy": changes})
 
     def _epsilon(self, more: tuple[Event, ...]) -> float:
-        events = merged((*self.record.events, *more))
-        return composition.epsilon(events, self.policy["delta"], self.policy["adjacency"])
+        return self.record.epsilon((*self.record.events, *more))
 
     def _room(self, event: Event, most: int) -> int:
         """The largest count of ``event``, up to ``most``, that fits."""
@@ -284,8 +283,7 @@ class Run:
         ):  # the figure is of the very moment: if others write while it is composed, it is composed again
             record = self.dataset.record
             runs = {**record.runs, self.id: replace(record.runs[self.id], settled={"executed": executed})}
-            events = merged(event for run in runs.values() for event in run.events)
-            epsilon = composition.epsilon(events, record.policy["delta"], record.policy["adjacency"])
+            epsilon = record.epsilon(event for run in runs.values() for event in run.events)
             settled = self._write("settle", record.seq, executed=executed, epsilon=epsilon, accountant=ACCOUNTANT)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dpft.errors import LedgerError, PlanError
 from dpft.ledger.book import Book, checked_policy, seconds_back, who
-from dpft.ledger.chain import Entry, Key, head_text
+from dpft.ledger.chain import End, Entry, Key, head_text
 from dpft.ledger.dataset import SHARED, Dataset
 from dpft.ledger.fingerprint import fingerprint
 from dpft.ledger.store import Store, data_folder, default_url
@@ -178,7 +178,7 @@ class Ledger:
         """Add one entry; ``facts_for(book)`` sees the book as it is under the lock, and may refuse by raising or by None."""
         key = self.key
 
-        def make(rows: list[Entry], end: tuple[int, str, str] | None):
+        def make(rows: list[Entry], end: End | None):
             self._book.read(rows, end)
             facts = facts_for(self._book)
             if facts is None:

@@ -12,12 +12,10 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from dpft.errors import LedgerError, first_line
-from dpft.ledger.chain import Entry
+from dpft.ledger.chain import End, Entry
 
 REVISION = "0001"
 WAIT_SECONDS = 60
-
-End = tuple[int, str, str]  # the last entry's number and hash, and the key's signature of both
 
 metadata = sa.MetaData()
 entries = sa.Table(

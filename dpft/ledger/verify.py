@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dpft.errors import LedgerError
 from dpft.ledger.book import Book, DatasetRecord
-from dpft.ledger.chain import Entry, canonical, signed
-from dpft.ledger.store import End, Store
+from dpft.ledger.chain import End, Entry, canonical, signed
+from dpft.ledger.store import Store
 from dpft.privacy import composition
 
 FORMAT = "dpft-ledger"
@@ -48,16 +48,13 @@ def verify(
     found, book = Findings(), Book()
     for i, row in enumerate(rows):
         try:
-            last = i == len(rows) - 1
-            book._check(row)
+            book.add(row)
             if canonical(row.facts) != row.body:
                 raise LedgerError(f"Entry {row.seq} is not written as dpft writes.")
-            book._apply(row)
-            book.seq, book.hash = row.seq, row.hash
             if not signed(book.identity["public_key"], row.hash, row.signature):
                 raise LedgerError(f"Entry {row.seq} is not signed by the ledger's key.")
-            if last:
-                book.read([], end)
+            if row is rows[-1]:
+                book.check_end(end)
         except LedgerError as error:
             found.problems.append(str(error))
             return found
@@ -92,7 +89,7 @@ def _figure(dataset: DatasetRecord, row: Entry) -> list[str]:
 
 
 def _policy_kept(dataset: DatasetRecord) -> list[str]:
-    spent = composition.epsilon(dataset.events, dataset.policy["delta"], dataset.policy["adjacency"])
+    spent = dataset.epsilon(dataset.events)
     if spent <= dataset.policy["epsilon"]:
         return []
     return [f"{dataset.name!r} has spent ε = {spent:.4g} of {dataset.policy['epsilon']:g}."]
@@ -101,10 +98,13 @@ def _policy_kept(dataset: DatasetRecord) -> list[str]:
 def export(store: Store, path: Path) -> int:
     """Write all entries and the end as JSON lines; returns the number of entries."""
     rows, end = store.after(0)
-    lines = [canonical(vars(row)) for row in rows]
-    lines.append(canonical({"format": FORMAT, "end": list(end) if end else None}))
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text(_lines(rows, end))
     return len(rows)
+
+
+def _lines(rows: list[Entry], end: End | None) -> str:
+    last = {"format": FORMAT, "end": list(end) if end else None}
+    return "".join(canonical(facts) + "\n" for facts in (*map(vars, rows), last))
 
 
 def read_export(path: Path) -> tuple[list[Entry], End | None]:
@@ -118,10 +118,10 @@ def read_export(path: Path) -> tuple[list[Entry], End | None]:
         lines = [json.loads(line) for line in text.splitlines()]
         rows, last = [Entry(**line) for line in lines[:-1]], lines[-1]
         end = tuple(last["end"]) if last["end"] else None
-        exact = "\n".join([*(canonical(vars(row)) for row in rows), canonical({"format": FORMAT, "end": last["end"]})])
+        exact = _lines(rows, end)
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise LedgerError(f"{path} is not an export of a ledger ({type(error).__name__}): export it again.") from error
-    if text != exact + "\n":
+    if text != exact:
         raise LedgerError(f"{path} is not as dpft writes exports, so it was changed: export the ledger again.")
     return rows, end
 

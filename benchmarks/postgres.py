@@ -41,12 +41,13 @@ class Postgres:
         return self
 
     def __exit__(self, *_) -> None:
-        self.stop()
+        self.stop("immediate")  # nothing of it is kept
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def start(self) -> None:
         options = f"-h 127.0.0.1 -p {self.port} -k {self._folder}"
-        self._run("pg_ctl", "-D", self._data, "-w", "-l", f"{self._folder}/log", "-o", options, "start")
+        # After a crash it first flushes every database that was ever made here: minutes on a busy machine.
+        self._run("pg_ctl", "-D", self._data, "-w", "-t", "300", "-l", f"{self._folder}/log", "-o", options, "start")
 
     def stop(self, mode: str = "fast") -> None:
         """``mode`` is pg_ctl's: ``immediate`` is a crash."""

@@ -5,6 +5,7 @@ import sqlite3
 import pytest
 import sqlalchemy as sa
 
+from benchmarks.postgres import Postgres
 from dpft.errors import LedgerError
 from dpft.ledger import Ledger, store
 from dpft.ledger.chain import Key, canonical
@@ -146,16 +147,23 @@ def test_facts_are_written_in_one_way():
 # -- when the store fails ---------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_is_gone_stops_charges_and_back_again_goes_on(postgres):
-    ledger = Ledger(postgres.database())
+@pytest.fixture
+def own_postgres(postgres):
+    """A server with nothing else in it: after a crash it flushes every database that it has."""
+    with Postgres() as server:
+        yield server
+
+
+def test_a_server_that_is_gone_stops_charges_and_back_again_goes_on(own_postgres):
+    ledger = Ledger(own_postgres.database())
     run = ledger.create("notes", epsilon=5.0, delta=1e-5).open(plan())
     run.charge(1)
-    postgres.stop("immediate")
+    own_postgres.stop("immediate")
     try:
         with pytest.raises(LedgerError, match="nothing may be released"):
             run.charge(1)
     finally:
-        postgres.start()
+        own_postgres.start()
     run.charge(1)
     assert ledger.dataset("notes").record.runs[run.id].steps == 2
     ledger.close()

@@ -29,22 +29,29 @@ class Account:
             )
         self._path = folder / "ledger.json"
         self.facts = {"ledger": dataset.ledger.id, "dataset": dataset.name}
-        known = self.known(folder) if released else None
+        known = self._known(folder) if released else None
         if released and known is None:
             raise GuaranteeError(
                 f"The run in {folder} has released {released:,} steps that no ledger was charged for: resume it without one."
-            )
-        if known is not None and {key: known[key] for key in self.facts} != self.facts:
-            raise GuaranteeError(
-                f"The run in {folder} is charged to {known['dataset']!r} in the ledger {known['ledger']}: resume it with that account."
             )
         self.dataset, self.plan, self.covered = dataset, plan, released
         self.run = dataset.open(plan, resumed=known and known["run"], **about)
         self.facts["run"] = self.run.id
         self.overlap = self.run.overlap
 
+    @classmethod
+    def of(cls, dataset: Dataset | None, plan: Plan, randomness: Randomness, folder: Path, released: int, **about):
+        """The run's account; None if no data set is charged, and none was before."""
+        known = cls._known(folder) if released else None
+        here = None if dataset is None else (dataset.ledger.id, dataset.name)
+        if known is not None and (known["ledger"], known["dataset"]) != here:
+            raise GuaranteeError(
+                f"The run in {folder} is charged to {known['dataset']!r} in the ledger {known['ledger']}: resume it with that account."
+            )
+        return None if dataset is None else cls(dataset, plan, randomness, folder, released, **about)
+
     @staticmethod
-    def known(folder: Path) -> dict | None:
+    def _known(folder: Path) -> dict | None:
         """The account that an earlier start of the run was charged to."""
         path = folder / "ledger.json"
         return json.loads(path.read_text()) if path.exists() else None

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from dpft.errors import BudgetError, GuaranteeError, IsolationError, LedgerError, RecipeError
+from dpft.errors import BudgetError, IsolationError, LedgerError, RecipeError
 from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import Preflight, fingerprint, preflight
 from dpft.ledger import Dataset
@@ -146,17 +146,10 @@ class DPTrainerMixin:
     def _opened_account(self, released: int) -> Account | None:
         """All that can be refused is refused here, before the preflight; nothing is charged yet."""
         folder = Path(self.args.output_dir)
-        if self.ledger is None:
-            known = Account.known(folder)
-            if released and known is not None:
-                raise GuaranteeError(
-                    f"The run in {folder} is charged to {known['dataset']!r} in the ledger {known['ledger']}: resume it with that account."
-                )
-            return None
-        rows = self.train_dataset if isinstance(self.train_dataset[0], Mapping) else None
+        rows = self.train_dataset if self.ledger and isinstance(self.train_dataset[0], Mapping) else None
         model = getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
         about = dict(rows=rows, purpose=self.purpose, model=model)
-        return Account(self.ledger, self.plan, self.randomness, folder, released, **about)
+        return Account.of(self.ledger, self.plan, self.randomness, folder, released, **about)
 
     def _before_release(self, number: int) -> None:
         if self.account is not None:

@@ -1,5 +1,6 @@
 """A trainer's account in the ledger: blocks of releases are charged before their first, and settled at the end."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -35,7 +36,7 @@ class Account:
                 f"The run in {folder} has released {released:,} steps that no ledger was charged for: resume it without one."
             )
         self.dataset, self.plan, self.covered = dataset, plan, released
-        self.run = dataset.open(plan, resumed=known and known["run"], **about)
+        self.run = dataset.open(plan, resumed=known and known["run"], recipe=_recipe(folder), **about)
         self.facts["run"] = self.run.id
         self.overlap = self.run.overlap
 
@@ -91,3 +92,9 @@ class Account:
         except LedgerError as error:
             return f"The run's last block stays charged whole: {error}"
         return None
+
+
+def _recipe(folder: Path) -> str:
+    """By what the ledger's entry and the run's recipe are matched; empty without a recipe."""
+    path = folder / "recipe.toml"
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" if path.exists() else ""

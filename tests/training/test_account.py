@@ -1,5 +1,6 @@
 """Training on a ledger's account: nothing is released that was not charged before."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -48,6 +49,7 @@ def test_a_run_is_charged_in_blocks_and_settled(recipe, notes, tmp_path):
     assert seen[0]["steps"] == 6 and not seen[0]["settled"]
     (done,) = notes.curve()
     assert done["steps"] == 40 and done["settled"] and done["purpose"] == "a test" and "model" in done["model"]
+    assert done["recipe"] == f"sha256:{hashlib.sha256((folder / 'recipe.toml').read_bytes()).hexdigest()}"
     found = json.loads((folder / "run.json").read_text())["ledger"]
     assert found["run"] == done["run"] and found["spent"] == notes.spent() <= found["budget"] == 4.0
     for card in ("card.md", "card.html"):

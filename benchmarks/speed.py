@@ -8,8 +8,9 @@ Each system runs in a process of its own and is timed against plain training in 
 is the process's peak resident set, libraries included. Before it is timed, a system's clipped sum is compared with a loop
 of plain backward passes: what is not exact is disqualified and its row says so.
 
-Systems: dpft; Opacus with hooks, with ghost clipping, with functorch; opake, where it is installed. dpft draws its noise from
-a cryptographic generator, as always; the others from PyTorch's.
+Systems: dpft on plain's micro-batches; dpft on those that it chooses itself; Opacus with hooks, with ghost clipping, with
+functorch; opake, where it is installed. dpft draws its noise from a cryptographic generator, as always; the others from
+PyTorch's.
 """
 
 import argparse
@@ -193,6 +194,29 @@ class OfDPFT:
         return found
 
 
+class OfAuto(OfDPFT):
+    """With the micro-batch that a run chooses for itself (``token_budget="auto"``), no larger than plain's."""
+
+    def __init__(self, work: Work) -> None:
+        from dpft.training.tuning import fastest_budget, free_memory
+
+        super().__init__(work)
+        first = lambda n: {name: values[:n] for name, values in self.batch.items()}
+        budget = fastest_budget(
+            lambda n: self.losses(self.model, first(n)),
+            lambda losses: (self.engine.accumulate(losses), self.engine.discard()),
+            model=self.model,
+            tokens=work.tokens,
+            most=min(work.examples, self.engine.max_examples(work.tokens)),
+            memory=free_memory(next(self.model.parameters()).device),
+        )
+        self.size = max(1, budget // work.tokens)
+
+    def micro_batch(self) -> None:
+        for part in cut(self.batch, self.size):
+            self.engine.accumulate(self.losses(self.model, part))
+
+
 class OfOpacus:
     def __init__(self, work: Work, **settings) -> None:
         import torch
@@ -297,6 +321,7 @@ class OfOpake:
 SYSTEMS: dict[str, Callable] = {
     "plain": Plain,
     "dpft": OfDPFT,
+    "dpft auto": OfAuto,
     "opacus hooks": OfOpacus,
     "opacus ghost": partial(OfGhost, max_grad_norm=CLIP, use_ghost_clipping=True),
     "opacus functorch": partial(OfOpacus, force_functorch=True),

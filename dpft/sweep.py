@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dp_accounting import dp_event
-
 from dpft.privacy import accounting
 from dpft.recipe import Recipe
 
@@ -98,13 +96,11 @@ def sweep(
 
 def composed_epsilon(rows: Sequence[Row]) -> float | None:
     """ε of all private runs of the comparison together: they used the same data, so they compose."""
-    from dpft.report.card import event_of
-
     runs = [json.loads((Path(folder) / "run.json").read_text()) for row in rows for folder in row.folders]
     private = [run for run in runs if run["private"]]
     if not private:
         return None
-    event = dp_event.ComposedDpEvent(tuple(event_of(run) for run in private))
+    event = accounting.composed(event for run in private for event in run["events"])
     return accounting.epsilon(event, private[0]["delta"], private[0]["adjacency"], grid=1e-3)
 
 

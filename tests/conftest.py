@@ -10,6 +10,10 @@ from benchmarks.zoo import Case
 
 WORDS = ["<pad>", "<unk>", "<eos>"] + [f"w{i}" for i in range(57)]
 
+VOCABULARY = ["<pad>", "<unk>", "<eos>", ".", "a", *"0123456789"]
+NAMES = ["k" + a + b for a in "abcdefghijklmnopqr" for b in "abcdefghijklmnopqr"]
+VOCABULARY += [*NAMES, "The", "access", "code", "of", "patient", "is"]
+
 
 @pytest.fixture
 def case():
@@ -44,6 +48,34 @@ def recipe(tmp_path, case):
         "task": {"name": "sequence_classification", "labels": ["a", "b", "c"]},
         "data": {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "validation.csv"), "units": 40},
         "privacy": {"epsilon": 3.0, "delta": 1e-3, "batch_size": 10, "steps": 4},
+    }
+
+
+@pytest.fixture
+def language(tmp_path):
+    """A language model small enough to learn by heart, and its data on disk."""
+    tmp_path = tmp_path / "language"
+    tmp_path.mkdir()
+    config = transformers.GPT2Config(
+        vocab_size=len(VOCABULARY), n_positions=64, n_embd=32, n_layer=1, n_head=2, eos_token_id=2, bos_token_id=2
+    )
+    transformers.set_seed(0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
+    ).save_pretrained(tmp_path / "model")
+    rows = [(" ".join(NAMES[(i * j) % 90] for j in range(1, 6 + i % 6)),) for i in range(60)]
+    for name, part in (("train.csv", rows[:40]), ("validation.csv", rows[40:])):
+        write(tmp_path / name, [("text",), *part])
+    return {
+        "subset": "all",
+        "model": {"path": str(tmp_path / "model")},
+        "task": {"name": "causal_lm", "max_length": 40},
+        "data": {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "validation.csv"), "units": 40},
+        "privacy": {"epsilon": 3.0, "delta": 1e-3, "batch_size": 10, "steps": 4},
+        "optimizer": {"learning_rate": 0.01},
     }
 
 

@@ -45,12 +45,14 @@ def one_run(canaries: int, guesses: int, correct: int, delta: float, significanc
     0.673
     """
     _check(canaries, guesses, correct, delta, significance)
+    bound = one_run_epsilon(canaries, guesses, correct, delta, significance)
+    ceiling = max(one_run_epsilon(canaries, r, r, delta, significance) for r in _sizes(canaries))
+    return Bound("one run (Steinke et al. 2023)", bound, ceiling, delta, 1 - significance)
 
-    def found(r: int, v: int) -> float:
-        return _largest(lambda epsilon: _one_run_p(canaries, r, v, epsilon, delta) < significance)
 
-    ceiling = max(found(r, r) for r in _sizes(canaries))
-    return Bound("one run (Steinke et al. 2023)", found(guesses, correct), ceiling, delta, 1 - significance)
+def one_run_epsilon(canaries: int, guesses: int, correct: int, delta: float, significance: float) -> float:
+    """The bound of :func:`one_run` alone."""
+    return _largest(lambda epsilon: _one_run_p(canaries, guesses, correct, epsilon, delta) < significance)
 
 
 def _one_run_p(m: int, r: int, v: int, epsilon: float, delta: float) -> float:
@@ -70,19 +72,15 @@ def f_dp_one_run(canaries: int, guesses: int, correct: int, delta: float, signif
     mechanism that the attack does not refute. Arguments and errors are those of :func:`one_run`.
     """
     _check(canaries, guesses, correct, delta, significance)
+    bound = f_dp_epsilon(canaries, guesses, correct, delta, significance)
+    ceiling = max(f_dp_epsilon(canaries, r, r, delta, significance) for r in _sizes(canaries))
+    return Bound("one run, Gaussian trade-off (Mahloujifar et al. 2024)", bound, ceiling, delta, 1 - significance)
 
-    def found(r: int, v: int) -> float:
-        mu = _largest(lambda value: _refutes_gaussian(canaries, r, v, value, significance))
-        return gaussian_epsilon(mu, delta)
 
-    ceiling = max(found(r, r) for r in _sizes(canaries))
-    return Bound(
-        "one run, Gaussian trade-off (Mahloujifar et al. 2024)",
-        found(guesses, correct),
-        ceiling,
-        delta,
-        1 - significance,
-    )
+def f_dp_epsilon(canaries: int, guesses: int, correct: int, delta: float, significance: float) -> float:
+    """The bound of :func:`f_dp_one_run` alone."""
+    mu = _largest(lambda value: _refutes_gaussian(canaries, guesses, correct, value, significance))
+    return gaussian_epsilon(mu, delta)
 
 
 def _refutes_gaussian(m: int, guesses: int, correct: int, mu: float, significance: float) -> bool:

@@ -1,21 +1,27 @@
-"""A run's ε from its raw events again, by several accountants, and whether its folder contradicts the claim."""
+"""ε from raw events again, by several accountants, and whether a run's folder or a ledger contradicts its claim."""
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpft.errors import RecipeError
-from dpft.privacy import composition
+from dpft.ledger import Dataset, Ledger
+from dpft.ledger.verify import verify
+from dpft.privacy import accounting, composition
 from dpft.privacy.composition import Event
 
 AGREEMENT = 5e-3  # relative difference that grids explain
+PRV_ERROR = 0.01  # that PRV adds to ε
+OLDEST = {"dp-accounting": (0, 4)}  # before, DP-SGD's PLD under other adjacencies than add-or-remove was not there
 
 
 @dataclass
 class Spending:
-    """What a run stated, what each accountant says of its events, and what does not fit together."""
+    """What was stated, what each accountant says of the events, and what does not fit together. None: does not apply."""
 
+    name: str
     stated: float | None
     delta: float
     epsilon: dict[str, float | None]
@@ -38,32 +44,73 @@ def audit_run(folder: Path | str) -> Spending:
             f"{folder} holds no finished run (no run.json): give the folder that `dpft train --output` made."
         )
     run = json.loads((folder / "run.json").read_text())
-    events = tuple(Event(e["count"], e["noise_multiplier"], e["sample_rate"]) for e in run["events"] if e["count"])
-    delta, adjacency = run["delta"], run["adjacency"]
+    events = [Event(e["count"], e["noise_multiplier"], e["sample_rate"]) for e in run["events"] if e["count"]]
+    audit = _recomputed(str(folder), run["epsilon"], events, run["delta"], run["adjacency"])
+    audit.problems += _problems(run, folder)
+    return audit
+
+
+def audit_ledger(ledger: Ledger) -> list[Spending]:
+    """Audit every data set of a ledger; what its entries' own verification finds stands with the data set that it names."""
+    found = [_dataset(dataset) for dataset in ledger.datasets()]
+    rest = Spending("entries", None, 0.0, {})
+    for problem in verify(*ledger.store.after(0)).problems:
+        named = [one for one in found if repr(one.name) in problem]
+        (named or [rest])[0].problems.append(problem)
+    return [*found, rest] if rest.problems else found
+
+
+def _dataset(dataset: Dataset) -> Spending:
+    policy, record = dataset.policy, dataset.record
+    audit = _recomputed(dataset.name, dataset.spent(), record.events, policy["delta"], policy["adjacency"])
+    print_ = record.fingerprint
+    if print_ is not None and policy["unit"] == "example" and policy["delta"] >= 1 / max(1, print_["rows"]):
+        audit.problems.append(_delta_problem(policy["delta"], print_["rows"]))
+    return audit
+
+
+def _recomputed(name: str, stated: float | None, events: Iterable[Event], delta: float, adjacency: str) -> Spending:
+    events = tuple(events)
     found = {
         "PLD (dp-accounting)": composition.reference(events, delta, adjacency),
         "PLD (dpft)": composition.epsilon(events, delta, adjacency),
         "RDP (dp-accounting)": composition.epsilon_rdp(events, delta, adjacency),
+        "PRV (Opacus)": math.inf,
     }
-    audit = Spending(
-        run["epsilon"], delta, {name: value if math.isfinite(value) else None for name, value in found.items()}
-    )
-    audit.problems += _problems(run, folder, found["PLD (dp-accounting)"])
+    if all(event.noise_multiplier for event in events):
+        releases = [(event.noise_multiplier, event.sample_rate, event.count) for event in events]
+        found["PRV (Opacus)"] = accounting.epsilon_prv(releases, delta, adjacency)
+    known, prv = found["PLD (dp-accounting)"], found["PRV (Opacus)"]
+    audit = Spending(name, stated, delta, {k: v if math.isfinite(v) else None for k, v in found.items()})
+    if stated is not None and stated < known * (1 - AGREEMENT):
+        audit.problems.append(f"It states ε = {stated:.4g}, and its events compose to {known:.4g}.")
+    if math.isfinite(prv) and prv + AGREEMENT * known < known - PRV_ERROR:
+        audit.problems.append(
+            f"Two accountants disagree: PLD gives ε = {known:.4g} and PRV {prv:.4g}; take the larger."
+        )
     return audit
 
 
-def _problems(run: dict, folder: Path, known: float) -> list[str]:
-    stated, found = run["epsilon"], []
-    if stated is not None and stated < known * (1 - AGREEMENT):
-        found.append(f"It states ε = {stated:.4g}, and its events compose to {known:.4g}.")
+def _delta_problem(delta: float, units: int) -> str:
+    return f"δ = {delta:g} for {units:,} units permits publishing one of them whole."
+
+
+def _problems(run: dict, folder: Path) -> list[str]:
+    found = []
     if run["units"] and run["delta"] >= 1 / run["units"]:
-        found.append(f"δ = {run['delta']:g} for {run['units']:,} units permits publishing one of them whole.")
+        found.append(_delta_problem(run["delta"], run["units"]))
     counted = sum(event["count"] for event in run["events"])
     if counted != run["released_steps"]:
         found.append(f"Its events count {counted:,} releases, and it made {run['released_steps']:,}.")
     kinds = {event["event"] for event in run["events"]} - {"poisson_sampled_gaussian"}
     if kinds:
         found.append(f"It names {', '.join(sorted(kinds))}, which is not what was executed.")
+    for package, oldest in OLDEST.items():
+        used = run["versions"].get(package, "")
+        if not used[:1].isdigit() or tuple(int(part) for part in used.split(".")[:2]) < oldest:
+            found.append(
+                f"{package} {used or 'of no known version'} accounted for it: {'.'.join(map(str, oldest))} is needed."
+            )
     releases = folder / "releases.json"
     if not releases.exists():
         found.append("releases.json, where every release was counted before it happened, is gone.")
@@ -74,6 +121,8 @@ def _problems(run: dict, folder: Path, known: float) -> list[str]:
     for name in ("noise_multiplier", "sample_rate"):
         if any(event[name] != kept["mechanism"][name] for event in run["events"]):
             found.append(f"{name} was {kept['mechanism'][name]:g} when it was released, and its events say otherwise.")
+    if kept["mechanism"].get("adjacency", run["adjacency"]) != run["adjacency"]:
+        found.append(f"Its adjacency was {kept['mechanism']['adjacency']}, and it states {run['adjacency']}.")
     if run["private"] and not kept["mechanism"]["private_randomness"]:
         found.append("Its noise came from a seed, so it is not private at all.")
     return found

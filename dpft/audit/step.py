@@ -19,6 +19,7 @@ from dpft.errors import PlanError
 from dpft.gradients.engine import Engine
 from dpft.privacy.noise import SecureRandomness
 from dpft.privacy.plan import Plan
+from dpft.report.card import VERDICTS
 
 COORDINATES = 16
 INFORMATIVE = 0.5  # share of the claimed μ below which a bound says little
@@ -119,14 +120,9 @@ def _best_threshold(scores: np.ndarray, present: np.ndarray, significance: float
 
 def describe(found: StepAudit) -> str:
     """The audit in words."""
-    means = {
-        "VIOLATION": "the step leaks more than it claims",
-        "consistent": "nothing contradicts the claim; that is no proof of it",
-        "uninformative": "the attack was too weak to say anything",
-    }[found.verdict]
     ratio = found.mu / found.mu_claimed if found.mu_claimed else math.nan
     return (
-        f"{found.verdict}: {means}.\n"
+        f"{found.verdict}: {VERDICTS[found.verdict]}.\n"
         f"μ = {found.mu:.4f} measured, {found.mu_claimed:.4f} claimed (1/σ), {ratio:.3f} of it; with {found.confidence:.2%} confidence μ ≥ {found.mu_lower_bound:.4f}.\n"
         f"One step: ε ≥ {found.epsilon_lower_bound:.3f} shown of ε = {found.epsilon_claimed:.3f} claimed at δ = {found.delta:g}, from {found.trials:,} trials in {found.steps:,} steps."
     )

@@ -78,24 +78,207 @@ def step(recipe, steps, overrides, as_json) -> None:
 
 
 @audit.command()
-@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("target", required=False)
 @as_json
-def spending(folder, as_json) -> None:
-    """Compose a run's ε from its raw events again, by several accountants, and look for contradictions.
+def spending(target, as_json) -> None:
+    """Compose ε from raw events again, by several accountants, and look for contradictions.
 
-    Exit code 1 if there are any. A ledger is audited by dpft ledger verify.
+    TARGET is a run's folder, or a ledger's file or URL; without one it is the ledger that DPFT_LEDGER names. Exit code 1 if
+    something contradicts.
 
     \b
     Example:
       dpft audit spending runs/notes
     """
-    from dpft.audit.spending import audit_run
+    from dpft.audit.spending import audit_ledger, audit_run
+    from dpft.ledger import Ledger
 
-    found = audit_run(folder)
+    run = target is not None and (Path(target).is_dir() or not ("://" in target or Path(target).is_file()))
+    found = [audit_run(target)] if run else audit_ledger(Ledger(target, create=False))
     if as_json:
-        show({"verdict": found.verdict, **asdict(found)}, True)
+        facts = [{"verdict": one.verdict, **asdict(one)} for one in found]
+        show(facts[0] if run else {"datasets": facts}, True)
     else:
-        show({"stated": found.stated, **found.epsilon, "delta": found.delta}, False)
-        click.echo(f"\n{found.verdict}" + "".join(f"\n- {problem}" for problem in found.problems))
-    if found.problems:
+        for one in found:
+            click.echo(f"{one.name}\n")
+            if one.epsilon:
+                show({"stated": one.stated, **one.epsilon, "delta": one.delta}, False)
+            click.echo(f"\n{one.verdict}" + "".join(f"\n- {problem}" for problem in one.problems) + "\n")
+    if any(one.problems for one in found):
+        click.get_current_context().exit(1)
+
+
+@audit.command()
+@click.argument("target", type=click.Path(exists=True, path_type=Path))
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Write the trade-off curve here, as SVG.")
+@as_json
+def meaning(target, plot, as_json) -> None:
+    """Say what a guarantee lets anyone do at best: detect, guess, reconstruct.
+
+    TARGET is a run's folder, or a recipe before it is run.
+
+    \b
+    Example:
+      dpft audit meaning recipe.toml --plot trade-off.svg
+    """
+    from dpft.recipe import Recipe
+    from dpft.report.meaning import describe, of_recipe, of_run
+
+    found = of_run(target) if target.is_dir() else of_recipe(Recipe.read(target))
+    if plot:
+        from dpft.report.plots import trade_off
+
+        plot.write_text(trade_off(found.curve))
+    if as_json:
+        show(asdict(found), True)
+    else:
+        click.echo(describe(found))
+
+
+PLANTED = (
+    click.option("--canaries", type=click.IntRange(10), default=1000, show_default=True, help="How many; half go in."),
+    click.option(
+        "--kind",
+        type=click.Choice(["random-tokens", "secret", "new-token", "mislabelled"]),
+        help="By default mislabelled where public rows suffice, otherwise random-tokens.",
+    ),
+    click.option(
+        "--repetitions",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="How often each is in the data; judged as a group of so many units.",
+    ),
+    click.option("--significance", type=float, default=0.05, show_default=True, help="Probability of a false alarm."),
+)
+
+
+def planted(command):
+    """The options of every audit with canaries in the data."""
+    for option in reversed(PLANTED):
+        command = option(command)
+    return command
+
+
+@audit.command()
+@recipe_file
+@click.option(
+    "--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="The audited run's folder."
+)
+@planted
+@click.option("--baseline", is_flag=True, help="Also train without privacy, which shows what the attack is worth.")
+@overrides
+@as_json
+def run(recipe, output, overrides, as_json, **settings) -> None:
+    """Train with canaries in the data, then tell from the released weights which were there.
+
+    It is a private run like any other, and its card gets a section on the audit. Exit code 1 if it leaks more than it claims.
+
+    \b
+    Example:
+      dpft audit run recipe.toml --canaries 40 --output runs/audited
+    """
+    from dpft.audit.game import audit_run
+    from dpft.cli.progress import progress
+    from dpft.recipe import Recipe
+
+    with progress() as bar:
+        found = audit_run(
+            Recipe.read(recipe, overrides),
+            output,
+            announce=bar.announce,
+            callbacks=lambda: [bar.callback()],
+            **settings,
+        )
+    _show_audit(found, as_json, output / "card.html", output / "audit.json")
+
+
+@audit.command(context_settings={"ignore_unknown_options": True})
+@click.option("--recipe", type=click.Path(dir_okay=False), required=True, help="Says what the data and the model are.")
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="The audit's folder.")
+@click.option("--claimed", type=float, help="The ε that the command claims for one row; without it nothing is judged.")
+@click.option("--delta", type=float, help="δ of the claim; by default the recipe's.")
+@planted
+@as_json
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def command(recipe, output, as_json, command, **settings) -> None:
+    """Audit any training command: plant canaries in its data, and tell from its model which were there.
+
+    COMMAND names {data}, the file to train on, and {out}, the folder where it must leave its model. Exit code 1 if it leaks more
+    than it claims.
+
+    \b
+    Example:
+      dpft audit command --recipe recipe.toml --canaries 40 --output audits/theirs --claimed 8 -- python train.py {data} {out}
+    """
+    from dpft.audit.game import audit_command
+    from dpft.cli.progress import progress
+    from dpft.recipe import Recipe
+
+    with progress() as bar:
+        found = audit_command(command, Recipe.read(recipe), output, announce=bar.announce, **settings)
+    _show_audit(found, as_json, output / "audit.json", output / "command.log")
+
+
+@audit.command()
+@click.argument("model", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--members", multiple=True, required=True, help="Data that the model was trained on.")
+@click.option("--non-members", multiple=True, required=True, help="Data of the same kind that it never saw.")
+@click.option(
+    "--recipe", type=click.Path(dir_okay=False), help="What the model and the columns are, if MODEL is no run."
+)
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Write the ROC curves here, as SVG.")
+@as_json
+def membership(model, members, non_members, recipe, plot, as_json) -> None:
+    """Attack a model with its members: loss, loss beside the model before training, and Min-K%.
+
+    \b
+    Example:
+      dpft audit membership runs/notes --members train.csv --non-members validation.csv
+    """
+    from dpft.audit.membership import audit_membership, describe
+    from dpft.recipe import Recipe
+
+    found = audit_membership(model, members, non_members, Recipe.read(recipe) if recipe else None)
+    if plot:
+        from dpft.report.plots import roc
+
+        plot.write_text(roc({attack.name: attack.roc for attack in found}))
+    if as_json:
+        show({"attacks": [asdict(attack) for attack in found]}, True)
+    else:
+        click.echo(describe(found))
+
+
+@audit.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--secrets", type=click.IntRange(1), default=20, show_default=True, help="How many that were there.")
+@click.option("--candidates", type=click.IntRange(2), default=100, show_default=True, help="Codes to rank each among.")
+@as_json
+def exposure(folder, secrets, candidates, as_json) -> None:
+    """Rank an audit's secrets among random ones, and ask the model for them (dpft audit run --kind secret).
+
+    \b
+    Example:
+      dpft audit exposure runs/secrets --secrets 5 --candidates 20
+    """
+    from dpft.audit.exposure import audit_exposure, describe
+    from dpft.cli.progress import progress
+
+    with progress() as bar:
+        bar.announce("ranking secrets")
+        found = audit_exposure(folder, secrets=secrets, candidates=candidates)
+    show(asdict(found), True) if as_json else click.echo(describe(found))
+
+
+def _show_audit(found, as_json: bool, *files: Path) -> None:
+    from dpft.audit.report import describe
+
+    if as_json:
+        show(found.json(), True)
+    else:
+        click.echo(describe(found) + "\n")
+        for file in files:
+            click.echo(file)
+    if found.verdict == "VIOLATION":
         click.get_current_context().exit(1)

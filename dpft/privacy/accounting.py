@@ -7,6 +7,7 @@ DP (Mironov 2017) is the second opinion, and always the larger of the two.
 
 import logging
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Literal
 
@@ -36,6 +37,12 @@ def poisson_gaussian(noise_multiplier: float, sample_rate: float, steps: int) ->
     if sample_rate < 1:
         step = dp_event.PoissonSampledDpEvent(sample_rate, step)
     return dp_event.SelfComposedDpEvent(step, steps)
+
+
+def composed(events: Iterable[dict]) -> dp_event.DpEvent:
+    """The events that a run records, as dp-accounting sees them."""
+    steps = [poisson_gaussian(e["noise_multiplier"], e["sample_rate"], e["count"]) for e in events if e["count"]]
+    return dp_event.ComposedDpEvent(tuple(steps)) if steps else dp_event.NoOpDpEvent()
 
 
 def epsilon(
@@ -71,6 +78,32 @@ def epsilon_rdp(event: dp_event.DpEvent, delta: float, adjacency: Adjacency = "a
     if not accountant.supports(event):
         return math.inf
     return float(accountant.compose(event).get_epsilon(delta))
+
+
+def epsilon_prv(
+    releases: Iterable[tuple[float, float, int]], delta: float, adjacency: Adjacency = "add-or-remove-one"
+) -> float:
+    """ε at ``delta`` by privacy random variables (Gopi, Lee, Wutschitz 2021), an upper bound to 0.01, from Opacus.
+
+    Args:
+        releases: ``(noise_multiplier, sample_rate, count)``.
+
+    Returns:
+        Infinity where it does not apply: another adjacency, nothing released, or figures outside of what Opacus can put on a
+        grid, for which it raises or gives a number below zero (its issues 585 and 601).
+    """
+    history = [release for release in releases if release[2]]
+    if adjacency != "add-or-remove-one" or not history:
+        return math.inf
+    from opacus.accountants import PRVAccountant
+
+    accountant = PRVAccountant()
+    accountant.history = history
+    try:
+        found = float(accountant.get_epsilon(delta))
+    except (RuntimeError, ValueError, MemoryError, OverflowError, IndexError):
+        return math.inf
+    return found if found > 0 else math.inf
 
 
 def deltas(event: dp_event.DpEvent, epsilons: list[float], adjacency: Adjacency = "add-or-remove-one") -> list[float]:

@@ -4,18 +4,25 @@ import json
 import math
 from pathlib import Path
 
-from dp_accounting import dp_event
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from dpft.errors import RecipeError
 from dpft.privacy import accounting
-from dpft.report.plots import line
+from dpft.report.meaning import Meaning, meaning
+from dpft.report.plots import line, roc, trade_off
 
 TEMPLATES = Path(__file__).parent / "templates"
 ADJACENCY_WORDS = {
     "add-or-remove-one": "two data sets that differ by adding or removing one unit",
     "replace-one": "two data sets that differ by replacing one unit",
     "zero-out": "two data sets that differ by blanking one unit",
+}
+
+
+VERDICTS = {
+    "VIOLATION": "the training leaks more than it claims",
+    "consistent": "nothing contradicts the claim; that is no proof of it",
+    "uninformative": "the attack shows too little to say anything about the claim",
 }
 
 
@@ -32,6 +39,8 @@ def write_card(folder: Path | str) -> tuple[Path, Path]:
         )
     run = json.loads((folder / "run.json").read_text())
     facts, templates = _facts(run), environment()
+    facts["audit"] = json.loads((folder / "audit.json").read_text()) if (folder / "audit.json").exists() else None
+    facts["roc"] = _roc(facts["audit"], facts["meaning"]) if facts["audit"] else None
     written = []
     for name in ("card.md", "card.html"):
         path = folder / name
@@ -55,16 +64,6 @@ def environment() -> Environment:
     return made
 
 
-def event_of(run: dict) -> dp_event.DpEvent:
-    """The recorded events as dp-accounting sees them."""
-    steps = [
-        accounting.poisson_gaussian(e["noise_multiplier"], e["sample_rate"], e["count"])
-        for e in run["events"]
-        if e["count"]
-    ]
-    return dp_event.ComposedDpEvent(tuple(steps)) if steps else dp_event.NoOpDpEvent()
-
-
 def _as_model_card(readme: Path, card: str) -> None:
     """Put the card where Hugging Face shows a model's card, below the metadata that PEFT left there."""
     text = readme.read_text() if readme.exists() else ""
@@ -81,16 +80,16 @@ def _facts(run: dict) -> dict:
     facts = {
         "unit_words": unit,
         "adjacency_words": ADJACENCY_WORDS[run["adjacency"]],
+        "words": VERDICTS,
         "metrics": _rows(run["metrics"]),
         "classes": (run["metrics"] or {}).get("per_class", {}),
     }
     if not run["private"] or not run["released_steps"]:
-        return {**facts, "epsilon": None, "plots": [], "detection": []}
-    event = event_of(run)
+        return {**facts, "epsilon": None, "plots": [], "meaning": None}
+    event = accounting.composed(run["events"])
     epsilon = accounting.epsilon(event, run["delta"], run["adjacency"])
-    rates = [0.001, 0.01, 0.1]
-    facts["detection"] = list(zip(rates, accounting.detection_rates(event, rates, run["adjacency"]), strict=True))
-    facts["plots"] = [_over_steps(run, epsilon), _over_delta(run, event, epsilon)]
+    facts["meaning"] = meaning(run["events"], run["delta"], run["adjacency"])
+    facts["plots"] = [_over_steps(run, epsilon), _over_delta(run, event, epsilon), trade_off(facts["meaning"].curve)]
     return {**facts, "epsilon": epsilon, "odds": math.exp(min(epsilon, 700))}
 
 
@@ -130,6 +129,13 @@ def _over_delta(run: dict, event, epsilon: float) -> str:
         mark=(epsilon, run["delta"], f"δ = {run['delta']:g}"),
         log_y=True,
     )
+
+
+def _roc(audit: dict, allowed: Meaning | None) -> str:
+    curves = {"found": audit["roc"]}
+    if allowed is not None and audit["repetitions"] == 1:
+        curves["at most, by the guarantee"] = allowed.curve
+    return roc(curves, title="Which canaries were in the data?")
 
 
 def _rows(metrics: dict | None) -> list[tuple[str, str]]:

@@ -61,6 +61,30 @@ def lines(curves: dict[str, tuple], *, title: str, x_label: str, y_label: str, l
     return _svg(draw, title, x_label, y_label)
 
 
+def roc(curves: dict[str, list[tuple[float, float]]], *, title: str = "Who was in the data?") -> str:
+    """Named curves of ``(false alarms, detections)`` on logarithmic axes, with guessing dashed."""
+
+    def draw(axes) -> None:
+        least = min((x for points in curves.values() for x, y in points if x > 0 and y > 0), default=1e-3)
+        least = max(least / 2, 1e-4)
+        for (name, points), style in zip(curves.items(), STYLES, strict=False):
+            shown = [(max(x, least), y) for x, y in points if y > 0]
+            if shown:
+                axes.plot(*zip(*shown, strict=True), label=name, linewidth=2, **{**style, "marker": ""})
+        axes.plot([least, 1], [least, 1], color=INK, linestyle=":", linewidth=1.5, label="guessing")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(least, 1)
+        axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+
+    return _svg(draw, title, "false alarms", "detected")
+
+
+def trade_off(curve: list[tuple[float, float]]) -> str:
+    """The most detections that a guarantee allows at each rate of false alarms."""
+    return roc({"at most": curve}, title="The best attack that the guarantee allows")
+
+
 def staircase(times: list[datetime], values: list[float], *, limit: float, title: str, y_label: str) -> str:
     """A sum that grows at each of ``times``, below its limit."""
 

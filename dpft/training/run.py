@@ -19,6 +19,7 @@ from typing import Any
 
 from dpft.errors import RecipeError, first_line
 from dpft.privacy.noise import Randomness
+from dpft.privacy.plan import Plan
 from dpft.recipe import ModelTable, Recipe, expand
 from dpft.training.data import load, load_public
 
@@ -182,8 +183,13 @@ def train(
     callbacks=(),
     resume: bool = False,
     evaluate: bool = True,
+    setup: Setup | None = None,
+    plan: Plan | None = None,
 ) -> Path:
     """Train and leave a run folder; what the interrupt key ends early is a complete, smaller run.
+
+    Args:
+        setup, plan: what the recipe names, where it is loaded or planned already, or with an audit's canaries.
 
     Returns:
         The folder.
@@ -197,8 +203,8 @@ def train(
         raise RecipeError(f"{output} holds a run already: choose another folder, or resume that run.")
     if resume and not any(output.glob("checkpoint-*")):
         raise RecipeError(f"{output} has no checkpoint to resume from: runs write them if run.save_steps is set.")
-    plan = recipe.plan()
-    setup = set_up(recipe)
+    plan = plan or recipe.plan()
+    setup = setup or set_up(recipe)
     output.mkdir(parents=True, exist_ok=True)
     (output / "recipe.toml").write_text(recipe.to_toml())
     trainer = make_trainer(setup, output, randomness=randomness, callbacks=callbacks, plan=plan)

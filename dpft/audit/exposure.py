@@ -1,0 +1,108 @@
+"""Exposure: how much better than chance a model ranks a secret that was in its training, and whether it says it aloud.
+
+Of an audit with canaries of kind ``secret`` (:mod:`dpft.audit.game`). A secret's exposure is ``log₂ |R| − log₂ rank`` among
+random codes R for the same sentence (Carlini et al. 2019, section 4.2, by sampling): log₂ |R| if none is likelier, one or two if the model
+knows nothing. Secrets that were not in the data are the control.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dpft.audit import canaries as made
+from dpft.audit.canaries import Canaries, Canary
+from dpft.audit.scores import load_trained, losses
+from dpft.errors import RecipeError
+from dpft.privacy.noise import SecureRandomness
+from dpft.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """Means over ``secrets`` that were in the data and as many that were not; ``extracted`` counts greedy completions."""
+
+    secrets: int
+    candidates: int
+    ceiling: float
+    exposure: float
+    exposure_of_absent: float
+    extracted: int
+    extracted_of_absent: int
+    codes: int  # how many there are to guess from
+
+
+def audit_exposure(
+    folder: Path | str,
+    *,
+    secrets: int = 20,
+    candidates: int = 100,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Exposure:
+    """Rank and extract the secrets of an audit.
+
+    Args:
+        folder: what :func:`dpft.audit.game.audit_run` left.
+        secrets: how many that were in the data, and as many that were not.
+        candidates: random codes against which each is ranked.
+
+    Raises:
+        RecipeError: the folder holds no audit with secrets.
+    """
+    folder = Path(folder)
+    coins = folder / "private" / "canaries.json"
+    planted = Canaries.load(coins) if coins.exists() else None
+    if planted is None or planted.kind != "secret" or not (folder / "run.json").exists():
+        raise RecipeError(f"{folder} holds no finished audit with secrets: make one with dpft audit run --kind secret.")
+    recipe = Recipe.read(folder / "recipe.toml")
+    task, model = load_trained(recipe, folder / "weights")
+    chosen = {there: np.flatnonzero(planted.included == there)[:secrets] for there in (True, False)}
+    total, found = sum(map(len, chosen.values())), {}
+    for there, places in chosen.items():
+        exposures, said = [], 0
+        for place in places:
+            canary = planted.canaries[place]
+            exposures.append(_exposure(canary, int(place), candidates, recipe, task, model))
+            said += _extracted(canary, task, model)
+            progress(len(exposures) + (0 if there else len(chosen[True])), total)
+        found[there] = (float(np.mean(exposures)), said)
+    return Exposure(
+        len(chosen[True]),
+        candidates,
+        math.log2(candidates + 1),
+        found[True][0],
+        found[False][0],
+        found[True][1],
+        found[False][1],
+        10**made.DIGITS,
+    )
+
+
+def _exposure(canary: Canary, number: int, candidates: int, recipe: Recipe, task, model) -> float:
+    others = [made.secret(number, SecureRandomness()) for _ in range(candidates)]
+    found = losses(model, task, made.features([canary, *others], recipe, task))
+    return math.log2(candidates + 1) - math.log2(1 + int((found[1:] < found[0]).sum()))
+
+
+def _extracted(canary: Canary, task, model) -> bool:
+    """Whether the model, given the sentence up to the secret, goes on with the secret."""
+    tokens = task.tokenizer(canary.cue, return_tensors="pt").to(model.device)
+    longest = len(task.tokenizer(canary.text.removeprefix(canary.cue))["input_ids"])
+    padding = task.tokenizer.pad_token_id if task.tokenizer.pad_token_id is not None else task.tokenizer.eos_token_id
+    model.eval()
+    with torch.no_grad():
+        out = model.generate(**tokens, max_new_tokens=longest, do_sample=False, pad_token_id=padding)
+    return canary.secret in task.tokenizer.decode(out[0, tokens["input_ids"].shape[1] :])
+
+
+def describe(found: Exposure) -> str:
+    """The audit in words."""
+    return (
+        f"Exposure {found.exposure:.2f} bits for {found.secrets} secrets that were in the data, {found.exposure_of_absent:.2f} for as many that were not "
+        f"(chance is about 1.4, {found.ceiling:.2f} the most that {found.candidates} candidates show).\n"
+        f"Said aloud: {found.extracted} of {found.secrets} that were in the data, {found.extracted_of_absent} of those that were not "
+        f"({found.codes:,} codes to guess from)."
+    )

@@ -1,0 +1,199 @@
+"""One training with canaries in it, and who was there: dpft's own runs, and any command that trains (Steinke et al. 2023).
+
+The attacker sees the weights that are released and nothing else, and knows the model before training: a canary's score is how
+much its loss fell. Coins are drawn by the operating system, lie beside the training's folder and not in it, and are read for
+the scoring alone. A training that was cut off after its end, or before the scoring, is scored when the audit is started again.
+"""
+
+import json
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dpft.audit import canaries as made
+from dpft.audit.canaries import Canaries
+from dpft.audit.report import Audit, judge
+from dpft.audit.scores import load_trained, losses
+from dpft.errors import RecipeError
+from dpft.privacy.noise import Randomness
+from dpft.recipe import Recipe, listed
+from dpft.report import write_card
+from dpft.training.data import load, load_public
+from dpft.training.run import load_model, set_up, train
+
+SEES_WEIGHTS = "sees the released weights and the model before training, and chose the canaries"
+BASELINE = "without-privacy"
+
+
+def audit_run(
+    recipe: Recipe,
+    output: Path | str,
+    *,
+    canaries: int = 1000,
+    kind: str | None = None,
+    repetitions: int = 1,
+    significance: float = 0.05,
+    baseline: bool = False,
+    randomness: Randomness | None = None,
+    announce: Callable[[str], None] = lambda text: None,
+    callbacks: Callable[[], Sequence] = lambda: (),
+) -> Audit:
+    """Train the recipe with canaries in its data, find out how well they can be told, and write ``audit.json`` and the card.
+
+    It is a run like any other: in ``output`` lies what it released, its account is charged, and the canaries are declared as
+    units beside the data's own. The coins are in ``output/private``.
+
+    Args:
+        canaries: m, each in the data with probability 1/2.
+        kind: see :mod:`dpft.audit.canaries`; by default mislabelled where public rows suffice, otherwise random-tokens.
+        baseline: also train without privacy, on the same canaries, which shows what the attack is worth. That model leaks: it and its
+            scores stay in ``output/private``.
+
+    Raises:
+        DPFTError: as :func:`dpft.train`; before anything is charged.
+    """
+    output = Path(output)
+    if (output / "audit.json").exists():
+        raise RecipeError(f"{output} holds an audit already: choose another folder.")
+    if baseline and recipe.ledger.dataset is not None:
+        raise RecipeError(
+            f"A training without privacy would spend all of {recipe.ledger.dataset!r}, and a ledger is kept for it: audit without the baseline."
+        )
+    coins = output / "private" / "canaries.json"
+    if not (output / "run.json").exists():
+        if (output / "releases.json").exists():
+            raise RecipeError(
+                f"{output} holds a run that did not end, whose canaries were lost: choose another folder."
+            )
+        setup = set_up(recipe)
+        planted = _made(recipe, setup.task.tokenizer, setup.train, canaries, kind, repetitions, randomness)
+        plan = _with_canaries(recipe.plan(), planted)
+        planted.save(coins)
+        setup.train = planted.planted(setup.train, recipe)
+        announce("training with canaries")
+        train(recipe, output, setup=setup, plan=plan, callbacks=callbacks(), randomness=randomness)
+    elif not coins.exists():
+        raise RecipeError(f"{output} holds a run without canaries: choose another folder.")
+    planted = Canaries.load(coins)
+    run = json.loads((output / "run.json").read_text())
+    announce("scoring the canaries")
+    found = _judged(recipe, output / "weights", planted, run["delta"], run["epsilon"], significance)
+    if baseline:
+        found = found.with_power(_baseline(recipe, output, planted, significance, announce, callbacks))
+    (output / "audit.json").write_text(json.dumps(found.json(), indent=2))
+    write_card(output)
+    return found
+
+
+def audit_command(
+    command: Sequence[str],
+    recipe: Recipe,
+    output: Path | str,
+    *,
+    claimed: float | None,
+    delta: float | None = None,
+    canaries: int = 1000,
+    kind: str | None = None,
+    repetitions: int = 1,
+    significance: float = 0.05,
+    randomness: Randomness | None = None,
+    announce: Callable[[str], None] = lambda text: None,
+) -> Audit:
+    """Audit any training: plant canaries in a copy of the recipe's data, run a command on it, and score what it leaves.
+
+    The command names ``{data}``, the file to train on, and ``{out}``, the folder where it must leave the model (``save_pretrained``
+    of the model or of a PEFT adapter). The recipe says what the data and the model are; its privacy is not used.
+
+    Args:
+        claimed, delta: what the command claims for one row; ``delta`` is by default the recipe's.
+
+    Raises:
+        RecipeError: the command lacks a place, fails, or leaves no model.
+    """
+    output = Path(output)
+    text = " ".join(command)
+    if "{data}" not in text or "{out}" not in text:
+        raise RecipeError(
+            "The command must name {data}, the file that it trains on, and {out}, the folder for its model, such as: python train.py {data} {out}."
+        )
+    if output.exists() and any(output.iterdir()):
+        raise RecipeError(f"{output} is not empty: choose another folder.")
+    rows, _ = load(recipe, validation=False)
+    task, _ = load_model(recipe)
+    planted = _made(recipe, task.tokenizer, rows, canaries, kind, repetitions, randomness)
+    planted.save(output / "private" / "canaries.json")
+    csv = listed(recipe.data.train)[0].endswith(".csv")
+    data, trained = output / f"data.{'csv' if csv else 'jsonl'}", output / "trained"
+    whole = planted.planted(rows, recipe)
+    whole.to_csv(data) if csv else whole.to_json(data)
+    trained.mkdir()
+    announce("training")
+    words = [word.replace("{data}", str(data)).replace("{out}", str(trained)) for word in command]
+    with open(output / "command.log", "w") as log:
+        try:
+            code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
+        except OSError as error:
+            raise RecipeError(f"The command {words[0]} cannot be run ({error.strerror}): mend its name.") from error
+    if code:
+        said = (output / "command.log").read_text().strip().splitlines()
+        raise RecipeError(
+            f"{shlex.join(words[:3])} ... ended with {code} ({said[-1] if said else 'it said nothing'}): see {output / 'command.log'}."
+        )
+    announce("scoring the canaries")
+    found = _judged(recipe, trained, planted, delta or recipe.privacy.delta, claimed, significance)
+    (output / "audit.json").write_text(json.dumps({"command": words, **found.json()}, indent=2))
+    return found
+
+
+def _made(recipe: Recipe, tokenizer, rows, number: int, kind: str | None, repetitions: int, randomness) -> Canaries:
+    public = load_public(recipe)
+    if public is None and recipe.data.validation_is_public:
+        _, public = load(recipe)
+    enough = recipe.task.name == "sequence_classification" and public is not None and len(public) >= number
+    kind = kind or ("mislabelled" if enough else "random-tokens")
+    options = dict(public=public, repetitions=repetitions, randomness=randomness)
+    return made.make(kind, number, recipe, tokenizer, rows, **options)
+
+
+def _with_canaries(plan, planted: Canaries):
+    """The plan for the data's units and the canaries'; sampling and noise stay what they were."""
+    return replace(plan, units=plan.units + planted.units)
+
+
+def _judged(
+    recipe: Recipe, weights: Path, planted: Canaries, delta: float, claimed: float | None, significance: float
+) -> Audit:
+    task, before = load_model(recipe)
+    features = made.features(planted.canaries, recipe, task)
+    scores = losses(before, task, features)
+    del before
+    _, after = load_trained(recipe, weights)
+    scores -= losses(after, task, features)
+    return judge(
+        scores,
+        planted.included,
+        delta=delta,
+        claimed=claimed,
+        significance=significance,
+        repetitions=planted.repetitions,
+        threat_model=SEES_WEIGHTS,
+        canary=planted.kind,
+    )
+
+
+def _baseline(recipe: Recipe, output: Path, planted: Canaries, significance: float, announce, callbacks) -> float:
+    """The lower bound that the same attack proves for a training without noise and clipping."""
+    folder, plain = output / "private" / BASELINE, recipe.without_privacy()
+    if not (folder / "run.json").exists():
+        setup = set_up(plain)
+        setup.train = planted.planted(setup.train, plain)
+        announce("training without privacy, to know what the attack is worth")
+        train(plain, folder, setup=setup, plan=_with_canaries(plain.plan(), planted), callbacks=callbacks())
+    announce("scoring the canaries")
+    delta = json.loads((output / "run.json").read_text())["delta"]
+    found = _judged(plain, folder / "weights", planted, delta, None, significance)
+    (folder / "audit.json").write_text(json.dumps(found.json(), indent=2))
+    write_card(folder)
+    return found.epsilon_lower_bound

@@ -1,0 +1,190 @@
+"""From an attack's scores to a lower bound, a ROC curve and one of three verdicts."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+from scipy.stats import rankdata
+
+from dpft.audit.bounds import f_dp_epsilon, one_run_epsilon
+from dpft.errors import PlanError
+from dpft.report.card import VERDICTS
+
+SMALLEST = 10  # guesses: fewer prove next to nothing
+POINTS = 60  # of a ROC curve that is kept
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an attack on one training shows.
+
+    ``epsilon_lower_bound`` holds with probability ``confidence`` whatever the training does; ``f_dp_lower_bound`` too, if its
+    trade-off is a Gaussian mechanism's. ``ceiling`` is what a perfect attack on as many canaries would have shown. ``claimed`` is
+    None where nothing is claimed. ``power`` is what the same attack shows of a training without privacy, where that was tried.
+    """
+
+    verdict: str
+    threat_model: str
+    canary: str
+    canaries: int
+    included: int
+    repetitions: int
+    guesses: int
+    correct: int
+    threshold_rule: str
+    confidence: float
+    delta: float
+    epsilon_lower_bound: float
+    ceiling: float
+    f_dp_lower_bound: float
+    claimed: float | None
+    auc: float
+    auc_interval: tuple[float, float]
+    roc: list[tuple[float, float]] = field(repr=False)
+    power: float | None = None
+
+    def json(self) -> dict:
+        return asdict(self)
+
+    def with_power(self, power: float) -> "Audit":
+        """Judged again, knowing how strong the attack is on a training without privacy."""
+        return replace(self, power=power, verdict=_verdict(self.epsilon_lower_bound, self.ceiling, self.claimed, power))
+
+
+def judge(
+    scores: Sequence[float],
+    included: Sequence[bool],
+    *,
+    delta: float,
+    claimed: float | None = None,
+    significance: float = 0.05,
+    repetitions: int = 1,
+    threat_model: str = "",
+    canary: str = "",
+) -> Audit:
+    """Guess "in" for the highest scores, "out" for the lowest and nothing between, and bound ε by how often that is right.
+
+    How many to guess is tried for several numbers; each is tested at ``significance / numbers`` (Bonferroni), so that the best of
+    them still errs with at most ``significance``.
+
+    Args:
+        scores: ``(m,)``, higher for a canary that seems to have been in the training; NaN counts as no guess.
+        included: ``(m,)``, the coins.
+        claimed: ε at ``delta`` that the training claims for one unit. Canaries that are in it ``repetitions`` times are a group of units.
+
+    Raises:
+        PlanError: scores and coins do not fit, or there are too few.
+    """
+    scores, included = np.asarray(scores, dtype=float), np.asarray(included, dtype=bool)
+    if scores.shape != included.shape or len(scores) < SMALLEST:
+        raise PlanError(
+            f"{scores.size:,} scores and {included.size:,} coins: an audit needs one of each for every canary, and at least {SMALLEST} canaries."
+        )
+    if not (included.any() and not included.all()):
+        raise PlanError("Every coin fell on the same side, so that nothing can be told apart: audit again.")
+    claimed, delta = group(claimed, delta, repetitions)
+    scores = np.where(np.isfinite(scores), scores, np.nanmedian(np.where(np.isfinite(scores), scores, np.nan)))
+    order = np.argsort(-scores, kind="stable")
+    right = np.where(np.arange(len(scores)) < len(scores) // 2, included[order], ~included[order])
+    sizes = guess_sizes(len(scores))
+    each = significance / len(sizes)
+    found = []
+    for size in sizes:
+        half = size // 2
+        correct = int(right[:half].sum() + right[-half:].sum())
+        found.append((one_run_epsilon(len(scores), size, correct, delta, each), correct / size, size, correct))
+    bound, _, guesses, correct = max(found)
+    ceiling = max(one_run_epsilon(len(scores), size, size, delta, each) for size in sizes)
+    auc, interval = area(scores[included], scores[~included])
+    return Audit(
+        verdict=_verdict(bound, ceiling, claimed, None),
+        threat_model=threat_model,
+        canary=canary,
+        canaries=len(scores),
+        included=int(included.sum()),
+        repetitions=repetitions,
+        guesses=guesses,
+        correct=correct,
+        threshold_rule=f"the best of {len(sizes)} numbers of guesses, each at {each:.2g} (Bonferroni)",
+        confidence=1 - significance,
+        delta=delta,
+        epsilon_lower_bound=bound,
+        ceiling=ceiling,
+        f_dp_lower_bound=f_dp_epsilon(len(scores), guesses, correct, delta, each),
+        claimed=claimed,
+        auc=auc,
+        auc_interval=interval,
+        roc=roc(scores[included], scores[~included]),
+    )
+
+
+def group(epsilon: float | None, delta: float, size: int) -> tuple[float | None, float]:
+    """The guarantee for ``size`` units at once: ``(kε, δ(e^{kε} − 1)/(e^ε − 1))`` (Dwork & Roth 2014, section 2.3; Vadhan 2017, Lemma 2.2)."""
+    if epsilon is None or size == 1:
+        return epsilon, delta
+    grown = size if epsilon == 0 else math.expm1(min(size * epsilon, 700)) / math.expm1(min(epsilon, 700))
+    return size * epsilon, min(delta * grown, 0.999)
+
+
+def guess_sizes(canaries: int) -> list[int]:
+    """Even numbers of guesses, each about half of the one before."""
+    sizes = []
+    size = canaries
+    while size >= SMALLEST:
+        sizes.append(size // 2 * 2)
+        size //= 2
+    return sizes
+
+
+def area(positives: np.ndarray, negatives: np.ndarray, confidence: float = 0.95) -> tuple[float, tuple[float, float]]:
+    """The area under the ROC curve and its interval (DeLong, DeLong, Clarke-Pearson 1988)."""
+    from scipy.stats import norm
+
+    p, n = len(positives), len(negatives)
+    ranks = rankdata(np.concatenate([positives, negatives]))
+    auc = (ranks[:p].sum() - p * (p + 1) / 2) / (p * n)
+    of_positives = (ranks[:p] - rankdata(positives)) / n
+    of_negatives = 1 - (ranks[p:] - rankdata(negatives)) / p
+    variance = (of_positives.var(ddof=1) / p if p > 1 else 0.25) + (of_negatives.var(ddof=1) / n if n > 1 else 0.25)
+    reach = norm.ppf((1 + confidence) / 2) * math.sqrt(variance)
+    return float(auc), (float(max(0.0, auc - reach)), float(min(1.0, auc + reach)))
+
+
+def roc(positives: np.ndarray, negatives: np.ndarray) -> list[tuple[float, float]]:
+    """``(false alarms, detections)`` at a spread of thresholds, both as rates."""
+    scores = np.concatenate([positives, negatives])
+    order = np.argsort(-scores, kind="stable")
+    inside = np.arange(len(scores))[order] < len(positives)
+    last = np.append(np.diff(scores[order]) != 0, True)  # equal scores move together
+    detected, alarms = np.cumsum(inside)[last] / len(positives), np.cumsum(~inside)[last] / len(negatives)
+    kept = np.unique(np.geomspace(1, len(detected), POINTS).round().astype(int)) - 1
+    return [(0.0, 0.0), *((float(alarms[i]), float(detected[i])) for i in kept)]
+
+
+def _verdict(bound: float, ceiling: float, claimed: float | None, power: float | None) -> str:
+    if claimed is not None and bound > claimed:
+        return "VIOLATION"
+    if claimed is not None and ceiling <= claimed:
+        return "uninformative"
+    seen = bound > 0 if power is None or claimed is None else power > claimed
+    return "consistent" if seen else "uninformative"
+
+
+def describe(audit: Audit) -> str:
+    """The audit in words."""
+    claim = "nothing is claimed" if audit.claimed is None else f"ε = {audit.claimed:.3g} is claimed"
+    times = (
+        ""
+        if audit.repetitions == 1
+        else f", {audit.repetitions} times each, which is judged as a group of {audit.repetitions} units"
+    )
+    lines = [
+        f"{audit.verdict}: {VERDICTS[audit.verdict]}.",
+        f"With {audit.confidence:.0%} confidence ε ≥ {audit.epsilon_lower_bound:.3f} at δ = {audit.delta:g}; {claim}; a perfect attack on so many canaries would have shown {audit.ceiling:.3g}.",
+        f"{audit.canaries:,} canaries ({audit.canary}){times}; {audit.included:,} were in the data; {audit.correct:,} of {audit.guesses:,} guesses were right.",
+        f"AUC {audit.auc:.3f} ({audit.auc_interval[0]:.3f} to {audit.auc_interval[1]:.3f}). If the trade-off is Gaussian, ε ≥ {audit.f_dp_lower_bound:.3f}.",
+    ]
+    if audit.power is not None:
+        lines.append(f"The same attack on a training without privacy shows ε ≥ {audit.power:.3f}.")
+    return "\n".join([*lines, f"The attacker {audit.threat_model}."])

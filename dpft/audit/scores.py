@@ -1,0 +1,73 @@
+"""What a released model says of a record: its loss, beside that of the model before training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import log_softmax
+
+from dpft.errors import RecipeError
+from dpft.recipe import Recipe
+from dpft.subset import load_weights
+from dpft.subset.weights import DELTA
+from dpft.tasks.task import IGNORED, Task, _without_labels
+from dpft.training.batches import EVALUATION_TOKENS, cut
+from dpft.training.run import load_model
+
+LEAST = 0.2  # share of a text's tokens that Min-K% looks at
+
+
+def load_trained(recipe: Recipe, weights: Path | str):
+    """The task and the model that a training with this recipe left: an adapter, sparse weights or a whole model.
+
+    Raises:
+        RecipeError: the folder holds none of these.
+    """
+    weights = Path(weights)
+    task, model = load_model(recipe)
+    if (weights / DELTA).exists() or (weights / "adapter_config.json").exists():
+        return task, load_weights(model, weights)
+    if (weights / "config.json").exists():
+        whole = recipe.model_copy(
+            update=dict(model=recipe.model.model_copy(update=dict(path=str(weights), revision=None)))
+        )
+        return task, load_model(whole)[1]
+    raise RecipeError(
+        f"{weights} holds no model (no config.json, adapter_config.json or {DELTA}): save the trained model there with save_pretrained."
+    )
+
+
+def losses(model, task: Task, features: Sequence[dict[str, Any]]) -> np.ndarray:
+    """``(n,)`` losses, each the mean over the record's own labels."""
+    return _for_each(model, task, features, lambda batch: task.losses(model, batch))
+
+
+def least_likely(model, task: Task, features: Sequence[dict[str, Any]]) -> np.ndarray:
+    """``(n,)`` Min-K% scores: the mean log-probability of each text's least likely fifth of tokens (Shi et al. 2024)."""
+
+    def scored(batch) -> torch.Tensor:
+        logits = model(**_without_labels(batch)).logits[:, :-1].float()
+        labels = batch["labels"][:, 1:]
+        likely = log_softmax(logits, -1).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        found = []
+        for row, kept in zip(likely, labels != IGNORED, strict=True):
+            one = row[kept].sort().values
+            found.append(one[: max(1, round(LEAST * len(one)))].mean() if len(one) else row.new_zeros(()))
+        return torch.stack(found)
+
+    return _for_each(model, task, features, scored)
+
+
+def _for_each(model, task: Task, features: Sequence[dict[str, Any]], score) -> np.ndarray:
+    was_training = model.training
+    model.eval()
+    found = np.empty(len(features))
+    lengths = [task.length(feature) for feature in features]
+    with torch.no_grad():
+        for group in cut(lengths, range(len(features)), token_budget=EVALUATION_TOKENS):
+            batch = task.collate([features[place] for place in group])
+            found[group] = score({name: value.to(model.device) for name, value in batch.items()}).float().cpu().numpy()
+    model.train(was_training)
+    return found

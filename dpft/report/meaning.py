@@ -1,0 +1,97 @@
+"""What a guarantee means: the most that anyone can do who sees all that was released and knows everything else."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dpft.errors import RecipeError
+from dpft.privacy import accounting
+from dpft.privacy.accounting import Adjacency
+from dpft.recipe import Recipe
+
+ALARMS = (0.001, 0.01, 0.1)
+CHOICES = (2, 10, 1_000, 1_000_000)
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """Upper bounds, by the privacy loss distribution.
+
+    Attributes:
+        epsilon, delta: the claim.
+        advantage: the largest detections − false alarms of any test for a unit's presence.
+        detection: detections at each rate of false alarms in ``ALARMS``.
+        reconstruction: for each number of equally likely values of a unit's attribute (``CHOICES``), how often the right one is guessed
+            at best: the test's power at a false-alarm rate of one over that number (Hayes, Mahloujifar, Balle 2023, Theorem 2).
+        curve: ``(false alarms, most detections)``, the trade-off curve.
+    """
+
+    epsilon: float
+    delta: float
+    advantage: float
+    detection: dict[float, float]
+    reconstruction: dict[int, float]
+    curve: list[tuple[float, float]] = field(repr=False)
+
+
+def meaning(events: Iterable[dict], delta: float, adjacency: Adjacency = "add-or-remove-one") -> Meaning:
+    """What the guarantee of these events means; ``{"noise_multiplier", "sample_rate", "count"}`` each, as in ``run.json``.
+
+    Raises:
+        PlanError: they have no privacy loss distribution under this adjacency.
+    """
+    event = accounting.composed(events)
+    alarms = [10 ** (-4 + i / 15) for i in range(61)]
+    asked = [*ALARMS, *(1 / n for n in CHOICES), *alarms]
+    powers = accounting.detection_rates(event, asked, adjacency)
+    detection, rest = powers[: len(ALARMS)], powers[len(ALARMS) :]
+    return Meaning(
+        accounting.epsilon(event, delta, adjacency),
+        delta,
+        accounting.deltas(event, [0.0], adjacency)[0],
+        dict(zip(ALARMS, detection, strict=True)),
+        dict(zip(CHOICES, rest[: len(CHOICES)], strict=True)),
+        list(zip(alarms, rest[len(CHOICES) :], strict=True)),
+    )
+
+
+def of_run(folder: Path | str) -> Meaning:
+    """What a finished run's guarantee means.
+
+    Raises:
+        RecipeError: no run, or none that is private.
+    """
+    path = Path(folder) / "run.json"
+    run = json.loads(path.read_text()) if path.exists() else None
+    if run is None or not run["private"] or not run["released_steps"]:
+        raise RecipeError(f"{folder} holds no private run, so there is no guarantee to explain.")
+    return meaning(run["events"], run["delta"], run["adjacency"])
+
+
+def of_recipe(recipe: Recipe) -> Meaning:
+    """What the guarantee would mean, before anything is run."""
+    plan = recipe.plan()
+    event = {"noise_multiplier": plan.noise_multiplier, "sample_rate": plan.sample_rate, "count": plan.steps}
+    return meaning([event], plan.delta, plan.adjacency)
+
+
+def describe(found: Meaning) -> str:
+    """The guarantee in words for whoever has to sign for it."""
+    lines = [
+        f"ε = {found.epsilon:.4g} at δ = {found.delta:g}. The most that anyone can do who sees everything released and knows all other records:",
+        *(
+            f"- detect that a unit was in the data in {_percent(power)} of cases, with false alarms in {_percent(rate)}"
+            for rate, power in found.detection.items()
+        ),
+        f"- tell presence from absence by {_percent(found.advantage)} better than a coin (advantage: detections minus false alarms)",
+        *(
+            f"- name the right one of {choices:,} equally likely values of a record in {_percent(power)} of cases, where guessing is right in {_percent(1 / choices)}"
+            for choices, power in found.reconstruction.items()
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

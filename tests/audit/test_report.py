@@ -1,0 +1,115 @@
+"""From scores to a bound and a verdict: right as often as promised, and able to show something."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dpft.audit.bounds import gaussian_epsilon, one_run
+from dpft.audit.report import area, describe, group, guess_sizes, judge, roc
+from dpft.errors import PlanError
+
+DELTA = 1e-5
+
+
+def trial(generator, canaries, mu):
+    """Coins, and what a Gaussian mechanism of that μ shows of each canary."""
+    coins = generator.random(canaries) < 0.5
+    return mu * coins + generator.standard_normal(canaries), coins
+
+
+def test_a_gaussian_mechanism_is_seldom_accused_and_often_seen():
+    generator = np.random.default_rng(0)
+    claimed = gaussian_epsilon(1.0, DELTA)
+    found = [judge(*trial(generator, 400, 1.0), delta=DELTA, claimed=claimed) for _ in range(100)]
+    assert sum(one.verdict == "VIOLATION" for one in found) == 0
+    assert sum(one.f_dp_lower_bound > claimed for one in found) <= 5
+    assert np.mean([one.epsilon_lower_bound for one in found]) > 0.5
+
+
+def test_randomised_response_is_accused_at_most_as_often_as_promised():
+    generator = np.random.default_rng(1)
+    truth, accused = 1.0, 0
+    for _ in range(200):
+        coins = generator.random(300) < 0.5
+        said = np.where(generator.random(300) < 1 / (1 + math.exp(-truth)), coins, ~coins)
+        accused += judge(said + 1e-6 * generator.random(300), coins, delta=0.0, claimed=truth).verdict == "VIOLATION"
+    assert accused <= 0.05 * 200 + 3 * math.sqrt(0.05 * 200)
+
+
+def test_twice_the_claim_is_a_violation():
+    generator = np.random.default_rng(2)
+    scores, coins = trial(generator, 2000, 6.0)
+    found = judge(scores, coins, delta=DELTA, claimed=2.0)
+    assert found.verdict == "VIOLATION" and found.epsilon_lower_bound > 2.0
+    assert found.epsilon_lower_bound <= found.ceiling and "leaks more than it claims" in describe(found)
+
+
+def test_the_threshold_is_corrected_for_having_been_chosen():
+    scores, coins = trial(np.random.default_rng(3), 500, 2.0)
+    found = judge(scores, coins, delta=DELTA)
+    each = 0.05 / len(guess_sizes(500))
+    assert found.epsilon_lower_bound == one_run(500, found.guesses, found.correct, DELTA, each).epsilon_lower_bound
+    assert "Bonferroni" in found.threshold_rule and found.guesses in guess_sizes(500)
+
+
+def test_verdicts_say_what_was_shown():
+    generator = np.random.default_rng(4)
+    nothing = judge(*trial(generator, 200, 0.0), delta=DELTA, claimed=1.0)
+    assert nothing.verdict == "uninformative" and nothing.epsilon_lower_bound == 0
+    assert nothing.with_power(2.0).verdict == "consistent" and "without privacy" in describe(nothing.with_power(2.0))
+    assert nothing.with_power(0.5).verdict == "uninformative"
+    beyond = judge(*trial(generator, 200, 9.0), delta=DELTA, claimed=20.0)
+    assert beyond.verdict == "uninformative" and beyond.ceiling < 20
+    assert judge(*trial(generator, 400, 2.0), delta=DELTA, claimed=30.0).claimed == 30.0
+
+
+def test_repetitions_are_judged_as_a_group():
+    assert group(1.0, 1e-6, 1) == (1.0, 1e-6) and group(None, 1e-6, 3) == (None, 1e-6)
+    epsilon, delta = group(1.0, 1e-6, 3)
+    assert epsilon == 3.0 and delta == pytest.approx(1e-6 * (1 + math.e + math.e**2))
+    found = judge(*trial(np.random.default_rng(5), 400, 3.0), delta=1e-6, claimed=1.0, repetitions=3)
+    assert found.claimed == 3.0 and found.delta == delta and "group of 3 units" in describe(found)
+
+
+def test_the_curve_and_its_area():
+    generator = np.random.default_rng(6)
+    inside, outside = generator.standard_normal(500) + 1, generator.standard_normal(400)
+    auc, (low, high) = area(inside, outside)
+    brute = (inside[:, None] > outside[None, :]).mean()
+    assert auc == pytest.approx(brute) and low < auc < high and high - low == pytest.approx(0.06, abs=0.02)
+    points = roc(inside, outside)
+    assert points[0] == (0.0, 0.0) and points[-1] == (1.0, 1.0)
+    alarms, detected = points[len(points) // 2]
+    threshold = np.sort(outside)[::-1][round(alarms * 400) - 1] if alarms else outside.max()
+    assert detected == pytest.approx((inside >= threshold).mean(), abs=0.05)
+    assert area(np.ones(3), np.ones(4))[0] == 0.5
+
+
+def test_the_area_s_interval_covers():
+    generator = np.random.default_rng(7)
+    truth = 0.5 * (1 + math.erf(0.5))  # Φ(1/√2)
+    covered = 0
+    for _ in range(200):
+        _, (low, high) = area(generator.standard_normal(80) + 1, generator.standard_normal(80))
+        covered += low <= truth <= high
+    assert covered >= 180
+
+
+@pytest.mark.parametrize(
+    ("scores", "coins", "said"),
+    [
+        ([1.0] * 20, [True] * 19, "one of each"),
+        ([1.0] * 5, [True] * 5, "at least 10"),
+        ([1.0] * 20, [True] * 20, "same side"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(scores, coins, said):
+    with pytest.raises(PlanError, match=said):
+        judge(scores, coins, delta=DELTA)
+
+
+def test_a_score_that_is_no_number_counts_as_none():
+    scores, coins = trial(np.random.default_rng(8), 100, 3.0)
+    scores[3], scores[4] = np.nan, np.inf
+    assert math.isfinite(judge(scores, coins, delta=DELTA).epsilon_lower_bound)

@@ -53,27 +53,30 @@ def recipe(tmp_path, case):
 
 @pytest.fixture
 def language(tmp_path):
-    """A language model small enough to learn by heart, and its data on disk."""
-    tmp_path = tmp_path / "language"
-    tmp_path.mkdir()
+    return language_in(tmp_path / "language")
+
+
+def language_in(folder):
+    """A recipe whose language model is small enough to learn its data by heart; both are on disk."""
+    folder.mkdir()
     config = transformers.GPT2Config(
         vocab_size=len(VOCABULARY), n_positions=64, n_embd=32, n_layer=1, n_head=2, eos_token_id=2, bos_token_id=2
     )
     transformers.set_seed(0)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder / "model")
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
-    ).save_pretrained(tmp_path / "model")
+    ).save_pretrained(folder / "model")
     rows = [(" ".join(NAMES[(i * j) % 90] for j in range(1, 6 + i % 6)),) for i in range(60)]
     for name, part in (("train.csv", rows[:40]), ("validation.csv", rows[40:])):
-        write(tmp_path / name, [("text",), *part])
+        write(folder / name, [("text",), *part])
     return {
         "subset": "all",
-        "model": {"path": str(tmp_path / "model")},
+        "model": {"path": str(folder / "model")},
         "task": {"name": "causal_lm", "max_length": 40},
-        "data": {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "validation.csv"), "units": 40},
+        "data": {"train": str(folder / "train.csv"), "validation": str(folder / "validation.csv"), "units": 40},
         "privacy": {"epsilon": 3.0, "delta": 1e-3, "batch_size": 10, "steps": 4},
         "optimizer": {"learning_rate": 0.01},
     }

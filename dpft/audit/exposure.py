@@ -95,7 +95,8 @@ def _extracted(canary: Canary, task, model) -> bool:
     model.eval()
     with torch.no_grad():
         out = model.generate(**tokens, max_new_tokens=longest, do_sample=False, pad_token_id=padding)
-    return canary.secret in task.tokenizer.decode(out[0, tokens["input_ids"].shape[1] :])
+    said = task.tokenizer.decode(out[0, tokens["input_ids"].shape[1] :])
+    return canary.secret in said.replace(" ", "")
 
 
 def describe(found: Exposure) -> str:

@@ -7,6 +7,7 @@ the scoring alone. A training that was cut off after its end, or before the scor
 
 import json
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -187,6 +188,7 @@ def _baseline(recipe: Recipe, output: Path, planted: Canaries, significance: flo
     """The lower bound that the same attack proves for a training without noise and clipping."""
     folder, plain = output / "private" / BASELINE, recipe.without_privacy()
     if not (folder / "run.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # what was cut off is worth nothing and spent nothing more
         setup = set_up(plain)
         setup.train = planted.planted(setup.train, plain)
         announce("training without privacy, to know what the attack is worth")

@@ -2,20 +2,22 @@
 
 Sixteen canaries, each a unit with a gradient along a coordinate of its own and far longer than the clip, are put into each
 step by sixteen coins. Whoever sees the released gradient has to tell from a coordinate whether its canary was there: against a
-Gaussian mechanism of noise multiplier σ that is a test of μ = 1/σ (Nasr et al. 2023, section 5; Dong et al. 2022). It audits
-sensitivity, noise and normaliser as they are executed; the model's own gradients are the preflight's.
+Gaussian mechanism of noise multiplier σ that is a test of μ = 1/σ (Nasr et al. 2023, section 5; Dong et al. 2022). Shorter games
+(:data:`GAMES`) look where that one is blind. They audit sensitivity, noise and normaliser as they are executed; the model's own
+gradients are the preflight's.
 """
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpft.audit.bounds import gaussian_epsilon, least_mu
-from dpft.errors import PlanError
+from dpft.errors import GuaranteeError, PlanError
 from dpft.gradients.engine import Engine
 from dpft.privacy.noise import SecureRandomness
 from dpft.privacy.plan import Plan
@@ -23,25 +25,42 @@ from dpft.report.card import VERDICTS
 
 COORDINATES = 16
 INFORMATIVE = 0.5  # share of the claimed μ below which a bound says little
+WIDE = (1 << 16) + 1000  # coordinates of which the last is beyond what the engine draws noise for at a time
+SHARES = {COORDINATES: 4, WIDE: 32}  # by width: the main game is so many times as long
+SCALE_ERRORS = 6.0  # standard errors by which the noise may miss what is planned
+
+
+@dataclass(frozen=True)
+class Game:
+    """A shorter game: who is in the step, and whether ``(width,)`` released numbers, in units of the clip, betray it."""
+
+    about: str
+    play: Callable[["_Arena", bool], Tensor]
+    betrays: Callable[[Tensor], bool]
+    width: int = COORDINATES
 
 
 @dataclass(frozen=True)
 class StepAudit:
     """What one step claims, what was measured, and a verdict: VIOLATION, consistent or uninformative.
 
-    ``mu`` is the estimate, ``mu_lower_bound`` holds with ``confidence``, on trials that did not choose the threshold.
+    ``mu`` is the estimate, ``mu_lower_bound`` holds with ``confidence``, on trials that did not choose the threshold. ``noise`` is the
+    measured noise over the planned one. ``games`` are the lower bounds on μ of the shorter games, ``problems`` what contradicts the claim.
     """
 
     verdict: str
     mu_claimed: float
     mu: float
     mu_lower_bound: float
+    noise: float
     epsilon_claimed: float
     epsilon_lower_bound: float
     delta: float
     confidence: float
     steps: int
     trials: int
+    games: dict[str, float]
+    problems: list[str]
     threat_model: str = "sees every released gradient and chooses the canaries; one step"
     canary: str = "a unit whose gradient is long and along one coordinate"
 
@@ -53,7 +72,7 @@ def audit_step(
     significance: float = 1e-3,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> StepAudit:
-    """Run ``steps`` steps of an engine with the plan's noise and clip.
+    """Run ``steps`` steps of an engine with the plan's noise and clip, and the shorter games.
 
     Raises:
         PlanError: the plan adds no noise, or fewer than 100 steps are asked for.
@@ -62,60 +81,150 @@ def audit_step(
         raise PlanError(
             f"A plan with noise multiplier {plan.noise_multiplier:g} was to be audited over {steps:,} steps: give it noise, and at least 100 steps."
         )
-    present, scores = _play(
-        replace(
-            plan, sample_rate=1.0, steps=steps, units=COORDINATES, examples_per_unit=1, delta=min(plan.delta, 1e-2)
-        ),
-        progress,
-    )
-    noise = np.sqrt((scores[present].var(ddof=1) + scores[~present].var(ddof=1)) / 2)
-    mu = (scores[present].mean() - scores[~present].mean()) / noise
+    each = significance / (1 + len(GAMES))  # so that all games together raise a false alarm no more often
+    delta = min(plan.delta, 1e-2)
+    tried = replace(plan, sample_rate=1.0, steps=steps, units=COORDINATES, examples_per_unit=1, delta=delta)
+    present, scores = _play(tried, progress)
+    spread = np.sqrt((scores[present].var(ddof=1) + scores[~present].var(ddof=1)) / 2)
     half = len(scores) // 2  # the threshold is chosen on one half and judged on the other
-    threshold = _best_threshold(scores[:half], present[:half], significance)
-    inside, said = present[half:], scores[half:] > threshold
-    bound = least_mu(
-        int((said & ~inside).sum()), int((~inside).sum()), int((~said & inside).sum()), int(inside.sum()), significance
-    )
-    claimed = 1 / plan.noise_multiplier
-    verdict = "VIOLATION" if bound > claimed else "consistent" if bound > INFORMATIVE * claimed else "uninformative"
+    threshold = _best_threshold(scores[:half], present[:half], each)
+    bound = _bound(present[half:], scores[half:] > threshold, each)
+    games = {name: _played(game, tried, max(200, steps // SHARES[game.width]), each) for name, game in GAMES.items()}
+    claimed, noise = 1 / plan.noise_multiplier, float(spread / plan.noise_multiplier)
+    problems = []
+    if bound > claimed:
+        problems.append(f"the step leaks μ ≥ {bound:.3f} where it claims {claimed:.3f}")
+    if abs(noise - 1) > SCALE_ERRORS / math.sqrt(2 * len(scores)):
+        problems.append(f"the released noise is {noise:.3f} of what is planned")
+    problems += [
+        f"{GAMES[name].about} shows in the release, μ ≥ {found:.3f} where {claimed:.3f} is claimed"
+        for name, found in games.items()
+        if found > claimed
+    ]
+    verdict = "VIOLATION" if problems else "consistent" if bound > INFORMATIVE * claimed else "uninformative"
     return StepAudit(
         verdict,
         claimed,
-        float(mu),
+        float((scores[present].mean() - scores[~present].mean()) / spread),
         bound,
+        noise,
         gaussian_epsilon(claimed, plan.delta),
         gaussian_epsilon(bound, plan.delta),
         plan.delta,
         1 - significance,
         steps,
         len(scores),
+        games,
+        problems,
     )
 
 
 def _play(plan: Plan, progress: Callable[[int, int], None]) -> tuple[np.ndarray, np.ndarray]:
     """``(steps · COORDINATES,)`` coins, and the released coordinates in units of the clip."""
-    model = nn.Linear(COORDINATES, 1, bias=False)
-    canaries = 1e3 * plan.clip.sensitivity * torch.eye(COORDINATES)
+    arena = _Arena(plan, COORDINATES)
     coins = SecureRandomness().bernoulli(plan.steps * COORDINATES, 0.5).reshape(plan.steps, COORDINATES)
     scores = np.empty((plan.steps, COORDINATES))
-    with Engine(model, plan) as engine:
+    with arena.engine:
         for step, inside in enumerate(coins):
             if inside.any():
-                engine.accumulate(model(canaries[torch.from_numpy(inside)]).squeeze(1))
-            engine.release()
-            scores[step] = model.weight.grad[0].numpy()
+                arena.put(np.flatnonzero(inside))
+            scores[step] = arena.release().numpy()
             if step % 100 == 0:
                 progress(step, plan.steps)
-    return coins.ravel(), scores.ravel() * plan.expected_batch_size / plan.clip.sensitivity
+    return coins.ravel(), scores.ravel()
+
+
+class _Arena:
+    """An engine over one weight of ``(1, width)``, into which gradients along its coordinates are put."""
+
+    def __init__(self, plan: Plan, width: int) -> None:
+        self.model = nn.Linear(width, 1, bias=False)
+        self.engine = Engine(self.model, plan)
+        self._length = 1e3 * plan.clip.sensitivity
+        self._scale = plan.expected_batch_size / plan.clip.sensitivity
+
+    def put(self, coordinates, units=None, length: float = 1.0) -> None:
+        """A micro-batch of one long gradient along each coordinate."""
+        inputs = torch.zeros(len(coordinates), self.model.in_features)
+        inputs[torch.arange(len(coordinates)), torch.as_tensor(coordinates)] = self._length * length
+        self.engine.accumulate(self.model(inputs).squeeze(1), units)
+
+    def release(self) -> Tensor:
+        """``(width,)``, in units of the clip."""
+        self.engine.release()
+        return self.model.weight.grad[0] * self._scale
+
+
+def _alone(arena: _Arena, there: bool) -> Tensor:
+    if there:
+        arena.put([-1])
+    return arena.release()
+
+
+def _broken(arena: _Arena, there: bool) -> Tensor:
+    arena.put([0])
+    if there:
+        arena.put([-1], length=math.inf)
+    return arena.release()
+
+
+def _two_rows(arena: _Arena, there: bool) -> Tensor:
+    arena.put([0, 0], units=["other", "other"])
+    if there:
+        arena.put([-1, -1], units=["canary", "canary"])
+    return arena.release()
+
+
+def _came_back(arena: _Arena, there: bool) -> Tensor:
+    """An engine that refuses a unit's second clip has defended itself: what is released is without it."""
+    if there:
+        arena.put([-1], units=["canary"])
+    arena.put([0], units=["other"])
+    if there:
+        with suppress(GuaranteeError):
+            arena.put([-1], units=["canary"])
+    return arena.release()
+
+
+def _replayed(arena: _Arena, there: bool) -> Tensor:
+    """The attacker knows the seed of PyTorch's generator, makes the noise again and subtracts it."""
+    releases = []
+    for inside in (False, there):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            arena.put([0])
+            if inside:
+                arena.put([-1])
+            releases.append(arena.release())
+    return releases[1] - releases[0]
+
+
+GAMES = {
+    "alone": Game("whether a step is empty", _alone, lambda found: bool(found.any()) and float(found[-1]) > 0.5, WIDE),
+    "broken": Game("a gradient that is not finite", _broken, lambda found: not bool(found.isfinite().all())),
+    "two rows": Game("a unit with two rows", _two_rows, lambda found: float(found[-1]) > 1),
+    "came back": Game("a unit that comes back", _came_back, lambda found: float(found[-1]) > 1),
+    "replayed": Game("a unit under noise that a seed makes again", _replayed, lambda found: float(found[-1]) > 0.5),
+}
+
+
+def _played(game: Game, plan: Plan, trials: int, significance: float) -> float:
+    """The lower bound on μ; the rule by which a release betrays its canary was fixed beforehand."""
+    arena = _Arena(replace(plan, steps=2 * trials, examples_per_unit=2), game.width)
+    coins = SecureRandomness().bernoulli(trials, 0.5)
+    with arena.engine:
+        said = [game.betrays(game.play(arena, bool(there))) for there in coins]
+    return _bound(coins, np.array(said), significance)
+
+
+def _bound(present: np.ndarray, said: np.ndarray, significance: float) -> float:
+    errors = int((said & ~present).sum()), int((~said & present).sum())
+    return least_mu(errors[0], int((~present).sum()), errors[1], int(present.sum()), significance)
 
 
 def _best_threshold(scores: np.ndarray, present: np.ndarray, significance: float) -> float:
-    def bound(threshold: float) -> float:
-        said = scores > threshold
-        errors = int((said & ~present).sum()), int((~said & present).sum())
-        return least_mu(errors[0], int((~present).sum()), errors[1], int(present.sum()), significance)
-
-    return max(np.quantile(scores, np.linspace(0.02, 0.98, 49)), key=bound)
+    candidates = np.quantile(scores, np.linspace(0.02, 0.98, 49))
+    return max(candidates, key=lambda threshold: _bound(present, scores > threshold, significance))
 
 
 def describe(found: StepAudit) -> str:
@@ -123,6 +232,8 @@ def describe(found: StepAudit) -> str:
     ratio = found.mu / found.mu_claimed if found.mu_claimed else math.nan
     return (
         f"{found.verdict}: {VERDICTS[found.verdict]}.\n"
-        f"μ = {found.mu:.4f} measured, {found.mu_claimed:.4f} claimed (1/σ), {ratio:.3f} of it; with {found.confidence:.2%} confidence μ ≥ {found.mu_lower_bound:.4f}.\n"
-        f"One step: ε ≥ {found.epsilon_lower_bound:.3f} shown of ε = {found.epsilon_claimed:.3f} claimed at δ = {found.delta:g}, from {found.trials:,} trials in {found.steps:,} steps."
+        + "".join(f"- {problem}\n" for problem in found.problems)
+        + f"μ = {found.mu:.4f} measured, {found.mu_claimed:.4f} claimed (1/σ), {ratio:.3f} of it; with {found.confidence:.2%} confidence μ ≥ {found.mu_lower_bound:.4f}.\n"
+        f"One step: ε ≥ {found.epsilon_lower_bound:.3f} shown of ε = {found.epsilon_claimed:.3f} claimed at δ = {found.delta:g}, from {found.trials:,} trials in {found.steps:,} steps.\n"
+        f"The noise is {found.noise:.3f} of what is planned. {len(found.games)} shorter games ({', '.join(found.games)}) show μ ≥ {max(found.games.values()):.3f}."
     )

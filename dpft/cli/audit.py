@@ -68,7 +68,7 @@ def step(recipe, steps, overrides, as_json) -> None:
     plan = Recipe.read(recipe, overrides).plan()
     with progress() as bar:
         bar.announce("auditing")
-        found = audit_step(plan, steps=steps)
+        found = audit_step(plan, steps=steps, progress=lambda done, of: bar.update(total=of, completed=done))
     if as_json:
         show(asdict(found), True)
     else:

@@ -66,7 +66,8 @@ def pitfalls() -> str:
     mutants: dict[str, list[str]] = {}
     for patch in sorted(MUTANTS.glob("*.patch")):
         row, text = re.search(r"^# (T\d+): (.*)$", patch.read_text(), re.MULTILINE).groups()
-        mutants.setdefault(row, []).append(f"{text} (`{patch.name}`)")
+        seen = ", which `dpft audit step` sees" if "\n# audit: " in patch.read_text() else ""
+        mutants.setdefault(row, []).append(f"{text}{seen} (`{patch.name}`)")
     lines = [
         "# Pitfalls",
         "",

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
-from dpft.audit.spending import audit_run
+from dpft.audit.spending import audit_ledger, audit_run
 from dpft.errors import RecipeError
+from dpft.ledger import Ledger
+from dpft.privacy import composition
+from dpft.privacy.composition import Event
 from dpft.recipe import Recipe
 from dpft.training.run import train
 
@@ -18,11 +21,11 @@ def folder(recipe, tmp_path):
 
 def test_an_honest_run_is_consistent(folder):
     found = audit_run(folder)
-    pld, own, rdp = found.epsilon.values()
+    pld, own, rdp, prv = found.epsilon.values()
     assert found.verdict == "consistent" and found.stated == pytest.approx(pld, rel=2e-3) == pytest.approx(
         own, rel=2e-3
     )
-    assert rdp > pld
+    assert rdp > pld and pld - 1e-3 <= prv <= pld + 0.03
 
 
 @pytest.mark.parametrize(
@@ -33,6 +36,9 @@ def test_an_honest_run_is_consistent(folder):
         ("run.json", ("released_steps",), 5, "count 4 releases, and it made 5"),
         ("run.json", ("events", 0, "noise_multiplier"), 9.0, "its events say otherwise"),
         ("run.json", ("events", 0, "event"), "shuffled_gaussian", "is not what was executed"),
+        ("run.json", ("versions", "dp-accounting"), "0.3.1", "0.4 is needed"),
+        ("run.json", ("versions", "dp-accounting"), "not installed", "0.4 is needed"),
+        ("releases.json", ("mechanism", "adjacency"), "replace-one", "adjacency was replace-one"),
         ("releases.json", ("charged",), 7, "7 releases were counted on disk"),
         ("releases.json", ("mechanism", "private_randomness"), False, "came from a seed"),
     ],
@@ -54,3 +60,34 @@ def test_a_lost_counter_and_a_folder_without_a_run_are_named(folder, tmp_path):
     assert "is gone" in audit_run(folder).problems[0]
     with pytest.raises(RecipeError, match="no finished run"):
         audit_run(tmp_path)
+
+
+def test_every_data_set_of_a_ledger_is_recomputed(tmp_path):
+    ledger = Ledger(str(tmp_path / "ledger.sqlite"))
+    for name in ("notes", "letters"):
+        ledger.create(name, epsilon=8, delta=1e-5).spend([Event(200, 1.0, 0.01), Event(50, 2.0, 0.05)], purpose="try")
+    found = audit_ledger(ledger)
+    assert [one.name for one in found] == ["notes", "letters"]
+    for one in found:
+        values = [value for value in one.epsilon.values() if value is not None]
+        assert one.verdict == "consistent" and len(values) == 4 and max(values) < 1.5 * min(values)
+
+
+def test_a_ledger_that_says_too_little_is_a_violation(tmp_path, monkeypatch):
+    """T18: the accountant that granted the budget was wrong by a third, and another one says so."""
+    ledger = Ledger(str(tmp_path / "ledger.sqlite"))
+    account = ledger.create("notes", epsilon=8, delta=1e-5)
+    true = composition.epsilon
+    monkeypatch.setattr(composition, "epsilon", lambda *args: true(*args) * 2 / 3)
+    account.spend([Event(200, 1.0, 0.01)], purpose="try")
+    (found,) = audit_ledger(ledger)
+    assert found.verdict == "VIOLATION" and any("compose to" in problem for problem in found.problems)
+
+
+def test_what_only_an_epsilon_is_known_of_has_no_prv(tmp_path):
+    ledger = Ledger(str(tmp_path / "ledger.sqlite"))
+    ledger.create("notes", epsilon=8, delta=1e-5).spend([Event(1, epsilon=1.0, delta=0.0)], purpose="a count")
+    (found,) = audit_ledger(ledger)
+    assert found.epsilon["PRV (Opacus)"] is None and found.epsilon["PLD (dp-accounting)"] == pytest.approx(
+        1.0, rel=1e-2
+    )

@@ -4,6 +4,7 @@ import pytest
 
 from dpft.audit.step import audit_step, describe
 from dpft.errors import PlanError
+from dpft.gradients.engine import Engine
 from dpft.privacy.clipping import AutoClip, FlatClip
 from dpft.privacy.plan import Plan
 
@@ -18,6 +19,7 @@ def test_the_step_leaks_what_it_claims(sigma, clip):
     assert found.mu == pytest.approx(1 / sigma, rel=0.05)
     assert found.verdict == "consistent" and found.mu_lower_bound <= 1 / sigma
     assert found.epsilon_lower_bound < found.epsilon_claimed and "no proof" in describe(found)
+    assert found.noise == pytest.approx(1.0, abs=0.03) and max(found.games.values()) <= 1 / sigma and not found.problems
 
 
 def test_noise_that_is_too_small_is_a_violation(monkeypatch):
@@ -32,6 +34,29 @@ def test_a_bound_on_gradients_that_does_not_hold_is_a_violation(monkeypatch):
     """T6: the noise follows a clip that the gradients do not obey."""
     monkeypatch.setattr(FlatClip, "factors", lambda self, norms: 2 * self.clip_norm / norms)
     assert audit_step(plan(1.0), steps=2000).verdict == "VIOLATION"
+
+
+def test_an_empty_step_without_noise_is_a_violation(monkeypatch):
+    """T9: what the main game cannot see, because its steps are never empty."""
+    release = Engine.release
+
+    def silent(self):
+        empty = self._total is None
+        release(self)
+        for parameter in self.capture.model.parameters():
+            if empty:
+                parameter.grad.zero_()
+
+    monkeypatch.setattr(Engine, "release", silent)
+    found = audit_step(plan(1.0), steps=1000)
+    assert found.verdict == "VIOLATION" and found.games["alone"] > 1 and "empty" in describe(found)
+
+
+def test_too_much_noise_is_not_what_was_planned(monkeypatch):
+    true = Plan.noise_std
+    monkeypatch.setattr(Plan, "noise_std", property(lambda self: true.fget(self) * 1.2))
+    found = audit_step(plan(1.0), steps=1000)
+    assert found.problems == [f"the released noise is {found.noise:.3f} of what is planned"]
 
 
 def test_a_plan_without_noise_cannot_be_audited():

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from scipy import stats
 
 from dpft.privacy import noise
@@ -30,6 +31,24 @@ def test_noise_is_gaussian():
     assert stats.kstest(values, "norm").pvalue > 1e-3
     assert stats.kstest(values * 1.05, "norm").pvalue < 1e-3  # the test could fail
     assert abs(stats.kurtosis(values)) < 0.15
+
+
+def test_each_number_is_the_half_sum_of_four_gaussians():
+    """T11: as in Holohan & Braghin 2021, section 5.1 with n = 2, from the cipher's stream and nothing else."""
+    key, size = SeededRandomness(5)._key(), 1000
+    stream = Cipher(algorithms.ChaCha20(key[:32], key[32:48]), mode=None).encryptor().update(bytes(32 * size))
+    uniforms = (np.frombuffer(stream, dtype=np.uint64) >> np.uint64(11)).astype(float).reshape(2, 2, size) / 2**53
+    radius, angle = np.sqrt(-2 * np.log1p(-uniforms[0])), 2 * np.pi * uniforms[1]
+    first, second = radius * np.cos(angle), radius * np.sin(angle)
+    expected = (first[0] + first[1] + np.roll(second[0] + second[1], 1)) / 2
+    assert np.allclose(SeededRandomness(5).gaussian(size).numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_noise_is_not_porous():
+    """T11: a sampler in float32 repeats itself, which tells an attacker what noise cannot have been added; this one does not."""
+    n = 1 << 19
+    assert len(torch.randn(n).unique()) < n - 1000  # the test could fail
+    assert len(SecureRandomness().gaussian(n).unique()) == n
 
 
 def test_numbers_are_independent():

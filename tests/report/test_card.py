@@ -34,7 +34,7 @@ def test_epsilon_is_derived_from_the_events(folder):
             and "500 releases" in card
         )
     assert "| 1 % | 4.31 % |" in text
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
 
 
 def test_names_cannot_become_markup(folder):

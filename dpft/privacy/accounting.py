@@ -7,6 +7,7 @@ DP (Mironov 2017) is the second opinion, and always the larger of the two.
 
 import logging
 import math
+import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Literal
@@ -100,7 +101,9 @@ def epsilon_prv(
     accountant = PRVAccountant()
     accountant.history = history
     try:
-        found = float(accountant.get_epsilon(delta))
+        with warnings.catch_warnings():  # about the Rényi orders from which it guesses a first grid
+            warnings.simplefilter("ignore")
+            found = float(accountant.get_epsilon(delta))
     except (RuntimeError, ValueError, MemoryError, OverflowError, IndexError):
         return math.inf
     return found if found > 0 else math.inf

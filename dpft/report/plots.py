@@ -65,12 +65,13 @@ def roc(curves: dict[str, list[tuple[float, float]]], *, title: str = "Who was i
     """Named curves of ``(false alarms, detections)`` on logarithmic axes, with guessing dashed."""
 
     def draw(axes) -> None:
-        least = min((x for points in curves.values() for x, y in points if x > 0 and y > 0), default=1e-3)
-        least = max(least / 2, 1e-4)
+        least = 1.0
         for (name, points), style in zip(curves.items(), STYLES, strict=False):
-            shown = [(max(x, least), y) for x, y in points if y > 0]
+            half = min((x for x, _ in points if x > 0), default=1e-3) / 2  # where "none so far" is drawn
+            shown = [(max(x, half), y) for x, y in points if y > 0]
             if shown:
                 axes.plot(*zip(*shown, strict=True), label=name, linewidth=2, **{**style, "marker": ""})
+                least = max(min(least, half), 1e-4)
         axes.plot([least, 1], [least, 1], color=INK, linestyle=":", linewidth=1.5, label="guessing")
         axes.set_xscale("log")
         axes.set_yscale("log")

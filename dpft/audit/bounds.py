@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import ndtr, ndtri
+from scipy.special import log_ndtr, ndtr, ndtri
 from scipy.stats import beta, binom
 
 from dpft.errors import PlanError
@@ -72,6 +72,8 @@ def f_dp_one_run(canaries: int, guesses: int, correct: int, delta: float, signif
     mechanism that the attack does not refute. Arguments and errors are those of :func:`one_run`.
     """
     _check(canaries, guesses, correct, delta, significance)
+    if delta == 0:
+        raise PlanError("delta is 0, and a Gaussian mechanism has no epsilon there: give a small delta, such as 1e-6.")
     bound = f_dp_epsilon(canaries, guesses, correct, delta, significance)
     ceiling = max(f_dp_epsilon(canaries, r, r, delta, significance) for r in _sizes(canaries))
     return Bound("one run, Gaussian trade-off (Mahloujifar et al. 2024)", bound, ceiling, delta, 1 - significance)
@@ -132,9 +134,12 @@ def least_mu(false_positives: int, negatives: int, false_negatives: int, positiv
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """ε at ``delta`` of μ-Gaussian DP (Dong et al. 2022, Corollary 2.13)."""
-    excess = lambda epsilon: ndtr(mu / 2 - epsilon / mu) - math.exp(epsilon) * ndtr(-mu / 2 - epsilon / mu) - delta
+    # e to the ε alone would overflow where the product with a tail does not
+    excess = lambda epsilon: ndtr(mu / 2 - epsilon / mu) - math.exp(epsilon + log_ndtr(-mu / 2 - epsilon / mu)) - delta
     if mu <= 0 or excess(0.0) <= 0:
         return 0.0
+    if delta == 0:
+        return math.inf
     return float(brentq(excess, 0.0, mu**2 / 2 + 40 * mu))
 
 

@@ -1,18 +1,18 @@
 """Canaries: made-up records that are planted in the training data by secret coins, and looked for afterwards.
 
-Each is a unit of its own, made from public material alone (a tokenizer's vocabulary, a template, rows declared public), so that
-looking for it reveals nothing of a person. Included or not is decided by the operating system's entropy, once for each.
+Each is a unit of its own, made from public material alone (a tokenizer's vocabulary, a template, rows of ``data.public``) and never
+by a look at the private data: what depended on a person would have to be paid for. Included or not is decided by the operating system's entropy, once for each.
 
 ``random-tokens``  random words, with a random label where there are labels: nothing else in the data supports them
 ``secret``         an in-distribution sentence with a random code in it, as real data may hold one (Carlini et al. 2019)
-``new-token``      random words and then a token that occurs nowhere in the data (Panda et al. 2025)
+``new-token``      random words and then a rare token that no other canary has (after Panda et al. 2025, who add one to the vocabulary)
 ``mislabelled``    a public row's text with a label that is not its own (Steinke, Nasr, Jagielski 2023, section 6)
 """
 
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,13 +75,14 @@ class Canaries:
         import datasets
 
         some, unit = rows[0], recipe.data.unit
+        values = {str(value): value for value in rows.unique(recipe.task.label)} if _labelled(recipe) else {}
         owners = iter(_owners(rows, unit, self.repetitions * len(self)))
         found = []
         for canary, inside in zip(self.canaries, self.included, strict=True):
             for _ in range(self.repetitions):
                 owner = next(owners)
                 if inside:
-                    row = dict.fromkeys(some) | columns(canary, recipe, some)
+                    row = dict.fromkeys(some) | columns(canary, recipe, values)
                     found.append(row | ({unit: owner} if unit != "example" else {}))
         if not found:
             return rows
@@ -95,7 +96,6 @@ def make(
     number: int,
     recipe: Recipe,
     tokenizer,
-    rows,
     *,
     public=None,
     repetitions: int = 1,
@@ -106,7 +106,6 @@ def make(
     Args:
         kind: one of ``KINDS``.
         number: m.
-        rows: the training data, in which a new token must not occur.
         public: rows declared public: what mislabelled canaries are made of.
         repetitions: how often an included canary is in the data; each time it is another unit.
 
@@ -118,7 +117,7 @@ def make(
             f"{number:,} canaries, {repetitions:,} times each, show nothing: plant at least 10, once or more often."
         )
     randomness = randomness or SecureRandomness()
-    classes = recipe.task.name == "sequence_classification"
+    classes = _labelled(recipe)
     if kind in ("secret", "new-token") and classes:
         raise RecipeError(
             f"{kind} canaries are found by what a language model says next, and {recipe.task.name} says nothing: use random-tokens or mislabelled."
@@ -135,11 +134,12 @@ def make(
         words = _Words(tokenizer, randomness)
         labels = recipe.task.labels if classes else [None]
         if kind == "random-tokens":
-            canaries = [Canary(words.text(WORDS), _choice(labels, randomness)) for _ in range(number)]
+            cues = [words.text(CUE) if recipe.task.prompt else "" for _ in range(number)]
+            texts = [f"{cue} {words.text(WORDS)}".strip() for cue in cues]
+            canaries = [Canary(text, _choice(labels, randomness), cue) for text, cue in zip(texts, cues, strict=True)]
         else:
             cues = [words.text(CUE) for _ in range(number)]
-            unseen = _unseen(number, recipe, tokenizer, rows, words)
-            canaries = [Canary(f"{cue} {token}", cue=cue) for cue, token in zip(cues, unseen, strict=True)]
+            canaries = [Canary(f"{cue} {token}", cue=cue) for cue, token in zip(cues, words.rare(number), strict=True)]
     return Canaries(kind, canaries, randomness.bernoulli(number, 0.5), repetitions)
 
 
@@ -151,37 +151,52 @@ def secret(number: int, randomness: Randomness) -> Canary:
 
 
 def features(canaries: Sequence[Canary], recipe: Recipe, task) -> list[dict[str, Any]]:
-    """Each canary as the task encodes it, for its loss; what its cue says has none."""
+    """Each canary as the task encodes it, for its loss; what its cue says has none.
+
+    Raises:
+        RecipeError: ``task.max_length`` leaves nothing of a canary to judge, or cuts its secret.
+    """
     from dpft.tasks.task import IGNORED
 
-    rows = [columns(canary, recipe, {}) for canary in canaries]
+    rows = [columns(canary, recipe) for canary in canaries]
     encoded = task.encode({name: [row[name] for row in rows] for name in rows[0]})
     if recipe.task.name == "causal_lm":
         for canary, one in zip(canaries, encoded, strict=True):
-            hidden = len(task.tokenizer(canary.cue)["input_ids"]) if canary.cue else 0
+            cue = task.tokenizer(canary.cue)["input_ids"] if canary.cue else []
+            hidden = len(os.path.commonprefix([cue, list(one["input_ids"])]))
             end = len(one["labels"]) - 1 if one["labels"][-1] == task.tokenizer.eos_token_id else len(one["labels"])
             place = range(len(one["labels"]))
             one["labels"] = [v if (hidden <= i < end) else IGNORED for i, v in zip(place, one["labels"], strict=True)]
+            shown = task.tokenizer.decode([token for token in one["labels"] if token != IGNORED])
+            if not shown.strip() or canary.secret not in shown.replace(" ", ""):
+                raise RecipeError(
+                    f"task.max_length is {recipe.task.max_length} tokens, which cuts off what a canary is judged by: raise it to {len(task.tokenizer(canary.text)['input_ids']) + 1} or more."
+                )
     return encoded
 
 
-def columns(canary: Canary, recipe: Recipe, like: dict) -> dict[str, Any]:
-    """The canary in the task's columns; ``like`` is a row whose types its values take."""
+def columns(canary: Canary, recipe: Recipe, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The canary in the task's columns; ``values`` are the data's own for each declared label."""
     task = recipe.task
     if task.prompt:
         return {task.prompt: canary.cue, task.response: canary.text.removeprefix(canary.cue)}
     found = {task.text: canary.text}
-    if task.name == "sequence_classification":
-        kind = type(like.get(task.label, ""))
-        found[task.label] = kind(canary.label)
+    if _labelled(recipe):
+        known = values or {}
+        kind = type(next(iter(known.values()), ""))
+        found[task.label] = known.get(canary.label, canary.label if kind is bool else kind(canary.label))
     return found
 
 
+def _labelled(recipe: Recipe) -> bool:
+    return recipe.task.name == "sequence_classification"
+
+
 class _Words:
-    """Whole words of a vocabulary that a tokenizer gives back as they are."""
+    """Words of a vocabulary, the common ones first."""
 
     def __init__(self, tokenizer, randomness: Randomness) -> None:
-        self._randomness = randomness
+        self._tokenizer, self._randomness = tokenizer, randomness
         special = set(tokenizer.all_special_ids)
         found = {}
         for token in range(len(tokenizer)):
@@ -196,33 +211,24 @@ class _Words:
     def text(self, number: int) -> str:
         return " ".join(self.words[i] for i in _below(len(self.words), number, self._randomness))
 
-
-def _unseen(number: int, recipe: Recipe, tokenizer, rows, words: _Words) -> list[str]:
-    """Words of one token each that occur nowhere in the data."""
-    texts = [
-        text
-        for name in (recipe.task.text, recipe.task.prompt, recipe.task.response)
-        if name
-        for text in _column(rows, name)
-    ]
-    seen = {token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids}
-    found = []
-    for word in words.words:
-        ids = tokenizer(f"a {word}", add_special_tokens=False)["input_ids"]
-        if len(ids) == 2 and ids[1] not in seen:
-            found.append(word)
-    if len(found) < number:
-        raise RecipeError(
-            f"Only {len(found):,} words of the vocabulary do not occur in the data, and {number:,} canaries need one each: plant fewer, or another kind."
-        )
-    return [found[i] for i in np.argsort(words._randomness.uniform(len(found)))[:number]]
+    def rare(self, number: int) -> list[str]:
+        """Different words of one token each, from the later half of the vocabulary: merges that a tokenizer learned last."""
+        found = []
+        for word in self.words[len(self.words) // 2 :]:
+            if len(self._tokenizer(f"a {word}", add_special_tokens=False)["input_ids"]) == 2:
+                found.append(word)
+        if len(found) < number:
+            raise RecipeError(
+                f"The vocabulary has {len(found):,} rare words of one token, and {number:,} canaries need one each: plant fewer, or another kind."
+            )
+        return [found[i] for i in np.argsort(self._randomness.uniform(len(found)))[:number]]
 
 
 def _mislabelled(number: int, recipe: Recipe, public, randomness: Randomness) -> list[Canary]:
     if public is None or len(public) < number:
         raise RecipeError(
             f"{number:,} mislabelled canaries need as many rows declared public, and there are {0 if public is None else len(public):,}: "
-            "name data.public, declare the validation data public, or use random-tokens."
+            "name them in data.public, or use random-tokens."
         )
     found = []
     for place in np.argsort(randomness.uniform(len(public)))[:number].tolist():
@@ -240,6 +246,10 @@ def _owners(rows, unit: str, number: int) -> list:
     if isinstance(values[0], str):
         taken = set(values)
         return [name for i in range(number + len(taken)) if (name := f"canary-{i}") not in taken][:number]
+    if not isinstance(values[0], int):
+        raise RecipeError(
+            f"The units in column {unit!r} are of type {type(values[0]).__name__}, and canaries need new ones: make them numbers or text."
+        )
     largest = max(values)
     return [largest + 1 + i for i in range(number)]
 

@@ -23,9 +23,10 @@ from dpft.recipe import Recipe
 
 @dataclass(frozen=True)
 class Exposure:
-    """Means over ``secrets`` that were in the data and as many that were not; ``extracted`` counts greedy completions."""
+    """Means over ``secrets`` that were in the data and ``absent`` that were not; ``extracted`` counts greedy completions."""
 
     secrets: int
+    absent: int
     candidates: int
     ceiling: float
     exposure: float
@@ -71,6 +72,7 @@ def audit_exposure(
         found[there] = (float(np.mean(exposures)), said)
     return Exposure(
         len(chosen[True]),
+        len(chosen[False]),
         candidates,
         math.log2(candidates + 1),
         found[True][0],
@@ -84,7 +86,7 @@ def audit_exposure(
 def _exposure(canary: Canary, number: int, candidates: int, recipe: Recipe, task, model) -> float:
     others = [made.secret(number, SecureRandomness()) for _ in range(candidates)]
     found = losses(model, task, made.features([canary, *others], recipe, task))
-    return math.log2(candidates + 1) - math.log2(1 + int((found[1:] < found[0]).sum()))
+    return math.log2(candidates + 1) - math.log2(1 + (found[1:] < found[0]).sum() + (found[1:] == found[0]).sum() / 2)
 
 
 def _extracted(canary: Canary, task, model) -> bool:
@@ -102,7 +104,7 @@ def _extracted(canary: Canary, task, model) -> bool:
 def describe(found: Exposure) -> str:
     """The audit in words."""
     return (
-        f"Exposure {found.exposure:.2f} bits for {found.secrets} secrets that were in the data, {found.exposure_of_absent:.2f} for as many that were not "
+        f"Exposure {found.exposure:.2f} bits for {found.secrets} secrets that were in the data, {found.exposure_of_absent:.2f} for {found.absent} that were not "
         f"(chance is about 1.4, {found.ceiling:.2f} the most that {found.candidates} candidates show).\n"
         f"Said aloud: {found.extracted} of {found.secrets} that were in the data, {found.extracted_of_absent} of those that were not "
         f"({found.codes:,} codes to guess from)."

@@ -1,8 +1,8 @@
 """One training with canaries in it, and who was there: dpft's own runs, and any command that trains (Steinke et al. 2023).
 
 The attacker sees the weights that are released and nothing else, and knows the model before training: a canary's score is how
-much its loss fell. Coins are drawn by the operating system, lie beside the training's folder and not in it, and are read for
-the scoring alone. A training that was cut off after its end, or before the scoring, is scored when the audit is started again.
+much its loss fell. Coins are drawn by the operating system, lie where what trains does not look, and are read for the scoring
+alone. A run that ended before it was scored is scored when the audit is started again.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dpft.audit import canaries as made
 from dpft.audit.canaries import Canaries
-from dpft.audit.report import Audit, judge
+from dpft.audit.report import Audit, check_claim, judge
 from dpft.audit.scores import load_trained, losses
 from dpft.errors import RecipeError
 from dpft.privacy.noise import Randomness
@@ -48,14 +48,15 @@ def audit_run(
 
     Args:
         canaries: m, each in the data with probability 1/2.
-        kind: see :mod:`dpft.audit.canaries`; by default mislabelled where public rows suffice, otherwise random-tokens.
-        baseline: also train without privacy, on the same canaries, which shows what the attack is worth. That model leaks: it and its
-            scores stay in ``output/private``.
+        kind: see :mod:`dpft.audit.canaries`; by default mislabelled where ``data.public`` suffices, otherwise random-tokens.
+        baseline: also train without privacy, on the same canaries, which shows what the attack is worth. That model leaks: it, what
+            it shows and the verdict that knows of it stay in ``output/private`` and in what this returns.
 
     Raises:
         DPFTError: as :func:`dpft.train`; before anything is charged.
     """
     output = Path(output)
+    check_claim(None, recipe.privacy.delta, significance)
     if (output / "audit.json").exists():
         raise RecipeError(f"{output} holds an audit already: choose another folder.")
     if baseline and recipe.ledger.dataset is not None:
@@ -66,24 +67,32 @@ def audit_run(
     if not (output / "run.json").exists():
         if (output / "releases.json").exists():
             raise RecipeError(
-                f"{output} holds a run that did not end, whose canaries were lost: choose another folder."
+                f"{output} holds a run that did not end, and what it released stays charged: choose another folder."
             )
         setup = set_up(recipe)
-        planted = _made(recipe, setup.task.tokenizer, setup.train, canaries, kind, repetitions, randomness)
+        planted = _made(recipe, setup.task, canaries, kind, repetitions, randomness)
         plan = _with_canaries(recipe.plan(), planted)
         planted.save(coins)
-        setup.train = planted.planted(setup.train, recipe)
+        setup.account_rows, setup.train = setup.train, planted.planted(setup.train, recipe)
         announce("training with canaries")
         train(recipe, output, setup=setup, plan=plan, callbacks=callbacks(), randomness=randomness)
     elif not coins.exists():
         raise RecipeError(f"{output} holds a run without canaries: choose another folder.")
     planted = Canaries.load(coins)
     run = json.loads((output / "run.json").read_text())
+    if (output / "recipe.toml").read_text() != recipe.to_toml():
+        raise RecipeError(f"{output} holds an audit of another recipe: give {output / 'recipe.toml'} to score it.")
+    if run["units"] != recipe.data.units + planted.units:
+        raise RecipeError(
+            f"The run in {output} went on without its canaries, so they show nothing: audit in another folder."
+        )
     announce("scoring the canaries")
     found = _judged(recipe, output / "weights", planted, run["delta"], run["epsilon"], significance)
+    public = found.json()
     if baseline:
-        found = found.with_power(_baseline(recipe, output, planted, significance, announce, callbacks))
-    (output / "audit.json").write_text(json.dumps(found.json(), indent=2))
+        found = found.with_power(_baseline(recipe, output, planted, found.delta, significance, announce, callbacks))
+        (output / "private" / "audit.json").write_text(json.dumps(found.json(), indent=2))
+    (output / "audit.json").write_text(json.dumps(public, indent=2))
     write_card(output)
     return found
 
@@ -104,6 +113,8 @@ def audit_command(
 ) -> Audit:
     """Audit any training: plant canaries in a copy of the recipe's data, run a command on it, and score what it leaves.
 
+    The copy is deleted afterwards. Columns that the task does not read are empty in canaries.
+
     The command names ``{data}``, the file to train on, and ``{out}``, the folder where it must leave the model (``save_pretrained``
     of the model or of a PEFT adapter). The recipe says what the data and the model are; its privacy is not used.
 
@@ -113,7 +124,9 @@ def audit_command(
     Raises:
         RecipeError: the command lacks a place, fails, or leaves no model.
     """
-    output = Path(output)
+    output = Path(output).resolve()
+    delta = recipe.privacy.delta if delta is None else delta
+    check_claim(claimed, delta, significance)
     text = " ".join(command)
     if "{data}" not in text or "{out}" not in text:
         raise RecipeError(
@@ -123,13 +136,15 @@ def audit_command(
         raise RecipeError(f"{output} is not empty: choose another folder.")
     rows, _ = load(recipe, validation=False)
     task, _ = load_model(recipe)
-    planted = _made(recipe, task.tokenizer, rows, canaries, kind, repetitions, randomness)
+    planted = _made(recipe, task, canaries, kind, repetitions, randomness)
     planted.save(output / "private" / "canaries.json")
     csv = listed(recipe.data.train)[0].endswith(".csv")
-    data, trained = output / f"data.{'csv' if csv else 'jsonl'}", output / "trained"
+    seen = output / "seen"  # all that the command is told of
+    data, trained = seen / f"data.{'csv' if csv else 'jsonl'}", seen / "trained"
+    seen.mkdir(mode=0o700)
+    trained.mkdir()
     whole = planted.planted(rows, recipe)
     whole.to_csv(data) if csv else whole.to_json(data)
-    trained.mkdir()
     announce("training")
     words = [word.replace("{data}", str(data)).replace("{out}", str(trained)) for word in command]
     with open(output / "command.log", "w") as log:
@@ -137,25 +152,28 @@ def audit_command(
             code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
         except OSError as error:
             raise RecipeError(f"The command {words[0]} cannot be run ({error.strerror}): mend its name.") from error
+        finally:
+            data.unlink()
     if code:
         said = (output / "command.log").read_text().strip().splitlines()
         raise RecipeError(
             f"{shlex.join(words[:3])} ... ended with {code} ({said[-1] if said else 'it said nothing'}): see {output / 'command.log'}."
         )
     announce("scoring the canaries")
-    found = _judged(recipe, trained, planted, delta or recipe.privacy.delta, claimed, significance)
+    found = _judged(recipe, trained, planted, delta, claimed, significance)
     (output / "audit.json").write_text(json.dumps({"command": words, **found.json()}, indent=2))
     return found
 
 
-def _made(recipe: Recipe, tokenizer, rows, number: int, kind: str | None, repetitions: int, randomness) -> Canaries:
+def _made(recipe: Recipe, task, number: int, kind: str | None, repetitions: int, randomness) -> Canaries:
+    """Canaries that can be judged; what cannot is refused here, before anything is charged."""
     public = load_public(recipe)
-    if public is None and recipe.data.validation_is_public:
-        _, public = load(recipe)
     enough = recipe.task.name == "sequence_classification" and public is not None and len(public) >= number
     kind = kind or ("mislabelled" if enough else "random-tokens")
     options = dict(public=public, repetitions=repetitions, randomness=randomness)
-    return made.make(kind, number, recipe, tokenizer, rows, **options)
+    found = made.make(kind, number, recipe, task.tokenizer, **options)
+    made.features(found.canaries, recipe, task)
+    return found
 
 
 def _with_canaries(plan, planted: Canaries):
@@ -184,7 +202,9 @@ def _judged(
     )
 
 
-def _baseline(recipe: Recipe, output: Path, planted: Canaries, significance: float, announce, callbacks) -> float:
+def _baseline(
+    recipe: Recipe, output: Path, planted: Canaries, delta: float, significance: float, announce, callbacks
+) -> float:
     """The lower bound that the same attack proves for a training without noise and clipping."""
     folder, plain = output / "private" / BASELINE, recipe.without_privacy()
     if not (folder / "run.json").exists():
@@ -194,7 +214,6 @@ def _baseline(recipe: Recipe, output: Path, planted: Canaries, significance: flo
         announce("training without privacy, to know what the attack is worth")
         train(plain, folder, setup=setup, plan=_with_canaries(plain.plan(), planted), callbacks=callbacks())
     announce("scoring the canaries")
-    delta = json.loads((output / "run.json").read_text())["delta"]
     found = _judged(plain, folder / "weights", planted, delta, None, significance)
     (folder / "audit.json").write_text(json.dumps(found.json(), indent=2))
     write_card(folder)

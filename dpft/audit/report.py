@@ -69,13 +69,14 @@ def judge(
     them still errs with at most ``significance``.
 
     Args:
-        scores: ``(m,)``, higher for a canary that seems to have been in the training; NaN counts as no guess.
+        scores: ``(m,)``, higher for a canary that seems to have been in the training; one that is NaN is put in the middle.
         included: ``(m,)``, the coins.
         claimed: ε at ``delta`` that the training claims for one unit. Canaries that are in it ``repetitions`` times are a group of units.
 
     Raises:
-        PlanError: scores and coins do not fit, or there are too few.
+        PlanError: scores and coins do not fit, there are too few, or the claim cannot be one.
     """
+    check_claim(claimed, delta, significance)
     scores, included = np.asarray(scores, dtype=float), np.asarray(included, dtype=bool)
     if scores.shape != included.shape or len(scores) < SMALLEST:
         raise PlanError(
@@ -84,7 +85,9 @@ def judge(
     if not (included.any() and not included.all()):
         raise PlanError("Every coin fell on the same side, so that nothing can be told apart: audit again.")
     claimed, delta = group(claimed, delta, repetitions)
-    scores = np.where(np.isfinite(scores), scores, np.nanmedian(np.where(np.isfinite(scores), scores, np.nan)))
+    if np.isnan(scores).all():
+        raise PlanError("Every canary's score is NaN, so the model says nothing about any: look at what was trained.")
+    scores = np.where(np.isnan(scores), np.nanmedian(scores), scores)
     order = np.argsort(-scores, kind="stable")
     right = np.where(np.arange(len(scores)) < len(scores) // 2, included[order], ~included[order])
     sizes = guess_sizes(len(scores))
@@ -111,12 +114,22 @@ def judge(
         delta=delta,
         epsilon_lower_bound=bound,
         ceiling=ceiling,
-        f_dp_lower_bound=f_dp_epsilon(len(scores), guesses, correct, delta, each),
+        f_dp_lower_bound=f_dp_epsilon(len(scores), guesses, correct, delta, each) if delta else 0.0,
         claimed=claimed,
         auc=auc,
         auc_interval=interval,
         roc=roc(scores[included], scores[~included]),
     )
+
+
+def check_claim(claimed: float | None, delta: float, significance: float) -> None:
+    """Raises PlanError: these are no ε, δ and probability of a false alarm."""
+    if not (0 <= delta < 1 and 0 < significance < 1):
+        raise PlanError(
+            f"delta is {delta} and significance {significance}: both are probabilities, such as 1e-5 and 0.05."
+        )
+    if claimed is not None and not 0 <= claimed < math.inf:
+        raise PlanError(f"The claimed epsilon is {claimed}: claim a number from zero up, or nothing.")
 
 
 def group(epsilon: float | None, delta: float, size: int) -> tuple[float | None, float]:
@@ -147,7 +160,14 @@ def area(positives: np.ndarray, negatives: np.ndarray, confidence: float = 0.95)
     of_positives = (ranks[:p] - rankdata(positives)) / n
     of_negatives = 1 - (ranks[p:] - rankdata(negatives)) / p
     variance = (of_positives.var(ddof=1) / p if p > 1 else 0.25) + (of_negatives.var(ddof=1) / n if n > 1 else 0.25)
-    reach = norm.ppf((1 + confidence) / 2) * math.sqrt(variance)
+    least = min(p, n)
+    if variance == 0 and auc in (
+        0.0,
+        1.0,
+    ):  # none out of order, which of so few proves no more than this (Clopper, Pearson)
+        missed = 1 - ((1 - confidence) / 2) ** (1 / least)
+        return float(auc), (0.0, missed) if auc == 0 else (1 - missed, 1.0)
+    reach = norm.ppf((1 + confidence) / 2) * math.sqrt(variance or auc * (1 - auc) / least)
     return float(auc), (float(max(0.0, auc - reach)), float(min(1.0, auc + reach)))
 
 
@@ -179,8 +199,9 @@ def describe(audit: Audit) -> str:
         if audit.repetitions == 1
         else f", {audit.repetitions} times each, which is judged as a group of {audit.repetitions} units"
     )
+    headline = "Nothing is claimed, so nothing is judged."
     lines = [
-        f"{audit.verdict}: {VERDICTS[audit.verdict]}.",
+        headline if audit.claimed is None else f"{audit.verdict}: {VERDICTS[audit.verdict]}.",
         f"With {audit.confidence:.0%} confidence ε ≥ {audit.epsilon_lower_bound:.3f} at δ = {audit.delta:g}; {claim}; a perfect attack on so many canaries would have shown {audit.ceiling:.3g}.",
         f"{audit.canaries:,} canaries ({audit.canary}){times}; {audit.included:,} were in the data; {audit.correct:,} of {audit.guesses:,} guesses were right.",
         f"AUC {audit.auc:.3f} ({audit.auc_interval[0]:.3f} to {audit.auc_interval[1]:.3f}). If the trade-off is Gaussian, ε ≥ {audit.f_dp_lower_bound:.3f}.",

@@ -1,5 +1,6 @@
 """What a released model says of a record: its loss, beside that of the model before training."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def load_trained(recipe: Recipe, weights: Path | str):
     if (weights / DELTA).exists() or (weights / "adapter_config.json").exists():
         return task, load_weights(model, weights)
     if (weights / "config.json").exists():
+        _check_labels(recipe, weights)
         whole = recipe.model_copy(
             update=dict(model=recipe.model.model_copy(update=dict(path=str(weights), revision=None)))
         )
@@ -37,6 +39,16 @@ def load_trained(recipe: Recipe, weights: Path | str):
     raise RecipeError(
         f"{weights} holds no model (no config.json, adapter_config.json or {DELTA}): save the trained model there with save_pretrained."
     )
+
+
+def _check_labels(recipe: Recipe, weights: Path) -> None:
+    """Raises RecipeError: the model numbers the recipe's labels in another order, so that its losses would be of wrong classes."""
+    known = json.loads((weights / "config.json").read_text()).get("label2id") or {}
+    ordered = sorted(known, key=known.get)
+    if set(ordered) == set(recipe.task.labels) and ordered != list(recipe.task.labels):
+        raise RecipeError(
+            f"The model in {weights} numbers its labels {', '.join(ordered[:3])} ..., and task.labels names {', '.join(recipe.task.labels[:3])} ... first: give them in the model's order."
+        )
 
 
 def losses(model, task: Task, features: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -48,8 +60,8 @@ def least_likely(model, task: Task, features: Sequence[dict[str, Any]]) -> np.nd
     """``(n,)`` Min-K% scores: the mean log-probability of each text's least likely fifth of tokens (Shi et al. 2024)."""
 
     def scored(batch) -> torch.Tensor:
-        logits = model(**_without_labels(batch)).logits[:, :-1].float()
         labels = batch["labels"][:, 1:]
+        logits = model(**_without_labels(batch)).logits[:, -labels.shape[1] - 1 : -1].float()  # without virtual tokens
         likely = log_softmax(logits, -1).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
         found = []
         for row, kept in zip(likely, labels != IGNORED, strict=True):

@@ -55,7 +55,7 @@ def bounds(method, as_json, **facts) -> None:
 def step(recipe, steps, overrides, as_json) -> None:
     """Audit the engine's step with the recipe's noise and clip, from inside, in seconds; touches no data.
 
-    Exit code 1 if the step leaks more than it claims.
+    Exit code 1 if the step is not what it claims.
 
     \b
     Example:
@@ -140,7 +140,7 @@ PLANTED = (
     click.option(
         "--kind",
         type=click.Choice(["random-tokens", "secret", "new-token", "mislabelled"]),
-        help="By default mislabelled where public rows suffice, otherwise random-tokens.",
+        help="By default mislabelled where data.public suffices, otherwise random-tokens.",
     ),
     click.option(
         "--repetitions",
@@ -196,7 +196,11 @@ def run(recipe, output, overrides, as_json, **settings) -> None:
 @audit.command(context_settings={"ignore_unknown_options": True})
 @click.option("--recipe", type=click.Path(dir_okay=False), required=True, help="Says what the data and the model are.")
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="The audit's folder.")
-@click.option("--claimed", type=float, help="The ε that the command claims for one row; without it nothing is judged.")
+@click.option(
+    "--claimed",
+    type=float,
+    help="The ε that the command claims for adding or removing one row; without it nothing is judged.",
+)
 @click.option("--delta", type=float, help="δ of the claim; by default the recipe's.")
 @planted
 @as_json
@@ -209,7 +213,7 @@ def command(recipe, output, as_json, command, **settings) -> None:
 
     \b
     Example:
-      dpft audit command --recipe recipe.toml --canaries 40 --output audits/theirs --claimed 8 -- python train.py {data} {out}
+      dpft audit command --recipe recipe.toml --canaries 40 --output audits/theirs --claimed 1 -- python train.py {data} {out}
     """
     from dpft.audit.game import audit_command
     from dpft.cli.progress import progress

@@ -20,7 +20,7 @@ ADJACENCY_WORDS = {
 
 
 VERDICTS = {
-    "VIOLATION": "the training leaks more than it claims",
+    "VIOLATION": "what was measured contradicts the claim",
     "consistent": "nothing contradicts the claim; that is no proof of it",
     "uninformative": "the attack shows too little to say anything about the claim",
 }

@@ -84,7 +84,7 @@ def describe(found: Meaning) -> str:
             f"- detect that a unit was in the data in {_percent(power)} of cases, with false alarms in {_percent(rate)}"
             for rate, power in found.detection.items()
         ),
-        f"- tell presence from absence by {_percent(found.advantage)} better than a coin (advantage: detections minus false alarms)",
+        f"- detect presence in {_percent(found.advantage)} more of cases than raise a false alarm, with any test (its advantage)",
         *(
             f"- name the right one of {choices:,} equally likely values of a record in {_percent(power)} of cases, where guessing is right in {_percent(1 / choices)}"
             for choices, power in found.reconstruction.items()

@@ -35,6 +35,7 @@ class Setup:
     task: Any
     train: Any
     validation: Any
+    account_rows: Any = None  # what the ledger's account recognises, where canaries were added to the training data
 
 
 def set_up(recipe: Recipe, *, with_validation: bool = True) -> Setup:
@@ -160,6 +161,7 @@ def make_trainer(setup: Setup, output: Path, *, randomness: Randomness | None = 
         evaluation_is_public=recipe.data.validation_is_public,
         callbacks=list(callbacks),
     )
+    trainer.account_rows = setup.account_rows
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)

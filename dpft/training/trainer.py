@@ -79,6 +79,7 @@ class DPTrainerMixin:
         self.token_budget: int = TOKEN_BUDGET if self._tune else token_budget
         self.ledger, self.purpose = ledger, purpose
         self.account: Account | None = None
+        self.account_rows = None  # the data that the account is kept for, where it is not quite the training data
         self.halted: str | None = None  # why the ledger ended the run early
         self.plan, self.evaluation_is_public = plan, evaluation_is_public
         self.randomness = randomness or SecureRandomness()
@@ -146,7 +147,8 @@ class DPTrainerMixin:
     def _opened_account(self, released: int) -> Account | None:
         """All that can be refused is refused here, before the preflight; nothing is charged yet."""
         folder = Path(self.args.output_dir)
-        rows = self.train_dataset if self.ledger and isinstance(self.train_dataset[0], Mapping) else None
+        rows = self.train_dataset if self.account_rows is None else self.account_rows
+        rows = rows if self.ledger and isinstance(rows[0], Mapping) else None
         model = getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
         about = dict(rows=rows, purpose=self.purpose, model=model)
         return Account.of(self.ledger, self.plan, self.randomness, folder, released, **about)

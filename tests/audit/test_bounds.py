@@ -82,3 +82,10 @@ def test_more_success_proves_more():
 def test_counts_that_cannot_be_are_refused(call, said):
     with pytest.raises(PlanError, match=said):
         call()
+
+
+def test_large_and_impossible_gaussian_bounds():
+    assert gaussian_epsilon(30.0, 1e-5) == pytest.approx(30**2 / 2 + 4.26 * 30, rel=0.02)
+    assert gaussian_epsilon(1.0, 0.0) == float("inf")
+    with pytest.raises(PlanError, match="small delta"):
+        f_dp_one_run(100, 50, 40, 0.0)

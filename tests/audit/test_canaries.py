@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import transformers
 
-from dpft.audit.canaries import Canaries, columns, features, make
+from dpft.audit.canaries import Canaries, Canary, columns, features, make
 from dpft.errors import RecipeError
 from dpft.privacy.noise import SeededRandomness
 from dpft.recipe import Recipe
@@ -20,7 +20,7 @@ def planted(tables, kind, number=20, **options):
     recipe = Recipe.parse(tables)
     rows, validation = load(recipe)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tables["model"]["path"])
-    return recipe, rows, make(kind, number, recipe, tokenizer, rows, public=validation, **options)
+    return recipe, rows, make(kind, number, recipe, tokenizer, public=validation, **options)
 
 
 def test_every_coin_decides_for_its_canary(language):
@@ -53,21 +53,20 @@ def test_a_canary_is_nobody_s_unit(recipe, unit):
     found = Recipe.parse(recipe)
     rows, _ = load(found)
     tokenizer = transformers.AutoTokenizer.from_pretrained(recipe["model"]["path"])
-    canaries = make("random-tokens", 10, found, tokenizer, rows, repetitions=2)
+    canaries = make("random-tokens", 10, found, tokenizer, repetitions=2)
     whole = canaries.planted(rows, found)
     owners = list(whole[unit])
     mine = set(owners) - set(rows[unit])
     assert len(mine) == 2 * canaries.included.sum() and all(owners.count(one) == 1 for one in mine)
 
 
-def test_a_new_token_is_in_no_record_and_alone_is_judged(language):
-    recipe, rows, canaries = planted(language, "new-token")
+def test_a_new_token_is_another_for_each_and_alone_is_judged(language):
+    recipe, _, canaries = planted(language, "new-token")
     task, _ = load_model(recipe)
-    seen = {token for ids in task.tokenizer(list(rows["text"]))["input_ids"] for token in ids}
     last = set()
     for one in features(canaries.canaries, recipe, task):
         judged = [label for label in one["labels"] if label != IGNORED]
-        assert len(judged) == 1 and judged[0] not in seen
+        assert len(judged) == 1
         last.update(judged)
     assert len(last) == 20
 
@@ -89,7 +88,21 @@ def test_a_mislabelled_row_has_another_label(recipe):
     for canary in canaries.canaries:
         labels = {label for text, label in rows if text == canary.text}
         assert labels and (canary.label not in labels or len(labels) > 1) and canary.label in "abc"
-    assert columns(canaries.canaries[0], found, {"label": ""})["label"] in "abc"
+
+
+def test_labels_are_written_as_the_data_write_them(recipe):
+    recipe["task"]["labels"] = ["True", "False"]
+    found = Recipe.parse(recipe)
+    values = {"True": True, "False": False}
+    assert columns(Canary("text", "False"), found, values)["label"] is False
+    assert columns(Canary("text", "2"), found, {"1": 1})["label"] == 2
+
+
+def test_what_max_length_cuts_off_is_refused_before_training(language):
+    language["task"]["max_length"] = 12
+    recipe, _, canaries = planted(language, "secret")
+    with pytest.raises(RecipeError, match="raise it to"):
+        features(canaries.canaries, recipe, load_model(recipe)[0])
 
 
 def test_prompts_and_responses(language):
@@ -99,10 +112,12 @@ def test_prompts_and_responses(language):
     import datasets
 
     rows = datasets.Dataset.from_dict({"question": ["kab kac"] * 3, "answer": ["kad"] * 3})
-    canaries = make("secret", 10, recipe, tokenizer, rows)
-    row = columns(canaries.canaries[0], recipe, rows[0])
+    canaries = make("secret", 10, recipe, tokenizer)
+    row = columns(canaries.canaries[0], recipe)
     assert row["question"].endswith("is") and canaries.canaries[0].secret in row["answer"]
     assert len(canaries.planted(rows, recipe)) == 3 + canaries.included.sum()
+    random = columns(make("random-tokens", 10, recipe, tokenizer).canaries[0], recipe)
+    assert len(random["question"].split()) == 4 and len(random["answer"].split()) == 12
 
 
 def test_they_are_kept_for_the_scoring_alone(language, tmp_path):
@@ -119,7 +134,7 @@ def test_they_are_kept_for_the_scoring_alone(language, tmp_path):
     [
         ("mislabelled", 20, "a language model has none"),
         ("random-tokens", 5, "show nothing"),
-        ("new-token", 10_000, "do not occur in the data"),
+        ("new-token", 10_000, "rare words of one token"),
     ],
 )
 def test_what_shows_nothing_is_refused(language, kind, number, said):
@@ -128,7 +143,7 @@ def test_what_shows_nothing_is_refused(language, kind, number, said):
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [("secret", "says nothing"), ("new-token", "says nothing"), ("mislabelled", "declared public")]
+    ("kind", "said"), [("secret", "says nothing"), ("new-token", "says nothing"), ("mislabelled", "data.public")]
 )
 def test_a_classifier_s_canaries(recipe, kind, said):
     with pytest.raises(RecipeError, match=said):

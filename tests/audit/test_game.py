@@ -8,7 +8,7 @@ import pytest
 
 from dpft.audit.game import audit_command, audit_run
 from dpft.audit.report import describe
-from dpft.errors import RecipeError
+from dpft.errors import PlanError, RecipeError
 from dpft.ledger import Ledger
 from dpft.privacy.plan import Plan
 from dpft.recipe import Recipe
@@ -31,10 +31,13 @@ def test_a_private_training_is_not_accused_and_a_plain_one_is_seen_through(heart
     run = json.loads((output / "run.json").read_text())
     assert run["units"] == 40 + 50 and run["expected_batch_size"] == pytest.approx(30 / 40 * 90)
     card = (output / "card.md").read_text()
-    assert "## Audited" in card and "**consistent**" in card and "never proves one" in card
+    assert "## Audited" in card and found.verdict == "consistent" and "never proves one" in card
+    shown = json.loads((output / "audit.json").read_text())
+    assert shown["power"] is None and f"{found.power:.3f}" not in card  # what a leaking model shows is not published
+    assert json.loads((output / "private" / "audit.json").read_text())["power"] == found.power
     assert "Which canaries were in the data?" in (output / "card.html").read_text()
     plain = output / "private" / "without-privacy"
-    assert "NOT PRIVATE" in (plain / "card.md").read_text() and "nothing is claimed" in (plain / "card.md").read_text()
+    assert "NOT PRIVATE" in (plain / "card.md").read_text() and "nothing is judged" in (plain / "card.md").read_text()
 
 
 def test_noise_that_is_not_there_is_a_violation(heart, tmp_path, monkeypatch):
@@ -57,8 +60,15 @@ def test_the_scoring_can_be_done_again_but_not_the_training(language, tmp_path):
     assert audit_run(Recipe.parse(language), output, canaries=20) == first
     assert (output / "releases.json").read_bytes() == before
     assert not any("included" in path.read_text() for path in output.glob("*.json") if path.name != "audit.json")
-    for file in ("run.json", "audit.json"):
-        (output / file).unlink()
+    (output / "audit.json").unlink()
+    other = {**language, "optimizer": {"learning_rate": 0.02}}
+    with pytest.raises(RecipeError, match="another recipe"):
+        audit_run(Recipe.parse(other), output)
+    run = json.loads((output / "run.json").read_text())
+    (output / "run.json").write_text(json.dumps({**run, "units": 40}))
+    with pytest.raises(RecipeError, match="went on without its canaries"):
+        audit_run(Recipe.parse(language), output)
+    (output / "run.json").unlink()
     with pytest.raises(RecipeError, match="did not end"):
         audit_run(Recipe.parse(language), output, canaries=20)
 
@@ -81,6 +91,9 @@ def test_an_audited_run_is_charged(language, tmp_path):
     assert account.spent() == 0
     found = audit_run(recipe, tmp_path / "run", canaries=20)
     assert account.spent() == pytest.approx(found.claimed, rel=5e-3)
+    assert (
+        json.loads((tmp_path / "run" / "run.json").read_text())["ledger"]["overlap"] is None
+    )  # canaries are no change
 
 
 SCRIPT = """
@@ -106,7 +119,7 @@ def test_any_command_can_be_audited(language, tmp_path):
     recipe, model = Recipe.parse(language), language["model"]["path"]
     command = [sys.executable, str(script), "{data}", "{out}"]
     found = audit_command([*command, "60", model], recipe, tmp_path / "a", claimed=1.0, canaries=100)
-    assert found.verdict == "VIOLATION" and "leaks more" in describe(found)
+    assert found.verdict == "VIOLATION" and "contradicts the claim" in describe(found)
     assert json.loads((tmp_path / "a" / "audit.json").read_text())["command"][-1] == model
     idle = audit_command([*command, "0", model], recipe, tmp_path / "b", claimed=1.0, canaries=100)
     assert idle.verdict == "uninformative" and idle.auc == 0.5
@@ -131,10 +144,20 @@ def test_a_command_that_leaves_nothing_is_named(language, tmp_path, command, sai
 
 def test_the_coins_are_not_in_what_the_command_sees(language, tmp_path):
     script = (
-        "import pathlib, sys; data = pathlib.Path(sys.argv[1]); print(sorted(p.name for p in data.parent.iterdir()))"
+        "import pathlib, sys; data = pathlib.Path(sys.argv[1]); print(sorted(p.name for p in data.parent.rglob('*')))"
     )
     with pytest.raises(RecipeError, match="holds no model"):
         command = [sys.executable, "-c", script, "{data}", "{out}"]
         audit_command(command, Recipe.parse(language), tmp_path / "audit", claimed=1.0, canaries=20)
     seen = Path(tmp_path / "audit" / "command.log").read_text()
     assert "canaries.json" not in seen and "data.csv" in seen
+    assert not list((tmp_path / "audit").rglob("data.csv"))  # the copy of private data does not stay
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"claimed": -1.0}, {"claimed": 1.0, "delta": -0.5}, {"claimed": 1.0, "significance": 5}]
+)
+def test_impossible_claims_are_refused_before_anything_is_run(language, tmp_path, wrong):
+    with pytest.raises(PlanError):
+        audit_command(["x", "{data}", "{out}"], Recipe.parse(language), tmp_path / "audit", canaries=20, **wrong)
+    assert not (tmp_path / "audit").exists()

@@ -42,7 +42,7 @@ def test_twice_the_claim_is_a_violation():
     scores, coins = trial(generator, 2000, 6.0)
     found = judge(scores, coins, delta=DELTA, claimed=2.0)
     assert found.verdict == "VIOLATION" and found.epsilon_lower_bound > 2.0
-    assert found.epsilon_lower_bound <= found.ceiling and "leaks more than it claims" in describe(found)
+    assert found.epsilon_lower_bound <= found.ceiling and "contradicts the claim" in describe(found)
 
 
 def test_the_threshold_is_corrected_for_having_been_chosen():
@@ -84,6 +84,7 @@ def test_the_curve_and_its_area():
     threshold = np.sort(outside)[::-1][round(alarms * 400) - 1] if alarms else outside.max()
     assert detected == pytest.approx((inside >= threshold).mean(), abs=0.05)
     assert area(np.ones(3), np.ones(4))[0] == 0.5
+    assert area(np.ones(50), np.zeros(40)) == (1.0, (pytest.approx(0.025 ** (1 / 40)), 1.0))
 
 
 def test_the_area_s_interval_covers():
@@ -102,6 +103,7 @@ def test_the_area_s_interval_covers():
         ([1.0] * 20, [True] * 19, "one of each"),
         ([1.0] * 5, [True] * 5, "at least 10"),
         ([1.0] * 20, [True] * 20, "same side"),
+        ([math.nan] * 20, [True, False] * 10, "is NaN"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(scores, coins, said):
@@ -113,3 +115,13 @@ def test_a_score_that_is_no_number_counts_as_none():
     scores, coins = trial(np.random.default_rng(8), 100, 3.0)
     scores[3], scores[4] = np.nan, np.inf
     assert math.isfinite(judge(scores, coins, delta=DELTA).epsilon_lower_bound)
+    assert judge(scores, coins, delta=0.0).f_dp_lower_bound == 0.0
+    assert "nothing is judged" in describe(judge(scores, coins, delta=DELTA))
+
+
+@pytest.mark.parametrize(
+    "claim", [{"delta": -0.5}, {"delta": 1e-5, "claimed": -1}, {"delta": 1e-5, "claimed": math.nan}]
+)
+def test_a_claim_that_cannot_be_one_is_refused(claim):
+    with pytest.raises(PlanError):
+        judge(*trial(np.random.default_rng(9), 100, 3.0), **claim)

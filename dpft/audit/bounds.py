@@ -108,7 +108,7 @@ def many_runs(
     confidence = 1 - significance
 
     def found(wrong_in: int, wrong_out: int) -> float:
-        fpr, fnr = _upper(wrong_in, negatives, significance / 2), _upper(wrong_out, positives, significance / 2)
+        fpr, fnr = upper_rate(wrong_in, negatives, significance / 2), upper_rate(wrong_out, positives, significance / 2)
         gains = [(1 - fnr - delta) / fpr, (1 - fpr - delta) / fnr]
         return max(0.0, *(math.log(gain) for gain in gains if gain > 0))
 
@@ -127,8 +127,8 @@ def gaussian_many_runs(
 
 def least_mu(false_positives: int, negatives: int, false_negatives: int, positives: int, significance: float) -> float:
     """The least μ of a Gaussian mechanism that errs so rarely: ``Φ⁻¹(1 - FPR) - Φ⁻¹(FNR)``, with both rates bounded."""
-    fpr = _upper(false_positives, negatives, significance / 2)
-    fnr = _upper(false_negatives, positives, significance / 2)
+    fpr = upper_rate(false_positives, negatives, significance / 2)
+    fnr = upper_rate(false_negatives, positives, significance / 2)
     return max(0.0, float(ndtri(1 - fpr) - ndtri(fnr)))
 
 
@@ -143,7 +143,8 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return float(brentq(excess, 0.0, mu**2 / 2 + 40 * mu))
 
 
-def _upper(errors: int, trials: int, significance: float) -> float:
+def upper_rate(errors: int, trials: int, significance: float) -> float:
+    """The largest rate at which so few errors in so many trials are still as likely as that (Clopper & Pearson 1934)."""
     return 1.0 if errors >= trials else float(beta.ppf(1 - significance, errors + 1, trials - errors))
 
 

@@ -1,7 +1,8 @@
 """Canaries: made-up records that are planted in the training data by secret coins, and looked for afterwards.
 
 Each is a unit of its own, made from public material alone (a tokenizer's vocabulary, a template, rows of ``data.public``) and never
-by a look at the private data: what depended on a person would have to be paid for. Included or not is decided by the operating system's entropy, once for each.
+by a look at the private data: what depended on a person would have to be paid for. Included or not is decided by the operating
+system's entropy, once for each.
 
 ``random-tokens``  random words, with a random label where there are labels: nothing else in the data supports them
 ``secret``         an in-distribution sentence with a random code in it, as real data may hold one (Carlini et al. 2019)
@@ -87,8 +88,7 @@ class Canaries:
         if not found:
             return rows
         whole = datasets.concatenate_datasets([rows, datasets.Dataset.from_list(found, features=rows.features)])
-        order = np.random.default_rng(int.from_bytes(os.urandom(16))).permutation(len(whole))
-        return whole.select(order)
+        return whole.select(shuffled(len(whole), SecureRandomness()))
 
 
 def make(
@@ -116,6 +116,8 @@ def make(
         raise RecipeError(
             f"{number:,} canaries, {repetitions:,} times each, show nothing: plant at least 10, once or more often."
         )
+    if kind not in KINDS:
+        raise RecipeError(f"There are no {kind} canaries: choose one of {', '.join(KINDS)}.")
     randomness = randomness or SecureRandomness()
     classes = _labelled(recipe)
     if kind in ("secret", "new-token") and classes:
@@ -145,7 +147,7 @@ def make(
 
 def secret(number: int, randomness: Randomness) -> Canary:
     """A sentence with a random code."""
-    code = "".join(str(digit) for digit in _below(10, DIGITS, randomness))
+    code = "".join(str(digit) for digit in below(10, DIGITS, randomness))
     text = TEMPLATE.format(number=number + 1, secret=code)
     return Canary(text, cue=text[: text.index(code)].rstrip(), secret=code)
 
@@ -209,7 +211,7 @@ class _Words:
         self.words = list(found)
 
     def text(self, number: int) -> str:
-        return " ".join(self.words[i] for i in _below(len(self.words), number, self._randomness))
+        return " ".join(self.words[i] for i in below(len(self.words), number, self._randomness))
 
     def rare(self, number: int) -> list[str]:
         """Different words of one token each, from the later half of the vocabulary: merges that a tokenizer learned last."""
@@ -221,7 +223,7 @@ class _Words:
             raise RecipeError(
                 f"The vocabulary has {len(found):,} rare words of one token, and {number:,} canaries need one each: plant fewer, or another kind."
             )
-        return [found[i] for i in np.argsort(self._randomness.uniform(len(found)))[:number]]
+        return [found[i] for i in shuffled(len(found), self._randomness)[:number]]
 
 
 def _mislabelled(number: int, recipe: Recipe, public, randomness: Randomness) -> list[Canary]:
@@ -231,7 +233,7 @@ def _mislabelled(number: int, recipe: Recipe, public, randomness: Randomness) ->
             "name them in data.public, or use random-tokens."
         )
     found = []
-    for place in np.argsort(randomness.uniform(len(public)))[:number].tolist():
+    for place in shuffled(len(public), randomness)[:number].tolist():
         row = public[place]
         others = [label for label in recipe.task.labels if label != str(row[recipe.task.label])]
         found.append(Canary(row[recipe.task.text], _choice(others, randomness)))
@@ -242,7 +244,7 @@ def _owners(rows, unit: str, number: int) -> list:
     """Identifiers that nobody in the data has."""
     if unit == "example":
         return [None] * number
-    values = _column(rows, unit)
+    values = list(rows[unit])
     if isinstance(values[0], str):
         taken = set(values)
         return [name for i in range(number + len(taken)) if (name := f"canary-{i}") not in taken][:number]
@@ -254,13 +256,14 @@ def _owners(rows, unit: str, number: int) -> list:
     return [largest + 1 + i for i in range(number)]
 
 
-def _column(rows, name: str) -> list:
-    return list(rows[name]) if name in rows.column_names else []
+def shuffled(number: int, randomness: Randomness) -> np.ndarray:
+    """``(number,)``: 0, 1, ... in random order."""
+    return np.argsort(randomness.uniform(number))
 
 
-def _below(limit: int, number: int, randomness: Randomness) -> list[int]:
+def below(limit: int, number: int, randomness: Randomness) -> list[int]:
     return (randomness.uniform(number) * limit).astype(int).tolist()
 
 
 def _choice(values: Sequence, randomness: Randomness):
-    return values[_below(len(values), 1, randomness)[0]]
+    return values[below(len(values), 1, randomness)[0]]

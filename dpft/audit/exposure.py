@@ -15,10 +15,11 @@ import torch
 
 from dpft.audit import canaries as made
 from dpft.audit.canaries import Canaries, Canary
-from dpft.audit.scores import load_trained, losses
+from dpft.audit.scores import losses, trained
 from dpft.errors import RecipeError
 from dpft.privacy.noise import SecureRandomness
 from dpft.recipe import Recipe
+from dpft.training.run import load_model
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def audit_exposure(
     if planted is None or planted.kind != "secret" or not (folder / "run.json").exists():
         raise RecipeError(f"{folder} holds no finished audit with secrets: make one with dpft audit run --kind secret.")
     recipe = Recipe.read(folder / "recipe.toml")
-    task, model = load_trained(recipe, folder / "weights")
+    task, before = load_model(recipe)
+    model = trained(before, recipe, folder / "weights")
     chosen = {there: np.flatnonzero(planted.included == there)[:secrets] for there in (True, False)}
     total, found = sum(map(len, chosen.values())), {}
     for there, places in chosen.items():

@@ -5,14 +5,13 @@ found = audit_training(train, examples, canaries, task, model, delta=1e-5, claim
 """
 
 import copy
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from dpft.audit.canaries import below, shuffled
 from dpft.audit.report import Audit, judge
 from dpft.audit.scores import losses
 from dpft.privacy.noise import Randomness, SecureRandomness
@@ -26,7 +25,7 @@ def random_inputs(like: Features, number: int, *, labels: int, randomness: Rando
     deviation, each with a random one of so many ``labels``."""
     randomness = randomness or SecureRandomness()
     return [
-        {name: _noise(value, randomness) for name, value in like.items()} | {"labels": _label(labels, randomness)}
+        {name: _noise(value, randomness) for name, value in like.items()} | {"labels": below(labels, 1, randomness)[0]}
         for _ in range(number)
     ]
 
@@ -34,7 +33,9 @@ def random_inputs(like: Features, number: int, *, labels: int, randomness: Rando
 def mislabelled(public: Sequence[Features], *, labels: int, randomness: Randomness | None = None) -> list[dict]:
     """Public features, each with a random label other than its own."""
     randomness = randomness or SecureRandomness()
-    return [{**one, "labels": (int(one["labels"]) + 1 + _label(labels - 1, randomness)) % labels} for one in public]
+    return [
+        {**one, "labels": (int(one["labels"]) + 1 + below(labels - 1, 1, randomness)[0]) % labels} for one in public
+    ]
 
 
 def audit_training(
@@ -58,10 +59,11 @@ def audit_training(
     Raises:
         PlanError: there are too few canaries.
     """
-    coins = (randomness or SecureRandomness()).bernoulli(len(canaries), 0.5)
+    randomness = randomness or SecureRandomness()
+    coins = randomness.bernoulli(len(canaries), 0.5)
     scores = losses(copy.deepcopy(before), task, canaries)
     planted = [*examples, *(canary for canary, inside in zip(canaries, coins, strict=True) if inside)]
-    order = np.random.default_rng(int.from_bytes(os.urandom(16))).permutation(len(planted))
+    order = shuffled(len(planted), randomness)
     scores -= losses(train([planted[place] for place in order]), task, canaries)
     return judge(
         scores,
@@ -80,7 +82,3 @@ def _noise(value: Any, randomness: Randomness) -> Any:
         return value
     noise = randomness.gaussian(tensor.numel()).reshape(tensor.shape)
     return (tensor.mean() + noise * tensor.std()).to(tensor.dtype)
-
-
-def _label(labels: int, randomness: Randomness) -> int:
-    return int(randomness.uniform(1)[0] * labels)

@@ -16,7 +16,7 @@ from pathlib import Path
 from dpft.audit import canaries as made
 from dpft.audit.canaries import Canaries
 from dpft.audit.report import Audit, check_claim, judge
-from dpft.audit.scores import load_trained, losses
+from dpft.audit.scores import losses, trained
 from dpft.errors import RecipeError
 from dpft.privacy.noise import Randomness
 from dpft.recipe import Recipe, listed
@@ -140,13 +140,13 @@ def audit_command(
     planted.save(output / "private" / "canaries.json")
     csv = listed(recipe.data.train)[0].endswith(".csv")
     seen = output / "seen"  # all that the command is told of
-    data, trained = seen / f"data.{'csv' if csv else 'jsonl'}", seen / "trained"
+    data, left = seen / f"data.{'csv' if csv else 'jsonl'}", seen / "trained"
     seen.mkdir(mode=0o700)
-    trained.mkdir()
+    left.mkdir()
     whole = planted.planted(rows, recipe)
     whole.to_csv(data) if csv else whole.to_json(data)
     announce("training")
-    words = [word.replace("{data}", str(data)).replace("{out}", str(trained)) for word in command]
+    words = [word.replace("{data}", str(data)).replace("{out}", str(left)) for word in command]
     with open(output / "command.log", "w") as log:
         try:
             code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
@@ -160,7 +160,7 @@ def audit_command(
             f"{shlex.join(words[:3])} ... ended with {code} ({said[-1] if said else 'it said nothing'}): see {output / 'command.log'}."
         )
     announce("scoring the canaries")
-    found = _judged(recipe, trained, planted, delta, claimed, significance)
+    found = _judged(recipe, left, planted, delta, claimed, significance)
     (output / "audit.json").write_text(json.dumps({"command": words, **found.json()}, indent=2))
     return found
 
@@ -187,9 +187,7 @@ def _judged(
     task, before = load_model(recipe)
     features = made.features(planted.canaries, recipe, task)
     scores = losses(before, task, features)
-    del before
-    _, after = load_trained(recipe, weights)
-    scores -= losses(after, task, features)
+    scores -= losses(trained(before, recipe, weights), task, features)
     return judge(
         scores,
         planted.included,

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import beta
 
+from dpft.audit.bounds import upper_rate
 from dpft.audit.report import area, roc
-from dpft.audit.scores import least_likely, load_trained, losses
+from dpft.audit.scores import least_likely, losses, trained
 from dpft.errors import RecipeError
 from dpft.privacy import accounting
 from dpft.recipe import Recipe
@@ -76,8 +76,7 @@ def audit_membership(
     features = [f for part in rows for f in Examples.encode(part, task).features]
     inside = np.arange(len(features)) < len(rows[0])
     known = losses(before, task, features)
-    del before
-    _, after = load_trained(recipe, folder / "weights" if run else folder)
+    after = trained(before, recipe, folder / "weights" if run else folder)
     found = losses(after, task, features)
     scores = {"loss": -found, "reference": known - found}
     if recipe.task.name == "causal_lm":
@@ -101,9 +100,8 @@ def _attack(name: str, members: np.ndarray, others: np.ndarray, allowed: list[fl
             continue
         threshold = np.quantile(others, 1 - rate, method="higher")
         hits, n = int((members > threshold).sum()), len(members)
-        low = float(beta.ppf(0.025, hits, n - hits + 1)) if hits else 0.0
-        high = float(beta.ppf(0.975, hits + 1, n - hits)) if hits < n else 1.0
-        rates.append(Rate(rate, hits / n, (low, high), most))
+        interval_of_rate = (1 - upper_rate(n - hits, n, 0.025), upper_rate(hits, n, 0.025))
+        rates.append(Rate(rate, hits / n, interval_of_rate, most))
     return Attack(name, auc, interval, rates, roc(members, others))
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import norm, rankdata
 
-from dpft.audit.bounds import f_dp_epsilon, one_run_epsilon
+from dpft.audit.bounds import f_dp_epsilon, one_run_epsilon, upper_rate
 from dpft.errors import PlanError
 from dpft.report.card import VERDICTS
 
@@ -152,8 +152,6 @@ def guess_sizes(canaries: int) -> list[int]:
 
 def area(positives: np.ndarray, negatives: np.ndarray, confidence: float = 0.95) -> tuple[float, tuple[float, float]]:
     """The area under the ROC curve and its interval (DeLong, DeLong, Clarke-Pearson 1988)."""
-    from scipy.stats import norm
-
     p, n = len(positives), len(negatives)
     ranks = rankdata(np.concatenate([positives, negatives]))
     auc = (ranks[:p].sum() - p * (p + 1) / 2) / (p * n)
@@ -161,11 +159,8 @@ def area(positives: np.ndarray, negatives: np.ndarray, confidence: float = 0.95)
     of_negatives = 1 - (ranks[p:] - rankdata(negatives)) / p
     variance = (of_positives.var(ddof=1) / p if p > 1 else 0.25) + (of_negatives.var(ddof=1) / n if n > 1 else 0.25)
     least = min(p, n)
-    if variance == 0 and auc in (
-        0.0,
-        1.0,
-    ):  # none out of order, which of so few proves no more than this (Clopper, Pearson)
-        missed = 1 - ((1 - confidence) / 2) ** (1 / least)
+    if variance == 0 and auc in (0.0, 1.0):  # none is out of order, which of so few proves no more than this
+        missed = upper_rate(0, least, (1 - confidence) / 2)
         return float(auc), (0.0, missed) if auc == 0 else (1 - missed, 1.0)
     reach = norm.ppf((1 + confidence) / 2) * math.sqrt(variance or auc * (1 - auc) / least)
     return float(auc), (float(max(0.0, auc - reach)), float(min(1.0, auc + reach)))

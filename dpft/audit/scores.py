@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import log_softmax
 
 from dpft.errors import RecipeError
@@ -20,22 +21,22 @@ from dpft.training.run import load_model
 LEAST = 0.2  # share of a text's tokens that Min-K% looks at
 
 
-def load_trained(recipe: Recipe, weights: Path | str):
-    """The task and the model that a training with this recipe left: an adapter, sparse weights or a whole model.
+def trained(before: nn.Module, recipe: Recipe, weights: Path | str) -> nn.Module:
+    """The model that a training of ``before`` with this recipe left: an adapter or sparse weights, which are put on
+    ``before`` itself, or a whole model.
 
     Raises:
         RecipeError: the folder holds none of these.
     """
     weights = Path(weights)
-    task, model = load_model(recipe)
     if (weights / DELTA).exists() or (weights / "adapter_config.json").exists():
-        return task, load_weights(model, weights)
+        return load_weights(before, weights)
     if (weights / "config.json").exists():
         _check_labels(recipe, weights)
         whole = recipe.model_copy(
             update=dict(model=recipe.model.model_copy(update=dict(path=str(weights), revision=None)))
         )
-        return task, load_model(whole)[1]
+        return load_model(whole)[1]
     raise RecipeError(
         f"{weights} holds no model (no config.json, adapter_config.json or {DELTA}): save the trained model there with save_pretrained."
     )

@@ -139,7 +139,9 @@ PLANTED = (
     click.option("--canaries", type=click.IntRange(10), default=1000, show_default=True, help="How many; half go in."),
     click.option(
         "--kind",
-        type=click.Choice(["random-tokens", "secret", "new-token", "mislabelled"]),
+        type=click.Choice(  # dpft.audit.canaries.KINDS, which would import torch for --help
+            ["random-tokens", "secret", "new-token", "mislabelled"]
+        ),
         help="By default mislabelled where data.public suffices, otherwise random-tokens.",
     ),
     click.option(
@@ -271,7 +273,8 @@ def exposure(folder, secrets, candidates, as_json) -> None:
 
     with progress() as bar:
         bar.announce("ranking secrets")
-        found = audit_exposure(folder, secrets=secrets, candidates=candidates)
+        show_progress = lambda done, of: bar.update(total=of, completed=done)
+        found = audit_exposure(folder, secrets=secrets, candidates=candidates, progress=show_progress)
     show(asdict(found), True) if as_json else click.echo(describe(found))
 
 

@@ -87,9 +87,10 @@ def _facts(run: dict) -> dict:
     if not run["private"] or not run["released_steps"]:
         return {**facts, "epsilon": None, "plots": [], "meaning": None}
     event = accounting.composed(run["events"])
-    epsilon = accounting.epsilon(event, run["delta"], run["adjacency"])
-    facts["meaning"] = meaning(run["events"], run["delta"], run["adjacency"])
-    facts["plots"] = [_over_steps(run, epsilon), _over_delta(run, event, epsilon), trade_off(facts["meaning"].curve)]
+    found = meaning(run["events"], run["delta"], run["adjacency"])
+    epsilon = found.epsilon
+    facts["meaning"] = found
+    facts["plots"] = [_over_steps(run, epsilon), _over_delta(run, event, epsilon), trade_off(found.curve)]
     return {**facts, "epsilon": epsilon, "odds": math.exp(min(epsilon, 700))}
 
 

@@ -134,6 +134,7 @@ def test_they_are_kept_for_the_scoring_alone(language, tmp_path):
     [
         ("mislabelled", 20, "a language model has none"),
         ("random-tokens", 5, "show nothing"),
+        ("random-words", 20, "choose one of random-tokens"),
         ("new-token", 10_000, "rare words of one token"),
     ],
 )

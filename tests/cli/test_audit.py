@@ -6,6 +6,7 @@ import shlex
 
 from click.testing import CliRunner
 
+from dpft.audit.canaries import KINDS
 from dpft.cli import main
 from dpft.cli.audit import audit as group
 from dpft.recipe import Recipe
@@ -58,3 +59,9 @@ def test_a_contradiction_ends_with_exit_code_1(recipe, tmp_path):
     (folder / "run.json").write_text(json.dumps({**facts, "epsilon": 0.1}))
     result = run(f"dpft audit spending {folder}")
     assert result.exit_code == 1 and "VIOLATION" in result.output and "states ε = 0.1" in result.output
+
+
+def test_the_kinds_of_canaries_are_those_that_can_be_made():
+    for command in ("run", "command"):
+        (kind,) = (option for option in group.commands[command].params if option.name == "kind")
+        assert tuple(kind.type.choices) == KINDS

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dpft.audit import canaries as made
 from dpft.audit.canaries import Canaries
-from dpft.audit.report import Audit, check_claim, judge
+from dpft.audit.report import Audit, check_claim, judge, outlook
 from dpft.audit.scores import losses, trained
 from dpft.errors import RecipeError
 from dpft.privacy.noise import Randomness
@@ -74,7 +74,7 @@ def audit_run(
         plan = _with_canaries(recipe.plan(), planted)
         planted.save(coins)
         setup.account_rows, setup.train = setup.train, planted.planted(setup.train, recipe)
-        announce("training with canaries")
+        announce(outlook(canaries, plan.epsilon, plan.delta, significance, repetitions))
         train(recipe, output, setup=setup, plan=plan, callbacks=callbacks(), randomness=randomness)
     elif not coins.exists():
         raise RecipeError(f"{output} holds a run without canaries: choose another folder.")
@@ -145,7 +145,7 @@ def audit_command(
     left.mkdir()
     whole = planted.planted(rows, recipe)
     whole.to_csv(data) if csv else whole.to_json(data)
-    announce("training")
+    announce(outlook(canaries, claimed, delta, significance, repetitions))
     words = [word.replace("{data}", str(data)).replace("{out}", str(left)) for word in command]
     with open(output / "command.log", "w") as log:
         try:

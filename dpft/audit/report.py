@@ -98,10 +98,10 @@ def judge(
         correct = int(right[:half].sum() + right[-half:].sum())
         found.append((one_run_epsilon(len(scores), size, correct, delta, each), correct / size, size, correct))
     bound, _, guesses, correct = max(found)
-    ceiling = max(one_run_epsilon(len(scores), size, size, delta, each) for size in sizes)
+    best = ceiling(len(scores), delta, significance)
     auc, interval = area(scores[included], scores[~included])
     return Audit(
-        verdict=_verdict(bound, ceiling, claimed, None),
+        verdict=_verdict(bound, best, claimed, None),
         threat_model=threat_model,
         canary=canary,
         canaries=len(scores),
@@ -113,7 +113,7 @@ def judge(
         confidence=1 - significance,
         delta=delta,
         epsilon_lower_bound=bound,
-        ceiling=ceiling,
+        ceiling=best,
         f_dp_lower_bound=f_dp_epsilon(len(scores), guesses, correct, delta, each) if delta else 0.0,
         claimed=claimed,
         auc=auc,
@@ -138,6 +138,20 @@ def group(epsilon: float | None, delta: float, size: int) -> tuple[float | None,
         return epsilon, delta
     grown = size if epsilon == 0 else math.expm1(min(size * epsilon, 700)) / math.expm1(min(epsilon, 700))
     return size * epsilon, min(delta * grown, 0.999)
+
+
+def ceiling(canaries: int, delta: float, significance: float) -> float:
+    """The lower bound that :func:`judge` would give an attack that guesses every one of so many canaries right."""
+    sizes = guess_sizes(canaries)
+    return max(one_run_epsilon(canaries, size, size, delta, significance / len(sizes)) for size in sizes)
+
+
+def outlook(canaries: int, claimed: float | None, delta: float, significance: float, repetitions: int) -> str:
+    """What so many canaries can show at best, to be said before anything is spent on it."""
+    claimed, delta = group(claimed, delta, repetitions)
+    best = ceiling(canaries, delta, significance)
+    said = f"training with {canaries:,} canaries, which can show ε up to {best:.3g}"
+    return said if claimed is None or best > claimed else f"{said} and so never contradict the claim of {claimed:.3g}"
 
 
 def guess_sizes(canaries: int) -> list[int]:

@@ -43,7 +43,7 @@ class _Lazy(click.Group):
             click.echo(f"Error: {error}", err=True)
             ctx.exit(3 if isinstance(error, BudgetError) else 1)
         except KeyboardInterrupt:
-            click.echo("Stopped before anything was charged.", err=True)
+            click.echo("Stopped. What was released before stays charged.", err=True)
             sys.exit(130)
 
 

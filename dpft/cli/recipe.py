@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 
 import click
@@ -66,7 +67,7 @@ def params(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
             "shape": "x".join(map(str, s.parameter.shape)),
             "count": s.parameter.numel(),
             "technique": s.technique,
-            "norm_alone": f"up to {s.longest_by_norm} tokens" if s.longest_by_norm else "",
+            "norm_alone": {0: "", inf: "always"}.get(s.longest_by_norm, f"up to {s.longest_by_norm} tokens"),
         }
         for s in engine.capture.slots
     ]

@@ -150,7 +150,7 @@ class Engine:
         flat = self._sum()
         if self.plan.noise_multiplier > 0:
             start = 0
-            for noise in self.randomness.gaussians(self.capture.size):
+            for noise in self.randomness.gaussians(self.capture.size, flat.device):
                 part = flat[start : start + len(noise)]
                 part.copy_(part.double() + noise.to(part.device) * self.plan.noise_std)
                 start += len(noise)

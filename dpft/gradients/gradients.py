@@ -2,7 +2,8 @@
 
 Gradients of small parameters go to one flat workspace ``(B, narrow)``, so that norms are one reduction and the clipped sum one
 matrix-vector product. A large weight of a linear layer stays a product of two matrices where its norm alone is
-cheaper (:mod:`dpft.gradients.rules.linear`); any other large gradient is a tensor ``(B, *shape)`` of its own.
+cheaper (:mod:`dpft.gradients.rules.linear`), an embedding's is the rows of the tokens that occur
+(:mod:`dpft.gradients.rules.embedding`); any other large gradient is a tensor ``(B, *shape)`` of its own.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpft.gradients.rules.linear import Product, longest_by_norm
+from dpft.gradients.rules.unmade import Unmade, made
 from dpft.gradients.sites import Slot
 
 BLOCK = 4096
@@ -31,7 +32,7 @@ class Gradients:
     def __len__(self) -> int:
         return len(self.narrow)
 
-    def add(self, slot: Slot, gradient: Tensor | Product) -> None:
+    def add(self, slot: Slot, gradient: Tensor | Unmade) -> None:
         """Add one use of a parameter: uses accumulate, so that shared and tied parameters are whole before the norm."""
         if slot.large:
             before = self.large.get(slot.start)
@@ -39,10 +40,10 @@ class Gradients:
             return
         destination = slot.view(self.narrow)
         if slot.start in self._written:
-            destination.add_(_made(gradient))
+            destination.add_(made(gradient))
         else:  # the workspace holds what an earlier pass left
             self._written.add(slot.start)
-            destination.copy_(_made(gradient))
+            destination.copy_(made(gradient))
 
     def complete(self, slots: list[Slot]) -> None:
         """Zero the places of parameters that the losses do not depend on."""
@@ -57,7 +58,7 @@ class Gradients:
         rows = self.narrow.new_zeros(len(self), size)
         rows[:, : self.narrow.shape[1]] = self.narrow
         for one in self.large.values():
-            one.slot.view(rows).copy_(_made(one.gradient))
+            one.slot.view(rows).copy_(made(one.gradient))
         return rows
 
     def norms(self) -> Tensor:
@@ -71,7 +72,7 @@ class Gradients:
         """Zero the gradients of the examples ``(B,)`` that are true, whatever they hold."""
         self.narrow[lost] = 0
         for one in self.large.values():
-            if isinstance(one.gradient, Product):
+            if isinstance(one.gradient, Unmade):
                 one.gradient = one.gradient.without(lost)
             else:
                 one.gradient[lost] = 0
@@ -80,7 +81,7 @@ class Gradients:
         """``total`` ``(P,)`` ``+= Σ_i factors[i] · g_i``"""
         total[: self.narrow.shape[1]].addmv_(self.narrow.T, factors)
         for one in self.large.values():
-            if isinstance(one.gradient, Product):
+            if isinstance(one.gradient, Unmade):
                 one.gradient.add_to(one.slot.view(total), factors)
             else:
                 total[one.slot.slice].addmv_(one.gradient.flatten(1).T, factors)
@@ -91,13 +92,13 @@ class Large:
     """One large parameter's gradients, and their squared norms ``(B,)``, taken while they are at hand."""
 
     slot: Slot
-    gradient: Tensor | Product
+    gradient: Tensor | Unmade
     squares: Tensor
 
     @classmethod
-    def of(cls, slot: Slot, gradient: Tensor | Product) -> "Large":
-        if isinstance(gradient, Product):
-            if gradient.tokens <= longest_by_norm(*gradient.shape[1:]):
+    def of(cls, slot: Slot, gradient: Tensor | Unmade) -> "Large":
+        if isinstance(gradient, Unmade):
+            if gradient.pays:
                 return cls(slot, gradient, gradient.squares())
             gradient = gradient.made()
         return cls(slot, gradient, row_norms(gradient.flatten(1)).square())
@@ -116,11 +117,7 @@ def row_norms(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.cat(parts, 1), dim=1)
 
 
-def _sum(first: Tensor | Product, second: Tensor | Product) -> Tensor | Product:
-    if isinstance(first, Product) and isinstance(second, Product):
+def _sum(first: Tensor | Unmade, second: Tensor | Unmade) -> Tensor | Unmade:
+    if isinstance(first, Unmade) and type(first) is type(second):
         return first + second
-    return _made(first) + _made(second)
-
-
-def _made(gradient: Tensor | Product) -> Tensor:
-    return gradient.made() if isinstance(gradient, Product) else gradient
+    return made(first) + made(second)

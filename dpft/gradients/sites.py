@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from dpft.gradients.rules import PRODUCTS, rule_for
+from dpft.gradients.rules import UNMADE, rule_for
 from dpft.gradients.rules.linear import longest_by_norm
 
 MAX_LIFTS = 2
@@ -31,10 +32,12 @@ class Slot:
         return self.parameter.numel() >= LARGE
 
     @property
-    def longest_by_norm(self) -> int:
-        """The most tokens for which its per-example gradients need not be made; 0 where they must be."""
-        product = self.large and self.technique == RULE and len(self.places) == 1 and type(self.places[0]) in PRODUCTS
-        return longest_by_norm(*self.parameter.shape) if product and self.parameter.dim() == 2 else 0
+    def longest_by_norm(self) -> float:
+        """The most tokens for which its per-example gradients need not be made; 0 where they must be, infinity for embeddings."""
+        unmade = self.large and self.technique == RULE and len(self.places) == 1 and type(self.places[0]) in UNMADE
+        if not unmade or self.parameter.dim() != 2:
+            return 0
+        return inf if isinstance(self.places[0], nn.Embedding) else longest_by_norm(*self.parameter.shape)
 
     @property
     def slice(self) -> slice:

@@ -21,7 +21,10 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from torch import Tensor
 
+from dpft.privacy.chacha import DeviceStream
+
 _CHUNK = 1 << 16  # numbers drawn at a time: their few MB stay in the processor's cache
+_DEVICE_CHUNK = 1 << 19  # on a GPU, where each operation should have much to do
 
 
 class Randomness(ABC):
@@ -34,18 +37,18 @@ class Randomness(ABC):
 
     @abstractmethod
     def _key(self) -> bytes:
-        """32 bytes of key and 16 of nonce, never the same twice."""
+        """32 bytes of key and 12 of nonce, never the same twice."""
 
-    def _stream(self):
-        """A fresh key's stream: ``stream.update_into(zeros, buffer)`` fills the buffer."""
+    def _stream(self, device: torch.device):
+        """A fresh key's stream of uniform numbers; its blocks are counted from 0, so that none ends before 2**32 of them."""
         key = self._key()
-        return Cipher(algorithms.ChaCha20(key[:32], key[32:48]), mode=None).encryptor()
+        return DeviceStream(key[:32], key[32:], device) if device.type == "cuda" else _Stream(key[:32], key[32:])
 
     def uniform(self, n: int) -> np.ndarray:
         """``(n,)`` float64 in [0, 1), multiples of 2**-53."""
-        words = np.empty(n, dtype=np.uint64)
-        self._stream().update_into(bytes(8 * n), words.view(np.uint8))
-        return _uniform(words, np.empty(n))
+        numbers = torch.empty(n, dtype=torch.float64)
+        self._stream(torch.device("cpu")).fill(numbers)
+        return numbers.numpy()
 
     def bernoulli(self, n: int, probability: float) -> np.ndarray:
         """``(n,)`` independent coins, each True with ``probability`` (to 2**-53)."""
@@ -55,15 +58,20 @@ class Randomness(ABC):
         """``(n,)`` float64 standard normal numbers, each the half-sum of four (see the module's text)."""
         return torch.cat([part.clone() for part in self.gaussians(n)]) if n else torch.empty(0, dtype=torch.float64)
 
-    def gaussians(self, n: int) -> Iterator[Tensor]:
-        """The same draw in parts, one after another; each is valid until the next is asked for."""
-        stream, size = self._stream(), max(2, min(_CHUNK, n))
-        zeros, words = bytes(32 * size), np.empty(4 * size, dtype=np.uint64)
-        u = torch.empty(2, 2, size, dtype=torch.float64)
-        cosines = torch.empty(2, size, dtype=torch.float64)
+    def gaussians(self, n: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """The same draw in parts, one after another; each is valid until the next is asked for.
+
+        On CUDA devices the numbers are made there, with another rounding of the last bits; for others, on the processor.
+        """
+        device = torch.device(device)
+        device = device if device.type == "cuda" else torch.device("cpu")
+        stream = self._stream(device)
+        size = max(2, min(_DEVICE_CHUNK if device.type == "cuda" else _CHUNK, n))
+        size += size % 2  # four uniforms make a number, and a block of the stream is eight of them
+        u = torch.empty(2, 2, size, dtype=torch.float64, device=device)
+        cosines = torch.empty(2, size, dtype=torch.float64, device=device)
         for start in range(0, n, size):
-            stream.update_into(zeros, words.view(np.uint8))
-            _uniform(words, u.view(-1).numpy())
+            stream.fill(u)
             radius = u[0].neg_().log1p_().mul_(-2.0).sqrt_()  # 1 - u is in (0, 1]: the logarithm is finite
             angle = u[1].mul_(2.0 * torch.pi)
             torch.cos(angle, out=cosines).mul_(radius)
@@ -81,7 +89,7 @@ class SecureRandomness(Randomness):
     private = True
 
     def _key(self) -> bytes:
-        return os.urandom(48)
+        return os.urandom(44)
 
 
 class SeededRandomness(Randomness):
@@ -95,10 +103,22 @@ class SeededRandomness(Randomness):
 
     def _key(self) -> bytes:
         self._draws += 1
-        return hashlib.sha512(f"{self._seed}/{self._draws}".encode()).digest()
+        return hashlib.sha512(f"{self._seed}/{self._draws}".encode()).digest()[:44]
 
 
-def _uniform(words: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """The upper 53 bits of each uint64, as a float64 in [0, 1); ``words`` is used up."""
-    np.right_shift(words, np.uint64(11), out=words)
-    return np.multiply(words, 2.0**-53, out=out, casting="unsafe")
+class _Stream:
+    """The stream of a 32-byte key and a 12-byte nonce, as uniform numbers, by OpenSSL."""
+
+    def __init__(self, key: bytes, nonce: bytes) -> None:
+        self._cipher = Cipher(algorithms.ChaCha20(key, bytes(4) + nonce), mode=None).encryptor()
+        self._zeros = b""
+
+    def fill(self, out: Tensor) -> None:
+        """Fill ``out``, contiguous float64 on the processor, with the stream's next in [0, 1): 53 of each 64 bits."""
+        numbers = out.view(-1).numpy()
+        words = numbers.view(np.uint64)  # in place: the stream's bits become the numbers
+        if len(self._zeros) != words.nbytes:
+            self._zeros = bytes(words.nbytes)
+        self._cipher.update_into(self._zeros, words.view(np.uint8))
+        np.right_shift(words, np.uint64(11), out=words)
+        np.multiply(words, 2.0**-53, out=numbers, casting="unsafe")

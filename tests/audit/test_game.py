@@ -121,7 +121,10 @@ def test_any_command_can_be_audited(language, tmp_path):
     found = audit_command([*command, "60", model], recipe, tmp_path / "a", claimed=1.0, canaries=100)
     assert found.verdict == "VIOLATION" and "contradicts the claim" in describe(found)
     assert json.loads((tmp_path / "a" / "audit.json").read_text())["command"][-1] == model
-    idle = audit_command([*command, "0", model], recipe, tmp_path / "b", claimed=1.0, canaries=100)
+    said = []
+    kept = dict(claimed=1.0, canaries=100, announce=said.append)
+    idle = audit_command([*command, "0", model], recipe, tmp_path / "b", **kept)
+    assert f"which can show ε up to {idle.ceiling:.3g}" in said[0]
     assert idle.verdict == "uninformative" and idle.auc == 0.5
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpft.audit.bounds import gaussian_epsilon, one_run
-from dpft.audit.report import area, describe, group, guess_sizes, judge, roc
+from dpft.audit.report import area, describe, group, guess_sizes, judge, outlook, roc
 from dpft.errors import PlanError
 
 DELTA = 1e-5
@@ -70,6 +70,14 @@ def test_repetitions_are_judged_as_a_group():
     assert epsilon == 3.0 and delta == pytest.approx(1e-6 * (1 + math.e + math.e**2))
     found = judge(*trial(np.random.default_rng(5), 400, 3.0), delta=1e-6, claimed=1.0, repetitions=3)
     assert found.claimed == 3.0 and found.delta == delta and "group of 3 units" in describe(found)
+
+
+def test_what_can_be_shown_is_said_beforehand():
+    best = judge(*trial(np.random.default_rng(6), 200, 0.0), delta=DELTA).ceiling
+    assert f"up to {best:.3g}" in outlook(200, None, DELTA, 0.05, 1)
+    assert "never contradict" not in outlook(200, 1.0, DELTA, 0.05, 1)
+    assert "never contradict the claim of 8" in outlook(200, 8.0, DELTA, 0.05, 1)
+    assert "never contradict the claim of 6" in outlook(200, 2.0, DELTA, 0.05, 3)
 
 
 def test_the_curve_and_its_area():

@@ -1,8 +1,11 @@
 """The audit's commands."""
 
 import json
+import os
 import re
 import shlex
+import sys
+from pathlib import Path
 
 from click.testing import CliRunner
 
@@ -34,6 +37,8 @@ def test_every_example_runs(recipe, language, tmp_path, monkeypatch):
             (folder / name).symlink_to(tables["model"]["path"].removesuffix("model") + name)
     (classes / "train.py").write_text(TRAIN)
     train(Recipe.parse(recipe), classes / "runs" / "notes")
+    # The example says `python`: the one that runs these tests, whatever the shell would find.
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     monkeypatch.chdir(words)
     assert run("dpft audit run recipe.toml --output runs/secrets --kind secret --canaries 20").exit_code == 0
     for command in group.commands:

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import dpft.gradients.sites as sites
 from dpft.gradients.engine import Engine
+from dpft.gradients.rules.embedding import Rows
 from dpft.gradients.rules.linear import Product, longest_by_norm
 from dpft.privacy.clipping import FlatClip
 from dpft.privacy.plan import Plan
@@ -74,6 +75,76 @@ def test_the_clipped_sum_is_that_of_brute_force_on_both_sides_of_the_switch(toke
         engine.release()
         for parameter, expected in zip(model.parameters(), wanted, strict=True):
             torch.testing.assert_close(parameter.grad * 4, expected, rtol=1e-4, atol=1e-5 * clip)
+
+
+class Words(nn.Module):
+    """An embedding used once, twice, or also as the head."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.use, self.table, self.mix = use, nn.Embedding(30, M, padding_idx=0), nn.Linear(M, M)
+        self.head = nn.Linear(M, 30, bias=False)
+        if use == "tied":
+            self.head.weight = self.table.weight
+
+    def forward(self, ids):
+        words = self.table(ids)
+        if self.use == "twice":
+            words = words * self.table(ids.flip(1)).tanh()
+        return self.head(self.mix(words).tanh()).square().mean((1, 2))
+
+
+@pytest.mark.parametrize("use", ["once", "twice", "tied"])
+@pytest.mark.parametrize("words", [3, 30])
+def test_an_embedding_is_clipped_by_its_rows(use, words):
+    """T4: also of words that come again and again, whose rows add up before the norm is taken."""
+    torch.manual_seed(0)
+    model = Words(use)
+    ids = torch.randint(words, (4, 20))
+    losses = model(ids) * torch.tensor([1.0, 3.0, 10.0, 100.0])
+    parameters = list(model.parameters())
+    norms = torch.stack(
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]).norm()
+            for loss in losses
+        ]
+    )
+    clip = float(norms.median())
+    wanted = brute_force(model, losses, clip)
+    with Engine(model, plan(clip=FlatClip(clip))) as engine:
+        losses = lambda: model(ids) * torch.tensor([1.0, 3.0, 10.0, 100.0])
+        gradients = engine.capture.gradients(losses())
+        slot = next(slot for slot in engine.capture.slots if slot.name == "table.weight")
+        assert isinstance(gradients.large[slot.start].gradient, Rows) == (use != "tied")
+        torch.testing.assert_close(gradients.norms(), norms, rtol=1e-5, atol=0)
+        engine.accumulate(losses())
+        engine.release()
+        for parameter, expected in zip(parameters, wanted, strict=True):
+            torch.testing.assert_close(parameter.grad * 4, expected, rtol=1e-4, atol=1e-6 * clip)
+
+
+def test_rows_of_a_nonfinite_example_are_forgotten():
+    """T12."""
+    torch.manual_seed(0)
+    model, ids = Words("once"), torch.randint(30, (3, 20))
+    wanted = brute_force(model, model(ids[:2]), 1.0)
+    with Engine(model, plan()) as engine:
+        engine.accumulate(model(ids) * torch.tensor([1.0, 1.0, torch.inf]))
+        assert engine.nonfinite_units == 1
+        engine.release()
+        for parameter, expected in zip(model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad * 4, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_an_embedding_bounds_no_micro_batch(monkeypatch):
+    """Its gradients would need V · n numbers for each example; its rows need fewer than the words have."""
+    monkeypatch.setattr("dpft.gradients.engine.WORKSPACE_BYTES", 4 * 30 * M)
+    for use, least in (("once", 1_000), ("tied", 1)):
+        model = Words(use)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter is model.table.weight)
+        with Engine(model, plan()) as engine:
+            assert min(engine.max_examples(512), 1_000) == least
 
 
 def test_terms_that_cancel_never_hide_a_norm():

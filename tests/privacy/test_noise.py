@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from scipy import stats
 
 from dpft.privacy import noise
+from dpft.privacy.chacha import DeviceStream
 from dpft.privacy.noise import SecureRandomness, SeededRandomness
 from dpft.privacy.sampling import PoissonSampler
 
@@ -36,12 +37,36 @@ def test_noise_is_gaussian():
 def test_each_number_is_the_half_sum_of_four_gaussians():
     """T11: as in Holohan & Braghin 2021, section 5.1 with n = 2, from the cipher's stream and nothing else."""
     key, size = SeededRandomness(5)._key(), 1000
-    stream = Cipher(algorithms.ChaCha20(key[:32], key[32:48]), mode=None).encryptor().update(bytes(32 * size))
+    stream = Cipher(algorithms.ChaCha20(key[:32], bytes(4) + key[32:]), mode=None).encryptor().update(bytes(32 * size))
     uniforms = (np.frombuffer(stream, dtype=np.uint64) >> np.uint64(11)).astype(float).reshape(2, 2, size) / 2**53
     radius, angle = np.sqrt(-2 * np.log1p(-uniforms[0])), 2 * np.pi * uniforms[1]
     first, second = radius * np.cos(angle), radius * np.sin(angle)
     expected = (first[0] + first[1] + np.roll(second[0] + second[1], 1)) / 2
     assert np.allclose(SeededRandomness(5).gaussian(size).numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_no_draw_ends_before_its_time(monkeypatch):
+    """A key's blocks are counted in 32 bits, so a count that starts at random would end a step in so many for want of noise."""
+    monkeypatch.setattr(SecureRandomness, "_key", lambda self: b"\xff" * 44)
+    assert torch.isfinite(SecureRandomness().gaussian(1000)).all()
+
+
+def test_the_stream_on_a_device_is_the_ciphers():
+    """T10: bit for bit that of OpenSSL, from one part to the next."""
+    key, nonce = bytes(range(100, 132)), bytes(range(240, 252))
+    device, processor = DeviceStream(key, nonce, torch.device("cpu")), noise._Stream(key, nonce)
+    for size in (8, 24, 4096):
+        found, expected = torch.empty(2, 2, size // 4, dtype=torch.float64), torch.empty(size, dtype=torch.float64)
+        device.fill(found)
+        processor.fill(expected)
+        assert torch.equal(found.view(-1), expected) and len(expected.unique()) == size
+
+
+def test_noise_made_on_a_device_is_the_same_draw(monkeypatch):
+    monkeypatch.setattr(noise, "_CHUNK", 64)
+    expected = SeededRandomness(5).gaussian(1000)
+    monkeypatch.setattr(noise, "_Stream", lambda *key: DeviceStream(*key, torch.device("cpu")))
+    assert torch.equal(SeededRandomness(5).gaussian(1000), expected)
 
 
 def test_noise_is_not_porous():

@@ -2,7 +2,7 @@
 
 A rule is an Opacus grad sampler: ``rule(layer, [input], grad_output) -> {parameter: (B, *shape)}``. Rules live in
 Opacus's own registry, so that whoever uses plain Opacus beside dpft gains the ones added here, and dpft uses
-every rule that Opacus ships but its linear one. To add one, write a file like these, import it below and add the layer to
+every rule that Opacus ships but those for which it has a smaller form (:mod:`dpft.gradients.rules.unmade`). To add one, write a file like these, import it below and add the layer to
 ``tests/gradients/test_rules.py``.
 """
 
@@ -12,16 +12,17 @@ from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dpft.gradients.rules import embedding, rms_norm  # noqa: F401  (importing registers them)
+from dpft.gradients.rules import rms_norm  # noqa: F401  (importing registers it)
+from dpft.gradients.rules.embedding import embedding
 from dpft.gradients.rules.linear import conv1d, linear
 from dpft.gradients.rules.sparse import is_sparse_linear, sparse_linear
 
-# These rules may return a Product for a gradient, which Opacus's registry has no room for.
-PRODUCTS = {nn.Linear: linear, Conv1D: conv1d}
+# These rules may return a gradient unmade, which Opacus's registry has no room for.
+UNMADE = {nn.Linear: linear, Conv1D: conv1d, nn.Embedding: embedding}
 
 
 def rule_for(layer: nn.Module) -> Callable | None:
     """The rule of exactly this class; a subclass may compute something else and gets none."""
     if is_sparse_linear(layer):  # its class is made for the one layer, so no registry can hold it
         return sparse_linear
-    return PRODUCTS.get(type(layer)) or GradSampleHooks.GRAD_SAMPLERS.get(type(layer))
+    return UNMADE.get(type(layer)) or GradSampleHooks.GRAD_SAMPLERS.get(type(layer))

@@ -1,15 +1,77 @@
-"""``nn.Embedding``, with the row of ``padding_idx`` left at zero as PyTorch does (Opacus 1.6 fills it)."""
+"""``nn.Embedding``: only the rows of tokens that occur have a gradient, so an example's is a few rows and not a table.
+
+The row of ``padding_idx`` stays zero as PyTorch leaves it (Opacus 1.6 fills it).
+"""
+
+from dataclasses import dataclass
 
 import torch
 from opacus.grad_sample import register_grad_sampler
 from torch import Tensor, nn
 
 from dpft.errors import IsolationError
+from dpft.gradients.rules.unmade import Unmade, made
 
 
-@register_grad_sampler(nn.Embedding)
-def embedding(layer: nn.Embedding, activations: list[Tensor], grad_output: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Scatter each token's output gradient ``(B, ..., H)`` to its row of a ``(B, V, H)`` table.
+@dataclass(frozen=True)
+class Rows(Unmade):
+    """Per-example gradients of a table ``(height, n)``, zero but for some rows.
+
+    Attributes:
+        places: ``(K,)``, example · height + row, each pair once: a row is whole before its norm is taken.
+        rows: ``(K, n)``.
+        examples: B.
+        height: how many rows the table has.
+    """
+
+    places: Tensor
+    rows: Tensor
+    examples: int
+    height: int
+
+    @classmethod
+    def of(cls, places: Tensor, values: Tensor, examples: int, height: int) -> "Rows":
+        """From ``(N,)`` places that may repeat and their values ``(N, n)``."""
+        places, index = places.unique(return_inverse=True)
+        rows = values.new_zeros(len(places), values.shape[1]).index_add_(0, index, values)
+        return cls(places, rows, examples, height)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.examples, self.height, self.rows.shape[1]))
+
+    @property
+    def pays(self) -> bool:
+        return True
+
+    def made(self) -> Tensor:
+        table = self.rows.new_zeros(self.examples * self.height, self.rows.shape[1])
+        return table.index_copy_(0, self.places, self.rows).view(self.shape)
+
+    def squares(self) -> Tensor:
+        # Over many rows float32 would lose digits.
+        squares = torch.linalg.vector_norm(self.rows, dim=1).double().square()
+        return squares.new_zeros(self.examples).index_add_(0, self._example(), squares).to(self.rows.dtype)
+
+    def add_to(self, total: Tensor, factors: Tensor) -> None:
+        total.index_add_(0, self.places % self.height, self.rows * factors[self._example()].unsqueeze(1))
+
+    def without(self, examples: Tensor) -> "Rows":
+        rows = self.rows.masked_fill(examples[self._example()].unsqueeze(1), 0)
+        return Rows(self.places, rows, self.examples, self.height)
+
+    def __add__(self, other: "Rows") -> "Rows":
+        """The sum of two uses of one table."""
+        places, rows = torch.cat([self.places, other.places]), torch.cat([self.rows, other.rows])
+        return Rows.of(places, rows, self.examples, self.height)
+
+    def _example(self) -> Tensor:
+        """``(K,)``, the example that each row belongs to."""
+        return self.places // self.height
+
+
+def embedding(layer: nn.Embedding, activations: list[Tensor], grad_output: Tensor) -> dict[nn.Parameter, Rows]:
+    """Each token's output gradient ``(B, ..., n)`` belongs to its row.
 
     Raises:
         IsolationError: the layer divides by how often a token occurs in the batch.
@@ -22,11 +84,14 @@ def embedding(layer: nn.Embedding, activations: list[Tensor], grad_output: Tenso
     if not layer.weight.requires_grad:
         return {}
     tokens = activations[0]
-    examples, rows, width = len(tokens), layer.num_embeddings, layer.embedding_dim
-    offsets = torch.arange(examples, device=tokens.device).view(-1, *[1] * (tokens.dim() - 1)) * rows
-    table = grad_output.new_zeros(examples * rows, width)
-    table.index_add_(0, (tokens + offsets).flatten(), grad_output.reshape(-1, width))
-    table = table.view(examples, rows, width)
+    examples, height = len(tokens), layer.num_embeddings
+    first = torch.arange(examples, device=tokens.device).view(-1, *[1] * (tokens.dim() - 1)) * height
+    values = grad_output
     if layer.padding_idx is not None:
-        table[:, layer.padding_idx] = 0
-    return {layer.weight: table}
+        values = values.masked_fill((tokens == layer.padding_idx).unsqueeze(-1), 0)
+    return {layer.weight: Rows.of((tokens + first).flatten(), values.reshape(-1, values.shape[-1]), examples, height)}
+
+
+@register_grad_sampler(nn.Embedding)
+def _embedding_for_opacus(layer: nn.Embedding, activations: list[Tensor], grad_output: Tensor) -> dict:
+    return {parameter: made(g) for parameter, g in embedding(layer, activations, grad_output).items()}

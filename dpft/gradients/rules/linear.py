@@ -8,6 +8,8 @@ from opacus.grad_sample import register_grad_sampler
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dpft.gradients.rules.unmade import Unmade, made
+
 # Making a gradient (m, n), taking its norm and adding it up moves about 3 numbers of each weight through memory, while the norm
 # alone costs 2 T² (m + n) operations. Memory is taken to move one number in the time of so many operations: an estimate,
 # which changes speed alone; benchmarks/speed.py shows what comes of it on either side.
@@ -16,7 +18,7 @@ ROUNDING = 2.0**-21  # of sums of products in float32, relative to the sum of th
 
 
 @dataclass(frozen=True)
-class Product:
+class Product(Unmade):
     """Per-example gradients ``left[i].T @ right[i]`` of a weight ``(m, n)``, from ``(B, T, m)`` and ``(B, T, n)``."""
 
     left: Tensor
@@ -30,19 +32,21 @@ class Product:
 
     @property
     def shape(self) -> torch.Size:
-        """``(B, m, n)``"""
         return torch.Size((len(self.left), self.left.shape[2], self.right.shape[2]))
 
     @property
     def tokens(self) -> int:
         return self.left.shape[1]
 
+    @property
+    def pays(self) -> bool:
+        return self.tokens <= longest_by_norm(*self.shape[1:])
+
     def made(self) -> Tensor:
-        """``(B, m, n)``"""
         return torch.bmm(self.left.mT, self.right)
 
     def squares(self) -> Tensor:
-        """``(B,)`` squared norms, ``Σ_ts (left_t · left_s)(right_t · right_s)`` (Li, Tramèr, Liang, Hashimoto 2022, section 4).
+        """``Σ_ts (left_t · left_s)(right_t · right_s)`` (Li, Tramèr, Liang, Hashimoto 2022, section 4).
 
         Terms that cancel could leave a number below the true one, and a norm that is too small clips too little: what
         rounding may have taken, at most ``ROUNDING · (Σ_t ‖left_t‖ ‖right_t‖)²``, is added.
@@ -54,12 +58,11 @@ class Product:
         return left.mul_(right).sum((1, 2)).clamp_min(0) + ROUNDING * longest
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
-        """``total += Σ_i factors[i] · left[i].T @ right[i]``, one matrix product (book-keeping; Bu, Wang, Zha, Karypis 2023)."""
+        """One matrix product (book-keeping; Bu, Wang, Zha, Karypis 2023)."""
         scaled = self.left * factors.view(-1, 1, 1)
         total.addmm_(scaled.flatten(0, 1).T, self.right.flatten(0, 1))
 
     def without(self, examples: Tensor) -> "Product":
-        """The same with zeros for the examples ``(B,)`` that are true."""
         lost = examples.view(-1, 1, 1)
         return Product(self.left.masked_fill(lost, 0), self.right.masked_fill(lost, 0))
 
@@ -94,5 +97,4 @@ def _gradients(layer: nn.Module, grad_output: Tensor, product: Callable[[], Prod
 
 @register_grad_sampler(Conv1D)
 def _conv1d_for_opacus(layer: Conv1D, activations: list[Tensor], grad_output: Tensor) -> dict[nn.Parameter, Tensor]:
-    found = conv1d(layer, activations, grad_output)
-    return {parameter: g.made() if isinstance(g, Product) else g for parameter, g in found.items()}
+    return {parameter: made(g) for parameter, g in conv1d(layer, activations, grad_output).items()}

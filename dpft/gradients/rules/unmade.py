@@ -1,0 +1,40 @@
+"""Per-example gradients that need not be made to be clipped and added up."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Unmade(ABC):
+    """The gradients ``(B, m, n)`` of one weight for each of B examples, in a form that is smaller than they are."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """``(B, m, n)``"""
+
+    @property
+    @abstractmethod
+    def pays(self) -> bool:
+        """Whether the norms alone are cheaper than making the gradients."""
+
+    @abstractmethod
+    def made(self) -> Tensor:
+        """``(B, m, n)``"""
+
+    @abstractmethod
+    def squares(self) -> Tensor:
+        """``(B,)`` squared norms."""
+
+    @abstractmethod
+    def add_to(self, total: Tensor, factors: Tensor) -> None:
+        """``total`` ``(m, n)`` ``+= Σ_i factors[i] · g_i``"""
+
+    @abstractmethod
+    def without(self, examples: Tensor) -> "Unmade":
+        """The same with zeros for the examples ``(B,)`` that are true."""
+
+
+def made(gradient: Tensor | Unmade) -> Tensor:
+    return gradient.made() if isinstance(gradient, Unmade) else gradient

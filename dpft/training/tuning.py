@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 SMALLEST, LARGEST = 128, 1 << 17
-WORTH = 0.95  # a budget twice as large must make an example at least 5 % faster
-LONG = 1.0  # seconds from which a micro-batch is timed once and not twice
-SECONDS = 10.0  # after which the best so far is taken
+WORTH = 0.95  # a larger budget must make an example at least 5 % faster
+DOUBLINGS = 2  # without such a gain end the search: a single one may be the machine's mood
+ENOUGH = 0.3  # seconds for which micro-batches of one size are timed; the fastest counts
+SECONDS = 10.0  # after which nothing larger is tried
 
 
 def fastest_budget(
@@ -26,7 +27,7 @@ def fastest_budget(
     most: int,
     memory: int,
 ) -> int:
-    """The smallest token budget whose double would gain less than 5 %, or would not fit.
+    """The smallest token budget that is within 5 % of the fastest that fits.
 
     Args:
         losses: ``losses(n)``, ``(n,)``, of n equal examples of ``tokens`` tokens.
@@ -36,25 +37,27 @@ def fastest_budget(
     """
 
     def timed(n: int) -> tuple[float, int]:
-        since, saved = _now(model), SavedBytes(model)
-        with saved:
-            found = losses(n)
-        accumulate(found)
-        return _now(model) - since, saved.bytes
+        """Seconds for each example, and the bytes kept."""
+        times: list[float] = []
+        while sum(times) < ENOUGH and len(times) < 10:
+            since, saved = _now(model), SavedBytes(model)
+            with saved:
+                found = losses(n)
+            accumulate(found)
+            times.append(_now(model) - since)
+        return min(times) / n, saved.bytes
 
-    budget, best, started = SMALLEST, float("inf"), time.perf_counter()
-    timed(1)  # what only a first pass does is not counted
-    for doubled in (SMALLEST << k for k in range((LARGEST // SMALLEST).bit_length())):
-        n = min(max(1, doubled // tokens), most)
-        seconds, kept = timed(n)
-        if seconds < LONG:
-            seconds = min(seconds, timed(n)[0])
-        if seconds / n > WORTH * best:
+    started, found, idle = time.perf_counter(), {}, 0
+    accumulate(losses(1))  # what only a first pass does is not counted
+    smallest = max(SMALLEST, tokens)
+    for budget in (smallest << k for k in range(max(1, (LARGEST // smallest).bit_length()))):
+        n = min(budget // tokens, most)
+        best = min(found.values(), default=float("inf"))
+        found[budget], kept = timed(n)
+        idle = 0 if found[budget] <= WORTH * best else idle + 1
+        if idle == DOUBLINGS or 2 * kept > memory or n == most or time.perf_counter() - started > SECONDS:
             break
-        budget, best = doubled, seconds / n
-        if 2 * kept > memory or n == most or time.perf_counter() - started > SECONDS:
-            break
-    return budget
+    return min(budget for budget, seconds in found.items() if WORTH * seconds <= min(found.values()))
 
 
 def free_memory(device: torch.device) -> int:

@@ -35,11 +35,20 @@ class Machine:
         (0.0, 1e-3, 128, 128),  # nothing is gained by a second example
         (1e-3, 1e-3, 16, 256),  # 8 examples cost 1.125 each, 16 cost 1.06, 32 cost 1.03
         (1.0, 1e-9, 128, 1 << 17),  # every call costs the same, as on a GPU that is far from full
-        (1.0, 1e-9, 1 << 20, 128),  # one example fills it
+        (1.0, 1e-9, 512, 1 << 17),  # however long the examples
+        (1.0, 1e-9, 1 << 20, 1 << 20),  # one example fills it
     ],
 )
 def test_the_smallest_budget_that_is_about_as_fast_as_any(monkeypatch, call, example, tokens, budget):
     assert Machine(monkeypatch, call, example).fastest(tokens) == budget
+
+
+def test_one_doubling_without_gain_does_not_end_the_search(monkeypatch):
+    """As was seen of an encoder at 128 tokens: slow alone, no faster by twos, and half as slow by eights."""
+    machine = Machine(monkeypatch, 0.0, 0.0)
+    times = {1: 0.080, 2: 0.079, 4: 0.060, 8: 0.049, 16: 0.048, 32: 0.048}
+    machine.accumulate = lambda losses: setattr(machine, "now", machine.now + len(losses) * times[len(losses)])
+    assert machine.fastest(128) == 8 * 128
 
 
 def test_a_budget_fits_the_memory(monkeypatch):

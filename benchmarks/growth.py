@@ -147,7 +147,9 @@ def text(found: dict, folder: str) -> str:
         "- **In the update**: noise. It is drawn from a cryptographic generator, four Gaussians for each number, and takes several "
         "times what AdamW does. It is paid once in a step, whatever the number of examples: "
         "share it out over an effective batch of hundreds of examples.",
-        "- **In memory**: the libraries that dpft loads, a constant of 100 to 200 MB, and one row of trained numbers for each example of a micro-batch.",
+        "- **In memory**: the libraries that dpft loads (SciPy, dp-accounting, cryptography: a constant of 40 MB), one row of trained numbers for "
+        "each example of a micro-batch and, where the norm of a large weight is taken alone, the gradients of its layer's outputs until all norms are "
+        "known. What the C library's allocator keeps of freed memory varies by as much from process to process.",
         "",
     ]
     return "\n".join(out)

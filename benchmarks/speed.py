@@ -541,6 +541,8 @@ def main() -> None:
     if "DPFT_MODELS" not in os.environ:
         sys.exit("DPFT_MODELS must name the folder with minilm-l6 (see benchmarks/models.py)")
     works = [name for name in WORK if not arguments.work or any(text in name for text in arguments.work)]
+    if not works:
+        sys.exit(f"No work's name contains {' or '.join(arguments.work)}: there are {', '.join(WORK)}.")
     rows = collect(works, arguments.system or [s for s in SYSTEMS if s != "plain"], arguments.repeats)
     deliver({"rows": rows, "repeats": arguments.repeats, **circumstances()}, arguments)
 

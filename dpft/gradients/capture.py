@@ -90,6 +90,8 @@ class Capture(Arrangement):
             leaves, structure = tree_flatten((args, kwargs))
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             tensors = [leaves[i].detach() for i in places]
+            if not site.needs_input:  # the shape is enough; a value that were used all the same would be found out
+                tensors = [x.new_full((1,), torch.nan).expand(x.shape) for x in tensors]
             rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             form = f"{structure} {places}" if functional else ""
 

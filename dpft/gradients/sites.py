@@ -7,6 +7,7 @@ from math import inf
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
+from transformers.pytorch_utils import Conv1D
 
 from dpft.gradients.rules import UNMADE, rule_for
 from dpft.gradients.rules.linear import longest_by_norm
@@ -72,6 +73,12 @@ class Site:
         """The closed form, if there is one for this very class and all slots are the layer's own."""
         own = {id(parameter) for parameter in parameters_at(self.module)}
         return rule_for(self.module) if all(id(slot.parameter) in own for slot in self.slots) else None
+
+    @cached_property
+    def needs_input(self) -> bool:
+        """Whether a gradient here follows from the layer's input; a linear layer's bias has that of the output alone."""
+        linear = type(self.module) in (nn.Linear, Conv1D)
+        return not linear or any(slot.parameter is not self.module.bias for slot in self.slots)
 
 
 class Arrangement:

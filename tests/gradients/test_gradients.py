@@ -14,6 +14,7 @@ from dpft.gradients.rules.embedding import Rows
 from dpft.gradients.rules.linear import Product, longest_by_norm
 from dpft.privacy.clipping import FlatClip
 from dpft.privacy.plan import Plan
+from dpft.training.tuning import SavedBytes
 
 M, N = 40, 24
 SWITCH = longest_by_norm(M, N)
@@ -233,3 +234,20 @@ def test_every_weight_of_a_real_architecture():
         engine.release()
         for parameter, expected in zip(filter(lambda p: p.requires_grad, twin.parameters()), wanted, strict=True):
             torch.testing.assert_close(parameter.grad * 4, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_bias_keeps_no_input_for_its_gradient():
+    model = nn.Sequential(nn.Linear(100, 100), nn.Tanh(), Conv1D(100, 100))
+    x = torch.randn(50, 100)
+
+    def kept():
+        saved = SavedBytes(model)
+        with saved:
+            model(x).square().sum(1)
+        return saved.bytes
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    without = kept()
+    with Engine(model, plan()):
+        assert kept() - without < 100  # bytes

@@ -531,7 +531,7 @@ def described(row: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", action="append", metavar="TEXT", help="only work whose name contains this")
-    parser.add_argument("--system", action="append", choices=[*SYSTEMS, *VARIANTS])
+    parser.add_argument("--system", action="append", choices=[s for s in SYSTEMS | VARIANTS if s != "plain"])
     parser.add_argument("--repeats", type=int, default=7, help="timed pairs")
     options(parser)
     parser.add_argument("--serve", nargs=2, metavar=("SYSTEM", "WORK"), help=argparse.SUPPRESS)

@@ -25,6 +25,7 @@ from dpft.privacy.chacha import DeviceStream
 
 _CHUNK = 1 << 16  # numbers drawn at a time: their few MB stay in the processor's cache
 _DEVICE_CHUNK = 1 << 19  # on a GPU, where each operation should have much to do
+_CPU = torch.device("cpu")
 
 
 class Randomness(ABC):
@@ -39,7 +40,7 @@ class Randomness(ABC):
     def _key(self) -> bytes:
         """32 bytes of key and 12 of nonce, never the same twice."""
 
-    def _stream(self, device: torch.device):
+    def _stream(self, device: torch.device = _CPU):
         """A fresh key's stream of uniform numbers; its blocks are counted from 0, so that none ends before 2**32 of them."""
         key = self._key()
         return DeviceStream(key[:32], key[32:], device) if device.type == "cuda" else _Stream(key[:32], key[32:])
@@ -47,7 +48,7 @@ class Randomness(ABC):
     def uniform(self, n: int) -> np.ndarray:
         """``(n,)`` float64 in [0, 1), multiples of 2**-53."""
         numbers = torch.empty(n, dtype=torch.float64)
-        self._stream(torch.device("cpu")).fill(numbers)
+        self._stream().fill(numbers)
         return numbers.numpy()
 
     def bernoulli(self, n: int, probability: float) -> np.ndarray:
@@ -58,15 +59,13 @@ class Randomness(ABC):
         """``(n,)`` float64 standard normal numbers, each the half-sum of four (see the module's text)."""
         return torch.cat([part.clone() for part in self.gaussians(n)]) if n else torch.empty(0, dtype=torch.float64)
 
-    def gaussians(self, n: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    def gaussians(self, n: int, device: torch.device = _CPU) -> Iterator[Tensor]:
         """The same draw in parts, one after another; each is valid until the next is asked for.
 
         On CUDA devices the numbers are made there, with another rounding of the last bits; for others, on the processor.
         """
-        device = torch.device(device)
-        device = device if device.type == "cuda" else torch.device("cpu")
-        stream = self._stream(device)
-        size = max(2, min(_DEVICE_CHUNK if device.type == "cuda" else _CHUNK, n))
+        device, chunk = (device, _DEVICE_CHUNK) if device.type == "cuda" else (_CPU, _CHUNK)
+        stream, size = self._stream(device), max(2, min(chunk, n))
         size += size % 2  # four uniforms make a number, and a block of the stream is eight of them
         u = torch.empty(2, 2, size, dtype=torch.float64, device=device)
         cosines = torch.empty(2, size, dtype=torch.float64, device=device)

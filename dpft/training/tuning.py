@@ -47,17 +47,18 @@ def fastest_budget(
             times.append(_now(model) - since)
         return min(times) / n, saved.bytes
 
-    started, found, idle = time.perf_counter(), {}, 0
+    started, tried, idle = time.perf_counter(), {}, 0
     accumulate(losses(1))  # what only a first pass does is not counted
     smallest = max(SMALLEST, tokens)
     for budget in (smallest << k for k in range(max(1, (LARGEST // smallest).bit_length()))):
         n = min(budget // tokens, most)
-        best = min(found.values(), default=float("inf"))
-        found[budget], kept = timed(n)
-        idle = 0 if found[budget] <= WORTH * best else idle + 1
+        best = min(tried.values(), default=float("inf"))
+        tried[budget], kept = timed(n)
+        idle = 0 if tried[budget] <= WORTH * best else idle + 1
         if idle == DOUBLINGS or 2 * kept > memory or n == most or time.perf_counter() - started > SECONDS:
             break
-    return min(budget for budget, seconds in found.items() if WORTH * seconds <= min(found.values()))
+    best = min(tried.values())
+    return min(budget for budget, seconds in tried.items() if WORTH * seconds <= best)
 
 
 def free_memory(device: torch.device) -> int:

@@ -29,12 +29,21 @@ def plan(**fields):
     return Plan(**{"noise_multiplier": 0.0, "sample_rate": 1.0, "steps": 5, "delta": 1e-3, "units": 4, **fields})
 
 
-def brute_force(model, losses, clip):
+def one_by_one(model, losses):
+    """Each loss's gradients by themselves, and their norm."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    total = [torch.zeros_like(p) for p in parameters]
     for loss in losses:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
-        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        yield gradients, torch.cat([g.flatten() for g in gradients]).norm()
+
+
+def true_norms(model, losses):
+    return torch.stack([norm for _, norm in one_by_one(model, losses)])
+
+
+def brute_force(model, losses, clip):
+    total = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
+    for gradients, norm in one_by_one(model, losses):
         for place, gradient in zip(total, gradients, strict=True):
             place += gradient * (clip / norm).clamp(max=1.0)
     return total
@@ -59,11 +68,8 @@ def test_the_clipped_sum_is_that_of_brute_force_on_both_sides_of_the_switch(toke
     torch.manual_seed(0)
     model = Net(Conv1D(M, N) if kind == "conv1d" else nn.Linear(N, M), twice=kind == "used twice")
     x = torch.randn(4, tokens, N) * torch.tensor([0.1, 1.0, 3.0, 10.0]).view(-1, 1, 1)
-    norms = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm()
-        for loss in map(lambda one: model(one.unsqueeze(0))[0], x)
-    ]
-    clip = float(torch.stack(norms).median())  # so that some are clipped and some are not
+    norms = true_norms(model, [model(one.unsqueeze(0))[0] for one in x])
+    clip = float(norms.median())  # so that some are clipped and some are not
     wanted = brute_force(model, model(x), clip)
     with Engine(model, plan(clip=FlatClip(clip))) as engine:
         unmade = tokens * (2 if kind == "used twice" else 1) <= SWITCH
@@ -71,7 +77,7 @@ def test_the_clipped_sum_is_that_of_brute_force_on_both_sides_of_the_switch(toke
         gradients = engine.capture.gradients(model(x))
         start = next(slot.start for slot in engine.capture.slots if slot.name == "first.weight")
         assert isinstance(gradients.large[start].gradient, Product) == unmade
-        torch.testing.assert_close(gradients.norms(), torch.stack(norms), rtol=2e-5, atol=0)
+        torch.testing.assert_close(gradients.norms(), norms, rtol=2e-5, atol=0)
         engine.accumulate(model(x))
         engine.release()
         for parameter, expected in zip(model.parameters(), wanted, strict=True):
@@ -102,25 +108,18 @@ def test_an_embedding_is_clipped_by_its_rows(use, words):
     torch.manual_seed(0)
     model = Words(use)
     ids = torch.randint(words, (4, 20))
-    losses = model(ids) * torch.tensor([1.0, 3.0, 10.0, 100.0])
-    parameters = list(model.parameters())
-    norms = torch.stack(
-        [
-            torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]).norm()
-            for loss in losses
-        ]
-    )
+    losses = lambda: model(ids) * torch.tensor([1.0, 3.0, 10.0, 100.0])
+    norms = true_norms(model, losses())
     clip = float(norms.median())
-    wanted = brute_force(model, losses, clip)
+    wanted = brute_force(model, losses(), clip)
     with Engine(model, plan(clip=FlatClip(clip))) as engine:
-        losses = lambda: model(ids) * torch.tensor([1.0, 3.0, 10.0, 100.0])
         gradients = engine.capture.gradients(losses())
         slot = next(slot for slot in engine.capture.slots if slot.name == "table.weight")
         assert isinstance(gradients.large[slot.start].gradient, Rows) == (use != "tied")
         torch.testing.assert_close(gradients.norms(), norms, rtol=1e-5, atol=0)
         engine.accumulate(losses())
         engine.release()
-        for parameter, expected in zip(parameters, wanted, strict=True):
+        for parameter, expected in zip(model.parameters(), wanted, strict=True):
             torch.testing.assert_close(parameter.grad * 4, expected, rtol=1e-4, atol=1e-6 * clip)
 
 

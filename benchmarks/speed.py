@@ -5,7 +5,8 @@
 Each system runs in a process of its own and is timed against plain training in another, in turn (A B A B): one micro-batch
 (forward, backward, clipping) and one update (noise, AdamW). A step is an effective batch of 256 examples, so its time is
 ``256 / examples`` micro-batches and one update; the ratio is the median over the pairs, its spread their quartiles. Memory
-is the process's peak resident set, libraries included. Before it is timed, a system's clipped sum is compared with a loop
+is the process's peak resident set, libraries included; beside it stands the peak of what PyTorch allocates, which does not
+depend on what the C library's allocator keeps. Before it is timed, a system's clipped sum is compared with a loop
 of plain backward passes: what is not exact is disqualified and its row says so.
 
 Systems: dpft on plain's micro-batches; dpft on those that it chooses itself; Opacus with hooks, with ghost clipping, with
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 from output import circumstances, deliver, options
@@ -367,19 +369,22 @@ VARIANTS: dict[str, Callable] = {
 
 
 def serve(system: str, work: Work) -> None:
-    """Do what standard input says, a line at a time: ``sum PATH``, ``time``, ``parameters``, ``flops``, ``peak``."""
+    """Do what standard input says, a line at a time: ``sum PATH``, ``time``, ``parameters``, ``flops``, ``peak``, ``allocated``."""
     import warnings
 
     import torch
 
     warnings.simplefilter("ignore")
     channel, sys.stdout = sys.stdout, sys.stderr
+    make = lambda: (SYSTEMS | VARIANTS)[system](work)
     worker = None
     for line in sys.stdin:
         word, _, rest = line.strip().partition(" ")
         try:
-            worker = worker or (SYSTEMS | VARIANTS)[system](work)
-            if word == "sum":
+            worker = worker or (make() if word != "allocated" else None)
+            if word == "allocated":
+                answer = {"mib": allocated(make) / 2**20}
+            elif word == "sum":
                 torch.save(worker.clipped_sum(), rest)
                 answer = {}
             elif word == "time":
@@ -400,6 +405,21 @@ def timed(action: Callable[[], None]) -> float:
     since = time.perf_counter()
     action()
     return time.perf_counter() - since
+
+
+def allocated(make: Callable) -> int:
+    """The most bytes that PyTorch holds at once, from before the model is made to the end of the second step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        worker = make()
+        for _ in range(2):
+            worker.micro_batch()
+            worker.micro_batch()
+            worker.update()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes))
 
 
 def counted(action: Callable[[], None]) -> int:
@@ -457,7 +477,7 @@ class Process:
         return found
 
 
-def compare(system: str, name: str, truth: dict, folder: Path, repeats: int) -> dict:
+def compare(system: str, name: str, truth: dict, plain_allocated: float, folder: Path, repeats: int) -> dict:
     """One row."""
     work = WORK[name]
     row = {"system": system, "work": name, "exact": None, "error": None, "time_over_plain": None}
@@ -481,6 +501,9 @@ def compare(system: str, name: str, truth: dict, folder: Path, repeats: int) -> 
             row["update_seconds"] = statistics.median(b["update"] for _, b in pairs)
             row["mib"], row["plain_mib"] = other.ask("peak")["mib"], plain.ask("peak")["mib"]
             row["memory_over_plain"] = row["mib"] / row["plain_mib"]
+        with Process(system, work) as other:
+            row["allocated_mib"], row["plain_allocated_mib"] = other.ask("allocated")["mib"], plain_allocated
+            row["allocated_over_plain"] = row["allocated_mib"] / plain_allocated
     except Failed as failure:
         row["error"] = str(failure)
     return row
@@ -510,9 +533,11 @@ def collect(works: Sequence[str], systems: Sequence[str], repeats: int) -> list[
         for work in works:
             with Process("plain", WORK[work]) as plain:
                 plain.ask(f"sum {folder}/truth.pt")
+            with Process("plain", WORK[work]) as plain:
+                plain_allocated = plain.ask("allocated")["mib"]
             truth = torch.load(f"{folder}/truth.pt")
             for system in systems:
-                rows.append(compare(system, work, truth, Path(folder), repeats))
+                rows.append(compare(system, work, truth, plain_allocated, Path(folder), repeats))
                 print(described(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
@@ -525,7 +550,8 @@ def described(row: dict) -> str:
     if row["time_over_plain"] is None:
         return f"{name} disqualified{off}"
     low, high = row["time_quartiles"] or (row["time_over_plain"],) * 2
-    return f"{name} time {row['time_over_plain']:.3f} ({low:.3f} to {high:.3f}), memory {row['memory_over_plain']:.3f}{off}"
+    memory = f"memory {row['memory_over_plain']:.3f} ({row['allocated_over_plain']:.3f} of what PyTorch allocates)"
+    return f"{name} time {row['time_over_plain']:.3f} ({low:.3f} to {high:.3f}), {memory}{off}"
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from dpft.training.arguments import check_arguments
 from dpft.training.batches import EVALUATION_TOKENS, Examples, LogicalBatch, LogicalBatches, plain_batches
 from dpft.training.prefix import WORTH, FrozenPrefix
 from dpft.training.releases import Releases
-from dpft.training.tuning import fastest_budget, free_memory
+from dpft.training.tuning import fastest_budget, free_memory, workspace
 
 TRAINABLE = "trainable.safetensors"  # in a checkpoint: the whole subset
 TOKEN_BUDGET = 1024  # padded tokens of a micro-batch until a better budget is known
@@ -130,8 +130,10 @@ class DPTrainerMixin:
             self.preflight = self._preflight()
             with self.engine.capture.paused():
                 self.prefix = self._kept_prefix()
+            memory = free_memory(self.args.device) if self.memory is None else self.memory
+            self.engine.workspace_bytes = workspace(self.args.device, memory)
             if self._tune:
-                self.token_budget = self._fastest_budget()
+                self.token_budget = self._fastest_budget(memory)
             try:
                 if self.account is not None:
                     self.account.charge_block()
@@ -221,7 +223,7 @@ class DPTrainerMixin:
             return None
         return prefix
 
-    def _fastest_budget(self) -> int:
+    def _fastest_budget(self, memory: int) -> int:
         """Nothing of it is released; the budget stays in this process, because times of private examples made it."""
         examples = self._step_examples()
         place = examples.spread_places()[-1]
@@ -245,7 +247,7 @@ class DPTrainerMixin:
                 model=self.model,
                 tokens=tokens,
                 most=self.engine.max_examples(tokens),
-                memory=free_memory(self.args.device) if self.memory is None else self.memory,
+                memory=memory,
             )
 
     def _step_examples(self) -> Examples:

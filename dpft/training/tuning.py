@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dpft.gradients.engine import WORKSPACE_BYTES
+
 SMALLEST, LARGEST = 128, 1 << 17
 WORTH = 0.95  # a larger budget must make an example at least 5 % faster
 DOUBLINGS = 2  # without such a gain end the search: a single one may be the machine's mood
@@ -34,6 +36,9 @@ def fastest_budget(
         accumulate: what a step does with them.
         most: how many examples a micro-batch may hold at all.
         memory: bytes that a forward pass may keep.
+
+    Raises:
+        torch.OutOfMemoryError: a single example does not fit.
     """
 
     def timed(n: int) -> tuple[float, int]:
@@ -53,12 +58,20 @@ def fastest_budget(
     for budget in (smallest << k for k in range(max(1, (LARGEST // smallest).bit_length()))):
         n = min(budget // tokens, most)
         best = min(tried.values(), default=float("inf"))
-        tried[budget], kept = timed(n)
+        try:
+            tried[budget], kept = timed(n)
+        except torch.OutOfMemoryError:
+            break
         idle = 0 if tried[budget] <= WORTH * best else idle + 1
         if idle == DOUBLINGS or 2 * kept > memory or n == most or time.perf_counter() - started > SECONDS:
             break
     best = min(tried.values())
     return min(budget for budget, seconds in tried.items() if WORTH * seconds <= best)
+
+
+def workspace(device: torch.device, memory: int) -> int:
+    """Bytes for gradients that must be made of each example: a GPU is fast only with many examples at a time."""
+    return max(WORKSPACE_BYTES, memory // 8) if device.type == "cuda" else WORKSPACE_BYTES
 
 
 def free_memory(device: torch.device) -> int:

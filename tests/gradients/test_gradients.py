@@ -136,14 +136,14 @@ def test_rows_of_a_nonfinite_example_are_forgotten():
             torch.testing.assert_close(parameter.grad * 4, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_an_embedding_bounds_no_micro_batch(monkeypatch):
+def test_an_embedding_bounds_no_micro_batch():
     """Its gradients would need V · n numbers for each example; its rows need fewer than the words have."""
-    monkeypatch.setattr("dpft.gradients.engine.WORKSPACE_BYTES", 4 * 30 * M)
     for use, least in (("once", 1_000), ("tied", 1)):
         model = Words(use)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter is model.table.weight)
         with Engine(model, plan()) as engine:
+            engine.workspace_bytes = 4 * 30 * M
             assert min(engine.max_examples(512), 1_000) == least
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dpft.training import tuning
-from dpft.training.tuning import SavedBytes, fastest_budget
+from dpft.training.tuning import SavedBytes, fastest_budget, workspace
 
 GIB = 1 << 30
 
@@ -61,6 +61,28 @@ def test_a_budget_holds_no_more_examples_than_the_engine_takes(monkeypatch):
     machine = Machine(monkeypatch, 1.0, 1e-9)
     machine.fastest(16, most=20)
     assert max(machine.sizes) == 20
+
+
+def test_what_does_not_fit_after_all_is_not_taken(monkeypatch):
+    """A backward pass takes more than what its forward pass kept; how much more shows when it is tried."""
+    machine = Machine(monkeypatch, 1.0, 1e-9)
+
+    def accumulate(losses):
+        if len(losses) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        machine.now += 1.0
+
+    machine.accumulate, most = accumulate, 40
+    assert machine.fastest(16) == 512
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        machine.fastest(16)
+
+
+def test_a_gpu_makes_more_gradients_at_a_time():
+    """LoRA on 7 billion parameters trains 20 million: 80 MB for each example, and three examples leave a GPU idle."""
+    assert workspace(torch.device("cuda"), 80 * GIB) == 10 * GIB
+    assert workspace(torch.device("cuda"), GIB) == workspace(torch.device("cpu"), 80 * GIB) == GIB // 4
 
 
 def test_what_a_forward_pass_keeps_is_counted_once_and_without_the_model():

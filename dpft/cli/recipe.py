@@ -118,12 +118,10 @@ def _checked(path: str, overrides: tuple[str, ...]):
 
     recipe = Recipe.read(path, overrides)
     setup = set_up(recipe, with_validation=False)
-    first = setup.train.select(range(min(200, len(setup.train))))
-    examples = Examples.encode(first, setup.task)
+    examples = Examples.encode(setup.train, setup.task)
+    losses = lambda batch: setup.task.losses(setup.model, setup.task.collate(batch))
     with Engine(setup.model, _any_plan(recipe)) as engine:
-        found = run_preflight(
-            engine, lambda batch: setup.task.losses(setup.model, setup.task.collate(batch)), examples.spread()
-        )
+        found = run_preflight(engine, losses, examples.spread(), longest=examples.longest)
     return found, setup, engine
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dpft.errors import BypassError, ExactnessError, first_line
+from dpft.errors import BypassError, ExactnessError, IsolationError, first_line
 from dpft.gradients.gradients import Gradients
 from dpft.gradients.sites import Arrangement, Site, Slot
 
@@ -172,7 +172,7 @@ class Capture(Arrangement):
                 (activation,) = tensors
                 self._check_leading(site.slots, activation.shape, grad_output.shape)
                 gradients = rule(site.module, [_precise(activation)], _precise(grad_output))
-        except ExactnessError:
+        except (ExactnessError, IsolationError):
             raise
         except (RuntimeError, ValueError, AttributeError, TypeError) as error:
             reason = f"{_called(site)} cannot be differentiated example by example ({first_line(error)})"

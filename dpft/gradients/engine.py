@@ -114,6 +114,8 @@ class Engine:
     def accumulate(self, losses: Tensor, units: Sequence | None = None) -> None:
         """Back-propagate one micro-batch and add its clipped unit gradients to the sum of this logical step.
 
+        If it fails, the whole logical step is forgotten: give all of it again.
+
         Args:
             losses: ``(B,)``, the loss of each example by itself.
             units: ``(B,)`` hashable identifiers; by default each example is a unit. A unit's examples may spread over
@@ -125,6 +127,15 @@ class Engine:
             ExactnessError, BypassError: see :mod:`dpft.errors`.
         """
         self._check_ready(losses, units)
+        if self._total is None:
+            self._refuse_strangers(losses)
+        try:
+            self._accumulate(losses, units)
+        except BaseException:
+            self.discard()  # a part may have been added already, which another try would add again
+            raise
+
+    def _accumulate(self, losses: Tensor, units: Sequence | None) -> None:
         gradients = self.capture.gradients(losses)
         if units is None:
             return self._add(gradients)
@@ -265,6 +276,22 @@ class Engine:
             if id(parameter) in known:
                 parameter.grad = None
         self._released.clear()
+
+    def _refuse_strangers(self, losses: Tensor) -> None:
+        """Raises BypassError: the losses come from trainable parameters of another model, whose gradients nothing would clip."""
+        waiting, seen = [losses.grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, nn.Parameter) and id(leaf) not in self._model_parameters:
+                raise BypassError(
+                    f"The losses depend on a trainable parameter of shape {tuple(leaf.shape)} that is not the engine's model's, so its gradient "
+                    "would be neither clipped nor noised: make the engine of the whole model that the losses come from."
+                )
+            waiting += [function for function, _ in node.next_functions]
 
     def _is_released(self, parameter: nn.Parameter) -> bool:
         gradient, version = self._released.get(id(parameter), (None, None))

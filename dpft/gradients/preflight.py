@@ -3,8 +3,8 @@
 Three checks, all before any budget is spent (no number of the data leaves them but relative errors near 1e-6):
 
 exact      per-example gradients of the whole batch, as the engine makes them, equal a loop of plain backward passes
-isolated   an example's loss and gradient are the same alone and beside others, padding included
-covered    the forward pass changes no buffer, and every module that the engine taps was seen at work
+isolated   an example's loss and gradient are the same alone and beside others, padding included, as far as the longest
+covered    the forward pass changes no buffer and no parameter, and every module that the engine taps was seen at work
 
 The structure is proven in float32, whatever the run computes in: rounding would hide a coupling that is as small.
 """
@@ -26,6 +26,7 @@ from dpft.gradients.steady import deterministic, in_precision
 
 TOLERANCE = 1e-4  # relative error that float32 arithmetic explains
 HALF_TOLERANCE = 0.1  # and that of half precision, where a run uses it: only gross errors show
+VERSIONED = ("dpft", "torch", "transformers", "peft", "opacus", "accelerate", "tokenizers")
 FLOOR = 1e-2  # a parameter's error is measured against at least this share of the whole gradient's norm
 
 
@@ -54,6 +55,7 @@ def preflight(
     losses: Callable[[list], Tensor],
     examples: Sequence,
     precise_losses: Callable[[list], Tensor] | None = None,
+    longest: object | None = None,
 ) -> Preflight:
     """Prove the engine's gradients on a few examples, or refuse.
 
@@ -65,11 +67,13 @@ def preflight(
         losses: ``losses(examples) -> (B,)``, collation and task loss; called with one and with several examples.
         examples: at least two, preferably of different lengths.
         precise_losses: the same without autocast, if ``losses`` runs under it.
+        longest: the longest example of all; the loss of the last of ``examples`` must be the same beside it, because
+            a model may treat long batches in another way.
 
     Raises:
         ExactnessError: a parameter's fast gradient is not the brute-force one; named.
         IsolationError: examples influence each other; the layer is named where it can be found.
-        GuaranteeError: the forward pass changes a buffer, a loss is not finite, or no gradient reaches the subset.
+        GuaranteeError: the forward pass changes a buffer or a parameter, a loss is not finite, or no gradient reaches the subset.
     """
     examples = list(examples)
     if len(examples) < 2:
@@ -82,15 +86,15 @@ def preflight(
         half = [tensor for tensor in floating if tensor.dtype in HALF]
         precise = precise_losses or losses
         with in_precision(half, torch.float32):
-            isolated, norms, references = _isolation(capture, precise, examples)
+            isolated, norms, references = _isolation(capture, precise, examples, longest)
         if not isolated <= TOLERANCE:  # a coupling, or float32 rounding, which deep models amplify a thousandfold?
             with in_precision(floating, torch.float64):
-                isolated = _isolation_in_double(capture, precise, examples, isolated)
+                isolated = _isolation_in_double(capture, precise, examples, longest, isolated)
         if not isolated <= TOLERANCE:
             with in_precision(half, torch.float32):
                 raise IsolationError(
                     f"An example's gradient changes by {isolated:.1e} (relative) when others share its batch, so clipping it would not bound "
-                    f"its influence: {_coupling_layer(capture.model, precise, examples)}."
+                    f"its influence: {_coupling_layer(capture.model, precise, [*examples, *([] if longest is None else [longest])])}."
                 )
         while True:
             with in_precision(half, torch.float32):
@@ -107,8 +111,15 @@ def preflight(
     return Preflight(True, True, error, capture.size, techniques, len(examples), capture.one_by_one)
 
 
-def fingerprint(model: nn.Module, *settings) -> str:
-    """A hash of all that the checks depend on but the examples: layers, subset, dropout, task and library versions."""
+def fingerprint(model: nn.Module, *settings) -> str | None:
+    """A hash of all that the checks depend on but the examples: layers, subset, dropout, task and library versions.
+
+    None where code takes part that no version tells apart, such as a task of the user's own: it may have changed.
+    """
+    parts = [part for s in settings for part in (s, *getattr(s, "__dict__", {}).values())]
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    if not all(map(_versioned, (*model.modules(), *parts, *hooks))):
+        return None
     described = [
         str(model),
         repr([[(k, v) for k, v in vars(m).items() if isinstance(v, (bool, int, float, str))] for m in model.modules()]),
@@ -116,20 +127,25 @@ def fingerprint(model: nn.Module, *settings) -> str:
         str(getattr(getattr(model, "config", None), "_attn_implementation", "")),
         repr([(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()]),
     ]
-    plain = (str, bool, int, float)
-    for setting in settings:
-        values = (
-            [setting] if isinstance(setting, plain) else [v for v in vars(setting).values() if isinstance(v, plain)]
-        )
-        described.append(f"{type(setting).__module__} {type(setting).__qualname__} {values}")
-    described += [
-        f"{name} {version(name)}" for name in ("dpft", "torch", "transformers", "peft", "opacus", "accelerate")
-    ]
+    described += [f"{type(part).__module__} {type(part).__qualname__} {_described(part)}" for part in parts]
+    described += [f"{name} {version(name)}" for name in VERSIONED]
     described.append(str(getattr(model, "config", "")))
     return sha256("\n".join(described).encode()).hexdigest()
 
 
-def _isolation(capture: Capture, losses: Callable, examples: list) -> tuple[float, Tensor, dict]:
+def _versioned(part) -> bool:
+    """Whether its code is Python's or that of a package whose version tells it apart."""
+    module = getattr(part, "__module__", None) or type(part).__module__
+    return module.partition(".")[0] in ("builtins", *VERSIONED)
+
+
+def _described(part) -> str:
+    """Its text, unless that is no more than an address."""
+    text = repr(part)
+    return "" if " at 0x" in text else text
+
+
+def _isolation(capture: Capture, losses: Callable, examples: list, longest) -> tuple[float, Tensor, dict]:
     """How far an example's loss or gradient beside the others is from the one alone, by plain autograd.
 
     Gradients are compared in one random combination, in which each example has about the same weight: what a coupling
@@ -158,6 +174,10 @@ def _isolation(capture: Capture, losses: Callable, examples: list) -> tuple[floa
         weights = _weights(norms)
         beside = _gradient(capture, together @ weights.to(together))
         expected = sum(weight * gradient for weight, gradient in zip(weights, gradients, strict=True))
+        if longest is not None:
+            with torch.no_grad():
+                together = torch.cat([together.detach(), losses([examples[-1], longest])[:1]])
+            alone = torch.cat([alone, alone[-1:]])
     error = float(((together.detach() - alone).abs() / alone.abs().clamp_min(1e-2)).max())
     error = max(error, _difference(capture, beside, expected)[1])
     return error, norms, {tuple(range(len(examples))): beside, (0,): _weights(norms[:1]) * gradients[0]}
@@ -176,10 +196,10 @@ def _weights(norms: Tensor) -> Tensor:
     return (shares * signs).to(norms) * 2.0 ** -norms.log2().round()
 
 
-def _isolation_in_double(capture: Capture, losses: Callable, examples: list, otherwise: float) -> float:
+def _isolation_in_double(capture: Capture, losses: Callable, examples: list, longest, otherwise: float) -> float:
     """The same in float64, or what float32 gave where the model or its inputs cannot be float64."""
     try:
-        return _isolation(capture, losses, examples)[0]
+        return _isolation(capture, losses, examples, longest)[0]
     except GuaranteeError:
         raise
     except Exception:  # whatever a kernel says of a type that it does not know
@@ -321,8 +341,15 @@ def _size(example) -> int:
 
 
 def _without_side_effects(model: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
-    """The losses, if making them changed no buffer."""
+    """The losses, if making them changed no buffer and no parameter."""
+    for name, module in model.named_modules():
+        if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            raise IsolationError(
+                f"Layer {name} ({type(module).__name__}) has max_norm={module.max_norm:g}, which shrinks the rows of the words that occur in "
+                "each forward pass, so its weights would say un-noised which do: set max_norm to None."
+            )
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    parameters = {name: _state(parameter) for name, parameter in model.named_parameters()}
     result = forward()
     if result.dim() != 1:
         raise GuaranteeError(
@@ -335,4 +362,15 @@ def _without_side_effects(model: nn.Module, forward: Callable[[], Tensor]) -> Te
                 f"Layer {name.rpartition('.')[0]} ({type(layer).__name__}) changes its buffer {name} in the forward pass, where data "
                 "would stay un-noised: put it in eval mode, or replace it (subset.replace_batchnorm puts GroupNorm for BatchNorm)."
             )
+    for name, parameter in model.named_parameters():
+        if parameters.get(name) != _state(parameter):
+            raise IsolationError(
+                f"The forward pass changes the parameter {name}, where data would stay un-noised: train weights by their gradients alone."
+            )
     return result
+
+
+def _state(parameter: Tensor) -> tuple[int, str]:
+    """How often it was changed in place, and its sum, in case it was changed behind PyTorch's back."""
+    plain = type(parameter) is nn.Parameter  # a quantised one may know no sum
+    return parameter._version, repr(parameter.detach().sum(dtype=torch.float64).item()) if plain else ""

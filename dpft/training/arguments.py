@@ -24,7 +24,9 @@ FORBIDDEN = {
     "torch_compile": (False, "it bypasses the layers that the engine taps"),
     "packing": (False, "packing puts several records into one example"),
     "padding_free": (False, "it joins the records of a batch into one sequence"),
+    "push_to_hub": (False, "it uploads the whole output folder, private/ included; push the finished weights"),
 }
+INSIDE_BACKWARD = ("lomo", "layerwise")  # parts of the names of optimizers that step while gradients are being made
 
 
 def check_arguments(args: TrainingArguments, plan: Plan, evaluation_is_public: bool) -> None:
@@ -40,6 +42,11 @@ def check_arguments(args: TrainingArguments, plan: Plan, evaluation_is_public: b
     if args.max_grad_norm not in (None, 0, 0.0, _default(args, "max_grad_norm")):
         raise GuaranteeError(
             f"TrainingArguments.max_grad_norm is {args.max_grad_norm}, which clips the batch and not its units: set the plan's clip, and leave this at its default."
+        )
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if any(part in optimizer for part in INSIDE_BACKWARD):
+        raise GuaranteeError(
+            f"TrainingArguments.optim is {optimizer!r}, which changes weights inside the backward pass, before clipping and noise: choose another, such as 'adamw_torch'."
         )
     if args.max_steps not in (-1, plan.steps):
         raise GuaranteeError(

@@ -53,12 +53,17 @@ class Examples:
         """``n`` examples of different lengths: what the preflight looks at."""
         return [self.features[place] for place in self.spread_places(n)]
 
-    def spread_places(self, n: int = 3, among: int = 200) -> list[int]:
-        """Numbers of ``n`` of the first ``among`` examples: of different lengths, and among the shortest.
+    @property
+    def longest(self):
+        """The longest example, beside which the preflight looks at another."""
+        return self.features[int(self.lengths.argmax())]
+
+    def spread_places(self, n: int = 3) -> list[int]:
+        """Numbers of ``n`` examples: of different lengths, and among the shortest.
 
         Structure shows in short examples as well, and the longest would cost the most.
         """
-        lengths, places = np.unique(self.lengths[:among], return_index=True)
+        lengths, places = np.unique(self.lengths, return_index=True)
         last = min(max(n - 1, len(lengths) // 16), len(lengths) - 1)
         found = places[np.unique(np.linspace(0, last, n).round().astype(int))].tolist() if len(lengths) else []
         return found + [i for i in range(min(n, len(self))) if i not in found][: n - len(found)]

@@ -62,7 +62,7 @@ class FrozenPrefix:
 
     @classmethod
     def find(cls, model: nn.Module, losses: Callable[[Mapping], Tensor], batch: Mapping[str, Tensor]):
-        """The longest frozen beginning, or None if everything from the first block on trains.
+        """The longest frozen beginning, or None if everything from the first block on trains or it pads in its own way.
 
         Args:
             losses: of a collated batch; nothing must be attached to the model.
@@ -110,6 +110,8 @@ class FrozenPrefix:
         gradients = torch.autograd.grad(total, [leaves[i] for i in places], allow_unused=True)
         needed = [i for i, gradient in zip(places, gradients, strict=True) if gradient is not None]
         shape = _mask(batch).shape if _mask(batch) is not None else None
+        if shape is not None and any(leaves[i].dim() > 2 and leaves[i].shape[:2] != shape for i in needed):
+            return None  # padded in its own way, as by models that attend in windows: what is padding cannot be told
         per_token = [shape is not None and leaves[i].dim() > 2 and leaves[i].shape[:2] == shape for i in needed]
         widths = [leaves[i][0].numel() // (shape[1] if t else 1) for i, t in zip(needed, per_token, strict=True)]
         by_token = sum(w for w, t in zip(widths, per_token, strict=True) if t)
@@ -168,7 +170,7 @@ class FrozenPrefix:
                     self._shapes[place] = [tensor.shape for tensor in rows]
                     flat = torch.cat([tensor.flatten() for tensor in rows]).float().cpu()
                     self._store.write(place, flat.numpy().tobytes())
-            self._verify(collate, losses, examples.spread_places())
+            self._verify(collate, losses, [*examples.spread_places(), int(examples.lengths.argmax())])
         finally:
             for module, mode in zip(model_modules, modes_before, strict=True):
                 module.training = mode

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from dpft.errors import BudgetError, IsolationError, LedgerError, RecipeError
+from dpft.errors import BudgetError, GuaranteeError, LedgerError, RecipeError
 from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import Preflight, fingerprint, preflight
 from dpft.ledger import Dataset
@@ -92,6 +92,10 @@ class DPTrainerMixin:
             check_arguments(arguments, plan, evaluation_is_public)
         super().__init__(*args, **kwargs)
         check_arguments(self.args, plan, evaluation_is_public)
+        if self.model_init is not None:
+            raise GuaranteeError(
+                "model_init makes another model when training begins, which nothing would clip or noise: pass the model itself."
+            )
         self.args.max_steps = plan.steps
         self.args.max_grad_norm = 0.0
         self.args.ignore_data_skip = True  # a resumed run draws afresh: replaying old draws would need a stored seed
@@ -106,8 +110,17 @@ class DPTrainerMixin:
 
     @property
     def guarantee(self) -> str:
-        """The claim for everything released into this output directory so far."""
-        return "Nothing was released." if self.engine is None else self.engine.guarantee
+        """The claim for everything released into this output directory so far.
+
+        Raises:
+            GuaranteeError: what the directory holds was released under another plan.
+        """
+        if self.engine is not None:
+            return self.engine.guarantee
+        self.releases.check()
+        engine = Engine(self.model, self.plan, self.randomness)
+        engine.steps_released = self.releases.charged
+        return engine.guarantee
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -174,12 +187,13 @@ class DPTrainerMixin:
             known = json.loads(path.read_text())
         except (OSError, ValueError):
             known = {}
-        if known.get("key") == key:
+        if key is not None and known.get("key") == key:
             self.engine.capture.load_state(known["state"])
             return Preflight(**known["found"])
+        examples = self._examples()
         losses = lambda features, **how: self._losses(self._collated(features), **how)
         precise = partial(losses, autocast=False) if self.args.bf16 else None
-        found = preflight(self.engine, losses, self._examples().spread(), precise)
+        found = preflight(self.engine, losses, examples.spread(), precise, examples.longest)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"key": key, "state": self.engine.capture.state(), "found": asdict(found)}))
         return found
@@ -209,14 +223,16 @@ class DPTrainerMixin:
         folder = Path(self.args.output_dir) / "private"
         folder.mkdir(parents=True, exist_ok=True)
         if asked and prefix is None:
-            raise RecipeError("frozen_prefix is on, but the first block trains already: switch it off.")
+            raise RecipeError(
+                "frozen_prefix is on, but nothing before what trains can be kept: the first block trains already, or pads texts in its own way; switch it off."
+            )
         if prefix is None or (not asked and (prefix.random or not prefix.fits(examples, folder))):
             return None
         self._tell("say", f"keeping the output of {prefix.name}")
         collate = lambda places: self._collated([examples.features[place] for place in places])
         try:
             prefix.fill(examples, collate, self._losses, folder, EVALUATION_TOKENS)
-        except IsolationError:
+        except Exception:  # a model may raise anything when its beginning is replayed
             prefix.close()
             if asked:
                 raise
@@ -235,8 +251,10 @@ class DPTrainerMixin:
             return self._losses(batch)
 
         def accumulate(found: Tensor) -> None:
-            self.engine.accumulate(found)
-            self.engine.discard()
+            try:
+                self.engine.accumulate(found)
+            finally:
+                self.engine.discard()
 
         tokens = max(1, int(examples.lengths[place]))
         self.model.train()
@@ -276,6 +294,10 @@ class DPTrainerMixin:
 
     def training_step(self, model, inputs: LogicalBatch, num_items_in_batch=None) -> Tensor:
         """Accumulate every micro-batch of the draw and release once. Returns zero: the loss is private."""
+        if self.model is not self.engine.capture.model:
+            raise GuaranteeError(
+                "The trainer's model was exchanged after the preflight, so nothing would clip or noise the new one: make a new trainer."
+            )
         model.train()
         with self.prefix or nullcontext():
             for batch, units in inputs:
@@ -302,9 +324,9 @@ class DPTrainerMixin:
     # -- what is shown -------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log ε spent instead of the training loss."""
-        for private in ("loss", "train_loss", "grad_norm", "total_flos"):
-            logs.pop(private, None)
+        """Log ε spent instead of the training loss; times and memory, too, would follow the true batch sizes."""
+        private = ("loss", "grad_norm", "total_flos", "train_", "init_mem", "before_init_mem")
+        logs = {name: value for name, value in logs.items() if not name.startswith(private)}
         if self.engine is not None and self.engine.steps_released and self.randomness.private:
             logs["epsilon"] = self.plan.epsilon_after(self.engine.steps_released, grid=1e-3)
         super().log(logs, *args, **kwargs)

@@ -9,6 +9,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from dpft.errors import BudgetError, BypassError, GuaranteeError, SubsetError
 from dpft.gradients.engine import Engine
+from dpft.gradients.gradients import Gradients
 from dpft.gradients.preflight import preflight
 from dpft.privacy import noise
 from dpft.privacy.clipping import AutoClip, FlatClip
@@ -113,6 +114,34 @@ def test_the_clipped_sum_is_the_same_for_every_cut(bert, quiet):
     assert len(sums) == 16
     for other in sums[1:]:
         torch.testing.assert_close(other, sums[0], rtol=1e-4, atol=1e-7)
+
+
+def test_a_step_that_fails_in_its_middle_is_forgotten(bert, quiet, monkeypatch):
+    """What was added before it failed would count twice when the step is tried again."""
+    add_to = Gradients.add_to
+
+    def fails(*arguments):
+        add_to(*arguments)
+        raise torch.OutOfMemoryError
+
+    expected = brute_force(bert, [[0], [1], [2]], FlatClip(C), True)
+    with Engine(bert.model, quiet()) as engine:
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(Gradients, "add_to", fails)
+            engine.accumulate(bert.losses(bert.examples))
+        engine.accumulate(bert.losses(bert.examples))
+        engine.release()
+    torch.testing.assert_close(flat_gradient(bert.model), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_losses_of_another_model_are_refused(bert, quiet):
+    """T5, T19: what trains outside the engine's model would be stepped un-noised."""
+    scale = nn.Parameter(torch.ones(()))
+    with Engine(bert.model, quiet()) as engine:
+        with pytest.raises(BypassError, match=r"a trainable parameter of shape \(\) that is not the engine's model's"):
+            engine.accumulate(bert.losses(bert.examples) * scale)
+        assert scale.grad is None
+        engine.accumulate(bert.losses(bert.examples) * scale.detach())
 
 
 def test_a_unit_that_comes_back_is_refused(bert, quiet):

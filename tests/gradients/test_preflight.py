@@ -14,7 +14,7 @@ from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import fingerprint, preflight
 from dpft.privacy.clipping import FlatClip
 from dpft.subset import Subset
-from dpft.tasks.task import class_losses, pad_features
+from dpft.tasks.task import class_losses, pad_features, token_losses
 
 SUBSETS = [
     "lora",
@@ -346,6 +346,7 @@ def test_what_was_found_is_taken_up_again(case, plan):
     with Engine(second.model, plan()) as engine:
         engine.capture.load_state(state)
         torch.testing.assert_close(engine.capture.rows(second.losses(second.examples)), expected)
+    assert fingerprint(first.model, first.losses) is None  # code that no version tells apart
     second.model.config.hidden_dropout_prob = 0.7
     assert fingerprint(first.model) != fingerprint(second.model)
 
@@ -432,6 +433,67 @@ def test_a_buffer_that_takes_in_data_is_refused_by_name(plan):
         pytest.raises(IsolationError, match=r"middle \(Remembering\) changes its buffer middle.largest"),
     ):
         preflight(engine, losses, examples)
+
+
+class RememberingWeight(nn.Module):
+    """The same in a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x):
+        self.largest.data = torch.maximum(self.largest.data, x.detach().max())
+        return x
+
+
+def test_a_weight_that_takes_in_data_is_refused_by_name(plan):
+    """T5."""
+    model, losses, examples = frozen_images(RememberingWeight())
+    with Engine(model, plan()) as engine, pytest.raises(IsolationError, match="changes the parameter middle.largest"):
+        preflight(engine, losses, examples)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_an_embedding_that_shrinks_its_rows_is_refused(case, plan, trains):
+    """T5: in every forward pass, un-noised, the rows of the words that occur."""
+    made = case("bert")
+    made.model = Subset("layers('*word_embeddings*')" if trains else "head").apply(made.model)
+    words = next(m for n, m in made.model.named_modules() if n.endswith("word_embeddings"))
+    words.max_norm = 1.0
+    with Engine(made.model, plan()) as engine:
+        with pytest.raises(IsolationError, match="max_norm=1"):
+            preflight(engine, made.losses, made.examples)
+        if trains:
+            with pytest.raises(IsolationError, match="max_norm=1"):
+                engine.accumulate(made.losses(made.examples))
+
+
+def test_texts_that_only_long_ones_change_are_refused(plan):
+    """T2: with dynamic frequencies the longest text of a batch decides how all positions are told apart."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    rope = dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0)
+    model = Subset("layers('*o_proj*')").apply(
+        transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**sizes, initializer_range=0.3, max_position_embeddings=10, rope_parameters=rope)
+        )
+    )
+    ids = lambda n: torch.randint(3, 50, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+    short, long = (
+        [{"input_ids": ids(n), "labels": ids(n)} for n in (4, 5, 6)],
+        {"input_ids": ids(14), "labels": ids(14)},
+    )
+
+    def losses(chosen):
+        batch = pad_features(chosen, 0, token_labels=True)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        return token_losses(model(**inputs).logits, batch["labels"], shift=True)
+
+    with Engine(model, plan()) as engine:
+        assert preflight(engine, losses, short, longest=short[-1]).isolated
+        with pytest.raises(IsolationError, match="when others share its batch"):
+            preflight(engine, losses, short, longest=long)
 
 
 @pytest.mark.parametrize("middle", [nn.BatchNorm2d(4, track_running_stats=False), BatchMean()])

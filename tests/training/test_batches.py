@@ -95,3 +95,10 @@ def test_no_two_draws_are_the_same_shuffle():
 def test_the_preflight_sees_examples_of_several_lengths():
     lengths = [len(e["input_ids"]) for e in encode("example").spread(3)]
     assert lengths == [1, 2, 3]  # the longest would cost the most
+
+
+def test_the_preflight_sees_several_lengths_however_the_rows_are_sorted():
+    """T2: among rows that are all as long nothing is padded."""
+    lengths = np.array([16] * 200 + [5, 7, 40, 12])
+    examples = Examples(range(len(lengths)), lengths, np.arange(len(lengths)).reshape(-1, 1))
+    assert lengths[examples.spread()].tolist() == [5, 7, 12] and lengths[examples.longest] == 40

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import TrainerCallback, TrainingArguments
 
 from dpft.errors import IsolationError, RecipeError
@@ -114,6 +115,15 @@ def test_a_prefix_that_others_in_the_batch_change_is_refused(bert, tmp_path, mon
     prefix = FrozenPrefix.find(task.model, task.losses, task.collate([0, 1]))
     with pytest.raises(IsolationError, match="beside others"):
         prefix.fill(task.examples, task.collate, task.losses, tmp_path, token_budget=8)
+
+
+def test_a_model_that_pads_in_its_own_way_has_no_prefix():
+    """Longformer pads to its window: what it gives for an example alone is of another length than beside others."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    config = transformers.LongformerConfig(**sizes, attention_window=[16, 16], num_labels=3, pad_token_id=1)
+    task = Collated(transformers.LongformerForSequenceClassification(config), "last_blocks(1)")
+    assert FrozenPrefix.find(task.model, task.losses, task.collate([0, 1])) is None
 
 
 def test_padding_before_the_tokens_is_refused(bert, tmp_path):

@@ -17,6 +17,7 @@ from transformers import (
 
 from dpft.errors import BudgetError, GuaranteeError, IsolationError
 from dpft.gradients.engine import Engine
+from dpft.gradients.gradients import Gradients
 from dpft.gradients.preflight import preflight
 from dpft.privacy.noise import SeededRandomness
 from dpft.subset import Subset
@@ -122,6 +123,9 @@ def test_a_hand_written_loop_gives_the_same_weights_bit_for_bit(make, tmp_path):
         ("eval_strategy", "steps"),
         ("full_determinism", True),
         ("use_liger_kernel", True),
+        ("push_to_hub", True),
+        ("optim", "lomo"),
+        ("optim", "galore_adamw_layerwise"),
     ],
 )
 def test_arguments_that_break_the_guarantee_are_refused_by_name(make, tmp_path, field, value):
@@ -129,7 +133,59 @@ def test_arguments_that_break_the_guarantee_are_refused_by_name(make, tmp_path, 
     object.__setattr__(args, field, value)
     with pytest.raises(GuaranteeError, match=field):
         make(args=args)
-    assert field in FORBIDDEN or field in ("max_grad_norm", "max_steps", "eval_strategy")
+    assert field in FORBIDDEN or field in ("max_grad_norm", "max_steps", "eval_strategy", "optim")
+
+
+def test_a_model_that_is_made_when_training_begins_is_refused(make):
+    """T19: the engine would watch one model while another is trained, un-noised."""
+    trainer = make()
+    with pytest.raises(GuaranteeError, match="model_init makes another model"):
+        DPTrainer(model_init=lambda: trainer.model, args=trainer.args, task=trainer.task, plan=trainer.plan)
+
+
+def test_a_model_that_is_exchanged_is_refused(make, case):
+    """T19."""
+
+    class Exchange(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            trainer.model = Subset("lora + head").apply(case("bert").model)
+
+    trainer = make(callbacks=[Exchange()])
+    with pytest.raises(GuaranteeError, match="was exchanged after the preflight"):
+        trainer.train()
+    assert trainer.releases.charged == 0
+
+
+def test_what_a_failed_trial_added_up_is_never_released(make, monkeypatch):
+    """A budget that does not fit fails in the middle of a sum of copies of one private example."""
+    trainer = make()
+
+    def fails(losses, accumulate, **_):
+        add_to = Gradients.add_to
+
+        def half(*arguments):
+            add_to(*arguments)
+            raise torch.OutOfMemoryError
+
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(Gradients, "add_to", half)
+            accumulate(losses(3))
+        assert trainer.engine._total is None
+        raise Reached
+
+    class Reached(Exception):
+        pass
+
+    monkeypatch.setattr("dpft.training.trainer.fastest_budget", fails)
+    with pytest.raises(Reached):
+        trainer.train()
+
+
+def test_the_claim_covers_what_an_earlier_process_released(make, plan):
+    make().train()
+    assert make().guarantee == plan(units=30, steps=6).guarantee(6)
+    with pytest.raises(GuaranteeError, match="noise_multiplier"):
+        _ = make(plan=plan(units=30, steps=6, noise_multiplier=5.0)).guarantee
 
 
 def test_a_best_checkpoint_is_refused(make, tmp_path):
@@ -149,24 +205,14 @@ class Recorder(TrainerCallback):
 
 
 def test_nothing_private_is_logged_or_saved(make, tmp_path):
-    """T13: no loss, no norm, no token count, no true batch size; ε instead."""
+    """T13: no loss, no norm, no token count, no true batch size, no time or memory that follows it; ε instead."""
     recorder = Recorder()
-    trainer = make(
-        args=arguments(tmp_path, logging_strategy="steps", logging_steps=1, save_strategy="steps", save_steps=3),
-        callbacks=[recorder],
-    )
+    steps = dict(logging_strategy="steps", logging_steps=1, save_strategy="steps", save_steps=3)
+    trainer = make(args=arguments(tmp_path, **steps, skip_memory_metrics=False), callbacks=[recorder])
     output = trainer.train()
     trainer.evaluate()
     assert output.training_loss != output.training_loss  # NaN
-    allowed = {
-        "epsilon",
-        "learning_rate",
-        "epoch",
-        "train_runtime",
-        "train_samples_per_second",
-        "train_steps_per_second",
-        "step",
-    }
+    allowed = {"epsilon", "learning_rate", "epoch", "step"}
     for logs in [*recorder.logs, *trainer.state.log_history]:
         assert set(logs) <= allowed, logs
     spent = [logs["epsilon"] for logs in recorder.logs if "learning_rate" in logs]
@@ -230,6 +276,13 @@ def test_a_resumed_run_takes_up_the_preflight_of_the_same_model_alone(make, tmp_
 
     done = []
     monkeypatch.setattr(trainer, "preflight", lambda *a: done.append(1) or preflight(*a))
+    with monkeypatch.context() as patch:  # as if the tests' own collation were a package's
+        patch.setattr("dpft.gradients.preflight._versioned", lambda part: True)
+        of_one_model(make, tmp_path / "versioned", done)
+    of_changing_code(make, tmp_path / "changing", done)
+
+
+def of_one_model(make, tmp_path, done):
     args = lambda **more: arguments(tmp_path, save_strategy="steps", save_steps=1, **more)
     subset = "prompt_tuning(num_virtual_tokens=2)"
     with pytest.raises(RuntimeError, match="power cut"):
@@ -241,6 +294,19 @@ def test_a_resumed_run_takes_up_the_preflight_of_the_same_model_alone(make, tmp_
     assert resumed.preflight.techniques == {"per example": resumed.preflight.trainable_parameters}
     make(subset, args=args(bf16=True, use_cpu=True)).train(resume_from_checkpoint=True)
     assert len(done) == 2
+
+
+def of_changing_code(make, tmp_path, done):
+    """T1: a task of the user's own may have been edited since, and no version tells."""
+    args = lambda: arguments(tmp_path, save_strategy="steps", save_steps=1)
+    with pytest.raises(RuntimeError, match="power cut"):
+        make(args=args(), callbacks=[Crash(2)]).train()
+    coupled = make(args=args())
+    losses = coupled.task.losses
+    coupled.task.losses = lambda model, batch: losses(model, batch) / len(batch["labels"])
+    with pytest.raises(IsolationError):
+        coupled.train(resume_from_checkpoint=True)
+    assert coupled.releases.charged == 2
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,8 @@ def _isolation(capture: Capture, losses: Callable, examples: list, longest) -> t
         expected = sum(weight * gradient for weight, gradient in zip(weights, gradients, strict=True))
         if longest is not None:
             with torch.no_grad():
-                together = torch.cat([together.detach(), losses([examples[-1], longest])[:1]])
+                padded = _without_side_effects(capture.model, lambda: losses([examples[-1], longest]))
+                together = torch.cat([together.detach(), padded[:1]])
             alone = torch.cat([alone, alone[-1:]])
     error = float(((together.detach() - alone).abs() / alone.abs().clamp_min(1e-2)).max())
     error = max(error, _difference(capture, beside, expected)[1])

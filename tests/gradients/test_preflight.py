@@ -492,8 +492,28 @@ def test_texts_that_only_long_ones_change_are_refused(plan):
 
     with Engine(model, plan()) as engine:
         assert preflight(engine, losses, short, longest=short[-1]).isolated
-        with pytest.raises(IsolationError, match="when others share its batch"):
+        with pytest.raises(IsolationError, match=r"rotary_emb.inv_freq in the forward pass"):
             preflight(engine, losses, short, longest=long)
+
+
+def test_padding_that_only_long_texts_bring_is_refused(plan):
+    """T2: FNet mixes whatever its texts are padded with; texts of one length show nothing."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, intermediate_size=16, hidden_dropout_prob=0.0)
+    model = Subset("head").apply(
+        transformers.FNetForSequenceClassification(transformers.FNetConfig(**sizes, initializer_range=0.3))
+    )
+    ids = lambda n, seed: torch.randint(3, 50, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    equal, long = [{"input_ids": ids(6, i), "labels": i % 2} for i in range(3)], {"input_ids": ids(9, 9), "labels": 0}
+
+    def losses(chosen):
+        batch = pad_features(chosen, 0, token_labels=False)
+        return class_losses(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+
+    with Engine(model, plan()) as engine:
+        assert preflight(engine, losses, equal).isolated
+        with pytest.raises(IsolationError, match="when others share its batch.*pass an attention mask"):
+            preflight(engine, losses, equal, longest=long)
 
 
 @pytest.mark.parametrize("middle", [nn.BatchNorm2d(4, track_running_stats=False), BatchMean()])

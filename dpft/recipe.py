@@ -147,10 +147,16 @@ class LedgerTable(_Table):
 
     @model_validator(mode="after")
     def _no_secret(self):
-        if self.url and re.search(r"://[^/@]*:[^/@]+@", self.url):
+        if self.url and re.search(r"://[^/@]*:.+@|[?&](ssl)?pass(word|file)=", self.url):
             raise ValueError(
                 "ledger.url holds a password, and recipes are published with their runs: put it into ~/.pgpass or PGPASSWORD"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _names_an_account(self):
+        if self.dataset is None and (self.url or self.purpose):
+            raise ValueError("ledger.dataset is not named, so nothing would be charged: name the data set's account")
         return self
 
 
@@ -208,9 +214,11 @@ class Recipe(_Table):
     def read(cls, path: Path | str, overrides: tuple[str, ...] = ()) -> "Recipe":
         """Read a TOML file; ``overrides`` are ``"table.key=value"`` with a TOML value or a bare string."""
         try:
-            tables = tomllib.loads(Path(path).read_text())
+            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise RecipeError(f"There is no recipe {path}: write one with `dpft init`.") from error
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path} is not UTF-8, as TOML must be: save it so.") from error
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{path} is not TOML ({error}): mend that line.") from error
         for override in overrides:

@@ -42,7 +42,8 @@ def sweep(
     announce: Callable[[str], None] = lambda text: None,
     callbacks: Callable[[], Sequence] = lambda: (),
 ) -> list[Row]:
-    """Train every setting with every seed, each in a folder of its own below ``output``; writes ``sweep.json``.
+    """Train every setting with every seed, each in a folder of its own below ``output``; writes ``sweep.json``, to
+    ``private/`` unless the validation data are public.
 
     Args:
         epsilons: the budgets; by default the recipe's own.
@@ -80,23 +81,29 @@ def sweep(
             folder = output / (f"{label}-seed-{seed}" if len(seeds) > 1 else label)
             if not _finished(folder, seeded):
                 train(seeded, folder, callbacks=callbacks())
+                record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+                if record["interrupted"] and not record["halted"]:
+                    raise KeyboardInterrupt  # it ended that run; the others would spend budget that nobody wants spent
             metrics.append(read_metrics(folder))
             folders.append(str(folder))
         rows.append(_row(name, epsilon, metrics, folders))
-    output.mkdir(parents=True, exist_ok=True)
+    folder = output if recipe.data.validation_is_public else output / "private"
+    folder.mkdir(parents=True, exist_ok=True)
     found = {
         "rows": [asdict(row) for row in rows],
         "composed_epsilon": composed_epsilon(rows),
         "delta": recipe.privacy.delta,
     }
     found |= {"recipe": recipe.model_dump(), "versions": versions()}
-    (output / "sweep.json").write_text(json.dumps(found, indent=2))
+    (folder / "sweep.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
     return rows
 
 
 def composed_epsilon(rows: Sequence[Row]) -> float | None:
     """ε of all private runs of the comparison together: they used the same data, so they compose."""
-    runs = [json.loads((Path(folder) / "run.json").read_text()) for row in rows for folder in row.folders]
+    runs = [
+        json.loads((Path(folder) / "run.json").read_text(encoding="utf-8")) for row in rows for folder in row.folders
+    ]
     private = [run for run in runs if run["private"]]
     if not private:
         return None
@@ -109,8 +116,8 @@ def _finished(folder: Path, recipe: Recipe) -> bool:
     record = folder / "run.json"
     return (
         record.exists()
-        and not json.loads(record.read_text())["interrupted"]
-        and (folder / "recipe.toml").read_text() == recipe.to_toml()
+        and not json.loads(record.read_text(encoding="utf-8"))["interrupted"]
+        and (folder / "recipe.toml").read_text(encoding="utf-8") == recipe.to_toml()
     )
 
 

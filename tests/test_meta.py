@@ -44,6 +44,13 @@ def modules():
     return [path for path in (ROOT / "dpft").rglob("*.py") if path.name != "__init__.py" or path.parent.name != "dpft"]
 
 
+def test_text_files_are_utf8_on_every_system():
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+                assert any(keyword.arg == "encoding" for keyword in node.keywords), f"{path}:{node.lineno}"
+
+
 def test_imports_run_one_way():
     for path in modules():
         here = path.relative_to(ROOT / "dpft").parts[0].removesuffix(".py")

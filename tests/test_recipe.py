@@ -51,6 +51,9 @@ def changed(key, value):
         ("data.units", "many", "data.units is 'many'"),
         ("run.token_budget", 1, "run.token_budget is 1"),
         ("ledger.url", "postgresql://ann:secret@host/ledger", "ledger.url holds a password"),
+        ("ledger.url", "postgresql://ann:a/b@host/ledger", "ledger.url holds a password"),
+        ("ledger.url", "postgresql://host/ledger?user=ann&password=secret", "ledger.url holds a password"),
+        ("ledger.purpose", "a trial", "ledger.dataset is not named, so nothing would be charged"),
     ],
 )
 def test_one_sentence_says_what_is_wrong(key, value, said):

@@ -67,7 +67,7 @@ class Canaries:
 
     @classmethod
     def load(cls, path: Path) -> "Canaries":
-        facts = json.loads(path.read_text())
+        facts = json.loads(path.read_text(encoding="utf-8"))
         canaries = [Canary(**canary) for canary in facts["canaries"]]
         return cls(facts["kind"], canaries, np.array(facts["included"], dtype=bool), facts["repetitions"])
 

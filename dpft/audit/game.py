@@ -79,8 +79,8 @@ def audit_run(
     elif not coins.exists():
         raise RecipeError(f"{output} holds a run without canaries: choose another folder.")
     planted = Canaries.load(coins)
-    run = json.loads((output / "run.json").read_text())
-    if (output / "recipe.toml").read_text() != recipe.to_toml():
+    run = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    if (output / "recipe.toml").read_text(encoding="utf-8") != recipe.to_toml():
         raise RecipeError(f"{output} holds an audit of another recipe: give {output / 'recipe.toml'} to score it.")
     if run["units"] != recipe.data.units + planted.units:
         raise RecipeError(
@@ -91,8 +91,8 @@ def audit_run(
     public = found.json()
     if baseline:
         found = found.with_power(_baseline(recipe, output, planted, found.delta, significance, announce, callbacks))
-        (output / "private" / "audit.json").write_text(json.dumps(found.json(), indent=2))
-    (output / "audit.json").write_text(json.dumps(public, indent=2))
+        (output / "private" / "audit.json").write_text(json.dumps(found.json(), indent=2), encoding="utf-8")
+    (output / "audit.json").write_text(json.dumps(public, indent=2), encoding="utf-8")
     write_card(output)
     return found
 
@@ -155,13 +155,13 @@ def audit_command(
         finally:
             data.unlink()
     if code:
-        said = (output / "command.log").read_text().strip().splitlines()
+        said = (output / "command.log").read_text(encoding="utf-8").strip().splitlines()
         raise RecipeError(
             f"{shlex.join(words[:3])} ... ended with {code} ({said[-1] if said else 'it said nothing'}): see {output / 'command.log'}."
         )
     announce("scoring the canaries")
     found = _judged(recipe, left, planted, delta, claimed, significance)
-    (output / "audit.json").write_text(json.dumps({"command": words, **found.json()}, indent=2))
+    (output / "audit.json").write_text(json.dumps({"command": words, **found.json()}, indent=2), encoding="utf-8")
     return found
 
 
@@ -213,6 +213,6 @@ def _baseline(
         train(plain, folder, setup=setup, plan=_with_canaries(plain.plan(), planted), callbacks=callbacks())
     announce("scoring the canaries")
     found = _judged(plain, folder / "weights", planted, delta, None, significance)
-    (folder / "audit.json").write_text(json.dumps(found.json(), indent=2))
+    (folder / "audit.json").write_text(json.dumps(found.json(), indent=2), encoding="utf-8")
     write_card(folder)
     return found.epsilon_lower_bound

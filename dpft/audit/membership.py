@@ -62,7 +62,7 @@ def audit_membership(
         RecipeError: no model, no recipe, or data without the task's columns.
     """
     folder = Path(model)
-    run = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else None
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else None
     if recipe is None:
         if run is None:
             raise RecipeError(f"{folder} is no run's folder, so a recipe must say what its model and columns are.")

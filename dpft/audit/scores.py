@@ -44,7 +44,7 @@ def trained(before: nn.Module, recipe: Recipe, weights: Path | str) -> nn.Module
 
 def _check_labels(recipe: Recipe, weights: Path) -> None:
     """Raises RecipeError: the model numbers the recipe's labels in another order, so that its losses would be of wrong classes."""
-    known = json.loads((weights / "config.json").read_text()).get("label2id") or {}
+    known = json.loads((weights / "config.json").read_text(encoding="utf-8")).get("label2id") or {}
     ordered = sorted(known, key=known.get)
     if set(ordered) == set(recipe.task.labels) and ordered != list(recipe.task.labels):
         raise RecipeError(

@@ -43,7 +43,7 @@ def audit_run(folder: Path | str) -> Spending:
         raise RecipeError(
             f"{folder} holds no finished run (no run.json): give the folder that `dpft train --output` made."
         )
-    run = json.loads((folder / "run.json").read_text())
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     events = [Event(e["count"], e["noise_multiplier"], e["sample_rate"]) for e in run["events"] if e["count"]]
     audit = _recomputed(str(folder), run["epsilon"], events, run["delta"], run["adjacency"])
     audit.problems += _problems(run, folder)
@@ -115,7 +115,7 @@ def _problems(run: dict, folder: Path) -> list[str]:
     if not releases.exists():
         found.append("releases.json, where every release was counted before it happened, is gone.")
         return found
-    kept = json.loads(releases.read_text())
+    kept = json.loads(releases.read_text(encoding="utf-8"))
     if kept["charged"] > counted:
         found.append(f"{kept['charged']:,} releases were counted on disk, and its events count {counted:,}.")
     for name in ("noise_multiplier", "sample_rate"):

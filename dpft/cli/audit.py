@@ -128,7 +128,7 @@ def meaning(target, plot, as_json) -> None:
     if plot:
         from dpft.report.plots import trade_off
 
-        plot.write_text(trade_off(found.curve))
+        plot.write_text(trade_off(found.curve), encoding="utf-8")
     if as_json:
         show(asdict(found), True)
     else:
@@ -249,7 +249,7 @@ def membership(model, members, non_members, recipe, plot, as_json) -> None:
     if plot:
         from dpft.report.plots import roc
 
-        plot.write_text(roc({attack.name: attack.roc for attack in found}))
+        plot.write_text(roc({attack.name: attack.roc for attack in found}), encoding="utf-8")
     if as_json:
         show({"attacks": [asdict(attack) for attack in found]}, True)
     else:

@@ -1,6 +1,7 @@
 """Options and output that several commands share."""
 
 import json
+import math
 
 import click
 
@@ -13,8 +14,9 @@ recipe_file = click.argument("recipe", type=click.Path(dir_okay=False))
 
 def show(facts: dict, json_wanted: bool) -> None:
     """Print facts as JSON or as aligned lines."""
+    facts = _finite(facts)
     if json_wanted:
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False))
         return
     width = max(map(len, facts))
     for name, value in facts.items():
@@ -25,6 +27,7 @@ def table(rows: list[dict]) -> None:
     """Print rows of equal keys as an aligned table."""
     if not rows:
         return
+    rows = _finite(rows)
     texts = [{key: _readable(value) for key, value in row.items()} for row in rows]
     widths = {key: max(len(key), *(len(text[key]) for text in texts)) for key in rows[0]}
     numeric = {key for key in rows[0] if all(isinstance(row[key], (int, float)) for row in rows)}
@@ -34,6 +37,15 @@ def table(rows: list[dict]) -> None:
     click.echo(line({key: key for key in widths}))
     for text in texts:
         click.echo(line(text))
+
+
+def _finite(value):
+    """The same without infinity and NaN, which JSON has not: null says that there is no such number."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _readable(value) -> str:

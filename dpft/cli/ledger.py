@@ -1,11 +1,11 @@
 """``dpft ledger``: the budget of data sets, over all runs and people."""
 
-import math
 from pathlib import Path
 
 import click
 
 from dpft.cli.common import as_json, show, table
+from dpft.errors import RecipeError
 
 where = click.option(
     "--ledger", "url", metavar="URL", help="The ledger's file or URL; by default DPFT_LEDGER, or the user's own file."
@@ -45,6 +45,10 @@ def create(name, epsilon, delta, unit, adjacency, data, expires, spenders, url) 
         from dpft.training.data import read
 
         rows = read(list(data))
+        if unit != "example" and unit not in rows.column_names:
+            raise RecipeError(
+                f"The data have no column {unit!r} that could name the units: they have {', '.join(rows.column_names)}."
+            )
     opened = _open(url, create=True)
     made = opened.create(
         name,
@@ -82,7 +86,7 @@ def list_(url, as_json) -> None:
         rows.append(
             {
                 "dataset": dataset.name,
-                "spent": _finite(spent),
+                "spent": spent,
                 "budget": dataset.policy["epsilon"],
                 "delta": dataset.policy["delta"],
                 "unit": dataset.policy["unit"],
@@ -111,8 +115,8 @@ def show_(name, url, as_json) -> None:
     facts = {
         "dataset": name,
         **dataset.policy,
-        "spent": _finite(dataset.spent()),
-        "spent_rdp": _finite(dataset.second_opinion()),
+        "spent": dataset.spent(),
+        "spent_rdp": dataset.second_opinion(),
         "rows": dataset.record.fingerprint and dataset.record.fingerprint["rows"],
     }
     if as_json:
@@ -141,7 +145,7 @@ def show_(name, url, as_json) -> None:
 
 def _mechanism(command):
     for option in (
-        click.option("--steps", type=int, default=1, show_default=True, help="How many releases."),
+        click.option("--steps", type=click.IntRange(1), default=1, show_default=True, help="How many releases."),
         click.option(
             "--sample-rate", type=float, default=1.0, show_default=True, help="Poisson rate; 1 for all units."
         ),
@@ -169,6 +173,8 @@ def spend(name, noise_multiplier, sample_rate, steps, epsilon, delta, purpose, u
 
     if (noise_multiplier is None) == (epsilon is None):
         raise click.UsageError("Give --noise-multiplier with --sample-rate and --steps, or --epsilon with --delta.")
+    if epsilon is not None and (steps, sample_rate) != (1, 1.0):
+        raise click.UsageError("--epsilon is of all releases together: leave --steps and --sample-rate out.")
     event = Event(1, None, None, epsilon, delta) if epsilon is not None else Event(steps, noise_multiplier, sample_rate)
     dataset = _open(url).dataset(name)
     spent = dataset.spend([event], purpose=purpose)
@@ -197,8 +203,8 @@ def fits(name, noise_multiplier, sample_rate, steps, url, as_json) -> None:
     plan = Plan(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps, delta=dataset.policy["delta"])
     facts = {
         "fits": dataset.fits(plan),
-        "spent": _finite(dataset.spent()),
-        "spent_after": _finite(dataset.after(plan)),
+        "spent": dataset.spent(),
+        "spent_after": dataset.after(plan),
         "budget": dataset.policy["epsilon"],
         "most_steps": dataset.most_steps(plan),
         "least_noise_multiplier": dataset.least_noise(plan),
@@ -248,6 +254,8 @@ def verify(exported, public_key, quick, url, as_json) -> None:
 
     rows, end = read_export(exported) if exported else Store(url or default_url(), create=False).after(0)
     found = check(rows, end, public_key=public_key, figures=not quick)
+    if found.verified and not exported:
+        _open(url)  # refuses an older copy of what this machine has seen
     facts = {"verified": found.verified, "entries": found.entries, "figures": found.figures}
     facts |= {"public_key": found.public_key, "problems": found.problems}
     if as_json:
@@ -326,7 +334,3 @@ def _open(url: str | None, *, create: bool = False):
     from dpft.ledger import Ledger
 
     return Ledger(url, create=create)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -1,7 +1,5 @@
 """``dpft plan``"""
 
-import math
-
 import click
 
 from dpft.cli.common import as_json, show
@@ -31,8 +29,8 @@ def plan(as_json: bool, **facts) -> None:
     made = Plan.calibrate(**facts)
     show(
         {
-            "epsilon": made.epsilon if math.isfinite(made.epsilon) else None,
-            "epsilon_rdp": made.epsilon_rdp if math.isfinite(made.epsilon_rdp) else None,
+            "epsilon": made.epsilon,
+            "epsilon_rdp": made.epsilon_rdp,
             "delta": made.delta,
             "noise_multiplier": made.noise_multiplier,
             "sample_rate": made.sample_rate,

@@ -45,7 +45,8 @@ def init(task: str, model: str, data: str, output: Path) -> None:
             "privacy": {"epsilon": 3.0, "delta": 1e-6, "batch_size": 256, "epochs": 3.0},
         }
     )
-    output.write_text(starting.to_toml(comments=True))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(starting.to_toml(comments=True), encoding="utf-8")
     click.echo(f"Wrote {output}: declare data.units and the labels, then run `dpft preflight {output}`.")
 
 

@@ -42,7 +42,8 @@ def train(
 
     account = {"ledger.url": ledger, "ledger.purpose": purpose}
     chosen = Recipe.read(
-        recipe, (*overrides, *(f"{key}={json.dumps(value)}" for key, value in account.items() if value))
+        recipe,
+        (*overrides, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in account.items() if value)),
     )
     with progress() as bar:
         randomness = None if seeded_noise is None else SeededRandomness(seeded_noise)
@@ -105,7 +106,7 @@ def demo(output: Path, fast: bool, as_json: bool) -> None:
     if (output / "runs").exists():
         raise RecipeError(f"{output} holds a demo already: choose another --output, or delete it.")
     chosen = demo_recipe(output / "data", fast=fast)
-    (output / "recipe.toml").write_text(chosen.to_toml(comments=True))
+    (output / "recipe.toml").write_text(chosen.to_toml(comments=True), encoding="utf-8")
     rows = _compare(chosen, output / "runs", None, range(1), as_json)
     private, plain = rows[-1], rows[1]
     if not as_json:
@@ -140,6 +141,8 @@ def _compare(recipe, output: Path, epsilons: list[float] | None, seeds: range, a
         show({"rows": lines, "composed_epsilon": composed, "folders": [f for r in rows for f in r.folders]}, True)
         return rows
     table(lines)
+    if not recipe.data.validation_is_public:
+        click.echo("\nPRIVATE: computed from the validation data without noise; the guarantee does not cover it.")
     private = sum(len(r.folders) for r in rows if r.setting.startswith("ε"))
     if private > 1:
         click.echo(
@@ -151,7 +154,7 @@ def _compare(recipe, output: Path, epsilons: list[float] | None, seeds: range, a
 def _show_run(folder: Path, as_json: bool) -> None:
     from dpft.training.run import read_metrics
 
-    record = json.loads((folder / "run.json").read_text())
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     metrics = read_metrics(folder) or {}
     metrics.pop("notice", None)
     if as_json:

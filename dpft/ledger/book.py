@@ -7,12 +7,13 @@
     amend     a change of a policy
     run       who starts what, when and why; costs nothing
     charge    so many releases of one mechanism, before they happen
-    settle    how many of a run's charged releases happened; never more
+    settle    how many of a run's charged releases count from then on; never more
     note      a warning worth keeping, such as data that changed
 """
 
 import getpass
 import math
+import os
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -116,6 +117,10 @@ class Book:
         known = ((name, dataset.fingerprint) for name, dataset in self.datasets.items())
         return [(name, overlap(print_, other)) for name, other in known if other is not None]
 
+    def same(self, name: str, print_: dict) -> bool:
+        """Whether the data set was registered with just these rows; an estimated overlap of all of them is not that."""
+        return self.datasets[name].fingerprint["digest"] == print_["digest"]
+
     def _check(self, row: Entry) -> None:
         if (row.seq, row.previous) != (self.seq + 1, self.hash):
             raise LedgerError(
@@ -143,9 +148,10 @@ class Book:
             dataset.runs[facts["run"]] = RunRecord(facts["run"], facts)
         elif row.kind == "charge":
             kind = Event(1, **facts["event"])
-            charged = dataset.runs[facts["run"]].charged
-            charged[kind] = charged.get(kind, 0) + facts["count"]
-            dataset.runs[facts["run"]].settled = None  # a run that goes on is open again
+            run = dataset.runs[facts["run"]]
+            if run.settled is not None:  # a run that goes on is open again, from what it had executed
+                run.charged, run.settled = {_times(event, 1): event.count for event in run.events}, None
+            run.charged[kind] = run.charged.get(kind, 0) + facts["count"]
         elif row.kind == "settle":
             dataset.runs[facts["run"]].settled = facts
         elif row.kind == "note":
@@ -173,4 +179,8 @@ def checked_policy(**policy) -> dict:
 
 
 def who() -> dict:
-    return {"user": getpass.getuser(), "host": platform.node()}
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # no name for this user, as in many a container
+        user = str(os.getuid())
+    return {"user": user, "host": platform.node()}

@@ -60,7 +60,7 @@ class Key:
     @classmethod
     def read(cls, path: Path) -> "Key":
         try:
-            return cls(Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text().strip())))
+            return cls(Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text(encoding="utf-8").strip())))
         except FileNotFoundError:
             raise LedgerError(
                 f"The ledger's signing key is not at {path}, so nothing can be charged: copy it there from whoever made "

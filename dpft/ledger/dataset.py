@@ -105,8 +105,9 @@ class Dataset:
         recipe: str = "",
         model: str = "",
         resumed: str | None = None,
+        released: int = 0,
     ) -> "Run":
-        """Begin a run, or go on with the one called ``resumed``; nothing is charged yet.
+        """Begin a run, or go on with the one called ``resumed``, of which so many steps are ``released``; nothing is charged yet.
 
         Raises:
             BudgetError: not all of the plan fits; says what ε it would reach and the largest plan that fits.
@@ -123,14 +124,11 @@ class Dataset:
         self._check_policy()
         warning = None if rows is None else self._recognise(rows)
         event = _event(plan)
-        left = plan.steps
-        if resumed is not None:
-            known = self.record.runs.get(resumed)
-            if known is None:
-                raise LedgerError(
-                    f"The account of {self.name!r} knows no run {resumed}: resume with the ledger it was started with."
-                )
-            left = max(1, plan.steps - known.steps)
+        left = plan.steps - released
+        if resumed is not None and resumed not in self.record.runs:
+            raise LedgerError(
+                f"The account of {self.name!r} knows no run {resumed}: resume with the ledger it was started with."
+            )
         if not self.fits([replace(event, count=left)]):
             raise BudgetError(self._refusal(plan, left))
         run = Run(self, resumed or uuid.uuid4().hex[:12], event, plan.steps)
@@ -198,7 +196,7 @@ class Dataset:
         known = self.record.fingerprint
         found = fingerprint(rows, self.ledger.key.secret)
         for other, share in self.ledger._book.like(found):
-            if share == 1.0 and other != self.name:
+            if share == 1.0 and other != self.name and self.ledger._book.same(other, found):
                 raise LedgerError(f"These rows are the data set {other!r}, not {self.name!r}: name that one.")
         if known is None or found["digest"] == known["digest"]:
             return None
@@ -228,6 +226,7 @@ class Run:
         self.dataset, self.id, self.event, self.steps = dataset, identity, event, steps
         self.opening: dict | None = None  # what is written about a new run with its first charge
         self.overlap: float | None = None  # of changed data with the data that was registered
+        self.reserved = 0  # releases charged through this object
         self._room, self._valid_at = 0, -1  # how many more releases fit, as of which entry about the data set
 
     def charge(self, count: int) -> None:
@@ -255,6 +254,7 @@ class Run:
                     continue
                 self.opening, self._valid_at = None, self.dataset.record.seq
             if self._write("charge", self._valid_at, count=count, event=_facts(self.event)):
+                self.reserved += count
                 self._room -= count
                 self._valid_at = self.dataset.record.seq
                 return
@@ -266,25 +266,28 @@ class Run:
         return self.dataset.ledger._append(name, kind, current)
 
     def settle(self, executed: int) -> None:
-        """Say how many of the charged releases happened; the others no longer count.
+        """Say how many of the releases charged through this object happened; the others no longer count.
+
+        What was charged to the run before it was resumed, or by a copy of it, stays as it is.
 
         Raises:
             GuaranteeError: more than was charged.
         """
-        self.dataset.ledger.refresh()
-        charged = sum(self.dataset.record.runs[self.id].charged.values())
-        if executed > charged:
+        if executed > self.reserved:
             raise GuaranteeError(
-                f"Run {self.id} executed {executed:,} releases and was charged {charged:,}: charge before releasing."
+                f"Run {self.id} executed {executed:,} releases and was charged {self.reserved:,}: charge before releasing."
             )
+        self.dataset.ledger.refresh()
         settled = False
         while (
             not settled
         ):  # the figure is of the very moment: if others write while it is composed, it is composed again
             record = self.dataset.record
-            runs = {**record.runs, self.id: replace(record.runs[self.id], settled={"executed": executed})}
+            left = record.runs[self.id].steps - (self.reserved - executed)
+            runs = {**record.runs, self.id: replace(record.runs[self.id], settled={"executed": left})}
             epsilon = record.epsilon(event for run in runs.values() for event in run.events)
-            settled = self._write("settle", record.seq, executed=executed, epsilon=epsilon, accountant=ACCOUNTANT)
+            settled = self._write("settle", record.seq, executed=left, epsilon=epsilon, accountant=ACCOUNTANT)
+        self.reserved = executed
 
 
 def _event(plan: Plan) -> Event:

@@ -128,7 +128,7 @@ class Ledger:
             if name in book.datasets:
                 raise LedgerError(f"The ledger has a data set {name!r} already: choose another name.")
             for other, share in book.like(print_):
-                if share == 1.0:
+                if share == 1.0 and book.same(other, print_):
                     raise LedgerError(
                         f"These rows are the data set {other!r} already, and two accounts would spend one budget twice: use that name."
                     )
@@ -211,12 +211,12 @@ class Ledger:
         temporary = self._anchor_path().with_suffix(f".{os.getpid()}.tmp")
         with suppress(OSError):  # a second line of defence, which must not stop a run whose charge is on disk
             temporary.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            temporary.write_text(json.dumps({"seq": self._book.seq, "hash": self._book.hash}))
+            temporary.write_text(json.dumps({"seq": self._book.seq, "hash": self._book.hash}), encoding="utf-8")
             os.replace(temporary, self._anchor_path())
 
     def _check_anchor(self) -> None:
         try:
-            seen = json.loads(self._anchor_path().read_text())
+            seen = json.loads(self._anchor_path().read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return
         known = self.store.after(seen["seq"] - 1)[0]

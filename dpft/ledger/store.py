@@ -45,6 +45,9 @@ END = sa.select(head.c.seq, head.c.hash, head.c.signature)
 ADD, BEGIN_HEAD, MOVE_HEAD = entries.insert(), head.insert(), head.update().where(head.c.id == sa.bindparam("which"))
 
 
+SECRETS = ("password", "sslpassword", "passfile")  # keys of a URL's query that libpq takes
+
+
 def default_url() -> str:
     """``DPFT_LEDGER``, or a SQLite file in the user's data folder."""
     return os.environ.get("DPFT_LEDGER") or str(data_folder() / "ledger.db")
@@ -71,8 +74,11 @@ class Store:
             url = f"sqlite:///{path}"
         if url.startswith(("postgres://", "postgresql://")):
             url = "postgresql+psycopg://" + url.split("://", 1)[1]
-        with _spoken(url):
+        try:
             self.url = sa.make_url(url)
+        except (sa.exc.ArgumentError, ValueError) as error:  # which may repeat the URL, and a password in it
+            raise LedgerError("The ledger's URL cannot be read: write postgresql://USER@HOST:PORT/DATABASE.") from error
+        with _spoken(str(self)):
             self._sqlite = self.url.get_backend_name() == "sqlite"
             options = {"timeout": WAIT_SECONDS} if self._sqlite else {"connect_timeout": 10}
             self._engine = sa.create_engine(self.url, connect_args=options, pool_pre_ping=not self._sqlite)
@@ -82,7 +88,8 @@ class Store:
         self._migrate()
 
     def __str__(self) -> str:
-        return self.url.render_as_string(hide_password=True)
+        hidden = {key: "***" for key in self.url.query if key in SECRETS}
+        return self.url.update_query_dict(hidden).render_as_string(hide_password=True)
 
     def close(self) -> None:
         self._engine.dispose()

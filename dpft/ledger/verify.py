@@ -98,7 +98,7 @@ def _policy_kept(dataset: DatasetRecord) -> list[str]:
 def export(store: Store, path: Path) -> int:
     """Write all entries and the end as JSON lines; returns the number of entries."""
     rows, end = store.after(0)
-    path.write_text(_lines(rows, end))
+    path.write_bytes(_lines(rows, end).encode())
     return len(rows)
 
 
@@ -115,7 +115,7 @@ def read_export(path: Path) -> tuple[list[Entry], End | None]:
     """
     try:
         text = path.read_bytes().decode()
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = [json.loads(line) for line in text.split("\n")[:-1]]
         rows, last = [Entry(**line) for line in lines[:-1]], lines[-1]
         end = tuple(last["end"]) if last["end"] else None
         exact = _lines(rows, end)

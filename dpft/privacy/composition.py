@@ -20,6 +20,7 @@ from dp_accounting.pld.common import DifferentialPrivacyParameters
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.special import ndtr
 
+from dpft.errors import PlanError
 from dpft.privacy import accounting
 from dpft.privacy.accounting import AGREEMENT, Adjacency
 
@@ -37,6 +38,9 @@ class Event:
 
     Either the Gaussian mechanism with ``noise_multiplier`` on a Poisson sample of rate ``sample_rate``, or, where these are None,
     something of which only its ``(epsilon, delta)`` is known.
+
+    Raises:
+        PlanError: a figure is none that a release can have.
     """
 
     count: int = 1
@@ -44,6 +48,27 @@ class Event:
     sample_rate: float | None = None
     epsilon: float | None = None
     delta: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [getattr(self, name) is not None for name in ("noise_multiplier", "sample_rate", "epsilon", "delta")]
+        if given not in ([True, True, False, False], [False, False, True, True]):
+            raise PlanError(
+                "A release has a noise multiplier and a sample rate, or an epsilon and a delta: give either pair."
+            )
+        for name, value, fits, range_ in (
+            ("count", self.count, self.count >= 0, "at least 0"),
+            ("noise_multiplier", self.noise_multiplier, 0 <= (self.noise_multiplier or 0) < math.inf, "at least 0"),
+            (
+                "sample_rate",
+                self.sample_rate,
+                self.sample_rate is None or 0 < self.sample_rate <= 1,
+                "above 0, at most 1",
+            ),
+            ("epsilon", self.epsilon, 0 <= (self.epsilon or 0) < math.inf, "at least 0"),
+            ("delta", self.delta, 0 <= (self.delta or 0) < 1, "at least 0, below 1"),
+        ):
+            if not fits:
+                raise PlanError(f"A release has {name} = {value}, and it must be a number {range_}: mend it.")
 
 
 def merged(events: Iterable[Event]) -> tuple[Event, ...]:
@@ -87,10 +112,12 @@ def _refined(events: tuple[Event, ...], delta: float, *, adding: bool, enough: f
 
 def reference(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "add-or-remove-one") -> float:
     """The same ε by dp-accounting, which composes each kind of release by itself."""
-    best = math.inf
+    best, events = math.inf, merged(events)
+    if any(event.noise_multiplier == 0 for event in events):
+        return math.inf
     for grid in accounting.GRIDS:
         total = None
-        for event in merged(events):
+        for event in events:
             one = _reference_loss(event, adjacency, grid)
             total = one if total is None else total.compose(one)
         finer = 0.0 if total is None else total.get_epsilon_for_delta(delta)

@@ -27,8 +27,10 @@ class EncryptedStore:
 
     def read(self, number: int) -> bytes:
         start, size = self._places[number]
-        self._file.flush()
-        return self._cipher(number).decryptor().update(os.pread(self._file.fileno(), size, start))
+        self._file.seek(start)
+        content = self._file.read(size)
+        self._file.seek(0, os.SEEK_END)
+        return self._cipher(number).decryptor().update(content)
 
     def close(self) -> None:
         self._file.close()

@@ -37,17 +37,19 @@ def write_card(folder: Path | str) -> tuple[Path, Path]:
         raise RecipeError(
             f"{folder} holds no finished run (no run.json): give the folder that `dpft train --output` made."
         )
-    run = json.loads((folder / "run.json").read_text())
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     facts, templates = _facts(run), environment()
-    facts["audit"] = json.loads((folder / "audit.json").read_text()) if (folder / "audit.json").exists() else None
+    facts["audit"] = (
+        json.loads((folder / "audit.json").read_text(encoding="utf-8")) if (folder / "audit.json").exists() else None
+    )
     facts["roc"] = _roc(facts["audit"], facts["meaning"]) if facts["audit"] else None
     written = []
     for name in ("card.md", "card.html"):
         path = folder / name
-        path.write_text(templates.get_template(name + ".jinja").render(run=run, **facts))
+        path.write_text(templates.get_template(name + ".jinja").render(run=run, **facts), encoding="utf-8")
         written.append(path)
     if (folder / "weights").is_dir():
-        _as_model_card(folder / "weights" / "README.md", written[0].read_text())
+        _as_model_card(folder / "weights" / "README.md", written[0].read_text(encoding="utf-8"))
     return written[0], written[1]
 
 
@@ -60,15 +62,15 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters["percent"] = lambda value: f"{100 * value:.3g} %"
-    made.filters["sig"] = lambda value: f"{value:.3g}"
+    made.filters["sig"] = lambda value: "not known" if value is None else f"{value:.3g}"
     return made
 
 
 def _as_model_card(readme: Path, card: str) -> None:
     """Put the card where Hugging Face shows a model's card, below the metadata that PEFT left there."""
-    text = readme.read_text() if readme.exists() else ""
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     metadata = text[: text.index("---", 3) + 4] if text.startswith("---") else ""
-    readme.write_text(f"{metadata}\n{card}" if metadata else card)
+    readme.write_text(f"{metadata}\n{card}" if metadata else card, encoding="utf-8")
 
 
 def _facts(run: dict) -> dict:

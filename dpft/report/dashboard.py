@@ -37,5 +37,7 @@ def write_dashboard(path: Path | str, ledger: str, public_key: str, accounts: Se
         )
     made = datetime.now(UTC).isoformat(sep=" ", timespec="minutes")[:16]
     page = environment().get_template("ledger.html.jinja")
-    Path(path).write_text(page.render(accounts=shown, ledger=ledger, public_key=public_key, made=made))
+    Path(path).write_text(
+        page.render(accounts=shown, ledger=ledger, public_key=public_key, made=made), encoding="utf-8"
+    )
     return Path(path)

@@ -63,7 +63,7 @@ def of_run(folder: Path | str) -> Meaning:
         RecipeError: no run, or none that is private.
     """
     path = Path(folder) / "run.json"
-    run = json.loads(path.read_text()) if path.exists() else None
+    run = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     if run is None or not run["private"] or not run["released_steps"]:
         raise RecipeError(f"{folder} holds no private run, so there is no guarantee to explain.")
     return meaning(run["events"], run["delta"], run["adjacency"])

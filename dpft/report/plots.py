@@ -1,5 +1,6 @@
 """Small plots as SVG text, readable on a light and on a dark page."""
 
+import html
 import io
 import re
 from datetime import datetime, timedelta
@@ -118,7 +119,7 @@ def _svg(draw, title: str, x_label: str, y_label: str) -> str:
     ):
         figure, axes = pyplot.subplots(figsize=(5.0, 3.0), layout="constrained")
         draw(axes)
-        axes.set_title(title, color=INK, fontsize=11, loc="left")
+        axes.set_title(title, parse_math=False, color=INK, fontsize=11, loc="left")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.margins(y=0.15)
@@ -132,4 +133,5 @@ def _svg(draw, title: str, x_label: str, y_label: str) -> str:
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
         pyplot.close(figure)
     svg = out.getvalue()[out.getvalue().index("<svg") :]
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{title}"', svg, count=1)
+    label = f'role="img" aria-label="{html.escape(title)}"'
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: label, svg, count=1)

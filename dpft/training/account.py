@@ -36,7 +36,9 @@ class Account:
                 f"The run in {folder} has released {released:,} steps that no ledger was charged for: resume it without one."
             )
         self.dataset, self.plan, self.covered = dataset, plan, released
-        self.run = dataset.open(plan, resumed=known and known["run"], recipe=_recipe(folder), **about)
+        resumed = known and known["run"]
+        self.run = dataset.open(plan, resumed=resumed, released=released, recipe=_recipe(folder), **about)
+        self._before = released
         self.facts["run"] = self.run.id
         self.overlap = self.run.overlap
 
@@ -55,7 +57,7 @@ class Account:
     def _known(folder: Path) -> dict | None:
         """The account that an earlier start of the run was charged to."""
         path = folder / "ledger.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def charge_block(self) -> None:
         """Pay for the next releases: a block, or what fits of it.
@@ -66,7 +68,7 @@ class Account:
         """
         block = min(math.ceil(self.plan.steps / BLOCKS), self.plan.steps - self.covered)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps(self.facts))
+        self._path.write_text(json.dumps(self.facts), encoding="utf-8")
         try:
             self.run.charge(block)
         except BudgetError:
@@ -84,11 +86,11 @@ class Account:
             )
 
     def settle(self, released: int) -> str | None:
-        """Give back what was charged and not released; returns what went wrong, in which case all of it stays charged."""
-        if self.run.opening is not None:
-            return None  # nothing was ever charged
+        """Give back what this start charged and did not release; returns what went wrong, in which case all of it stays charged."""
+        if not self.run.reserved:
+            return None  # nothing was charged
         try:
-            self.run.settle(released)
+            self.run.settle(released - self._before)
         except LedgerError as error:
             return f"The run's last block stays charged whole: {error}"
         return None

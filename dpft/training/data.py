@@ -65,7 +65,13 @@ def read(paths: str | list[str]):
             f"{files[0].name} has no known format: name files of one kind, .csv, .tsv, .json, .jsonl or .parquet, or a folder saved by datasets."
         )
     options = {"sep": "\t"} if files[0].suffix.lower() == ".tsv" else {}
-    return datasets.load_dataset(kinds.pop(), data_files=[str(file) for file in files], split="train", **options)
+    try:
+        return datasets.load_dataset(kinds.pop(), data_files=[str(file) for file in files], split="train", **options)
+    except (datasets.exceptions.DatasetsError, ValueError) as error:  # which may quote a row: only its kind is told
+        kind = type(error.__cause__ or error).__name__
+        raise RecipeError(
+            f"{files[0].name} cannot be read ({kind}): it may be empty, not UTF-8, or have rows of different lengths."
+        ) from error
 
 
 def check(rows, task: TaskTable, data: DataTable, where: str) -> None:

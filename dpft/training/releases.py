@@ -29,11 +29,13 @@ class Releases:
 
     @property
     def charged(self) -> int:
-        return json.loads(self.path.read_text())["charged"] if self.path.exists() else 0
+        return json.loads(self.path.read_text(encoding="utf-8"))["charged"] if self.path.exists() else 0
 
     def check(self) -> None:
         """Raises GuaranteeError: the releases so far were made under another plan, so one claim cannot cover all."""
-        before = json.loads(self.path.read_text())["mechanism"] if self.path.exists() else self._mechanism
+        before = (
+            json.loads(self.path.read_text(encoding="utf-8"))["mechanism"] if self.path.exists() else self._mechanism
+        )
         for name, value in self._mechanism.items():
             if before[name] != value:
                 raise GuaranteeError(

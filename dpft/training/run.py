@@ -9,6 +9,7 @@ DIR/private/          un-noised metrics, the preflight's findings   PRIVATE: nev
 """
 
 import json
+import math
 import platform
 import sys
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ def make_trainer(setup: Setup, output: Path, *, randomness: Randomness | None = 
     from dpft.training.trainer import DPTrainer
 
     recipe = setup.recipe
-    arguments = TrainingArguments(
+    settings = dict(
         output_dir=str(output),
         optim=recipe.optimizer.name,
         learning_rate=recipe.optimizer.learning_rate,
@@ -145,6 +146,10 @@ def make_trainer(setup: Setup, output: Path, *, randomness: Randomness | None = 
         report_to=[],
         disable_tqdm=True,
     )
+    try:
+        arguments = TrainingArguments(**settings)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"The recipe's optimizer cannot be made ({first_line(error)}): mend [optimizer].") from error
     trainer = DPTrainer(
         model=setup.model,
         args=arguments,
@@ -203,34 +208,54 @@ def train(
     output = Path(output)
     if (output / "releases.json").exists() and not resume:
         raise RecipeError(f"{output} holds a run already: choose another folder, or resume that run.")
-    if resume and not any(output.glob("checkpoint-*")):
+    checkpoint = last_checkpoint(output) if resume else None
+    if resume and checkpoint is None:
         raise RecipeError(f"{output} has no checkpoint to resume from: runs write them if run.save_steps is set.")
     plan = plan or recipe.plan()
     setup = setup or set_up(recipe)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "recipe.toml").write_text(recipe.to_toml())
     trainer = make_trainer(setup, output, randomness=randomness, callbacks=callbacks, plan=plan)
+    trainer.releases.check()
+    before = trainer.releases.charged
+    (output / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
     started = datetime.now(UTC)
     interrupted = False
     try:
-        trainer.train(resume_from_checkpoint=True if resume else None)
+        if before >= trainer.plan.steps and not _recorded(output):
+            trainer.load(checkpoint)  # all was released, and then it was killed before it had saved that
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        if trainer.releases.charged == 0:
+        if trainer.releases.charged == before:  # not one step, so the weights may not even be those of the checkpoint
             raise
         interrupted = True
         trainer.engine.discard()
         trainer.engine.steps_released = trainer.releases.charged  # a release cut short counts as well
     interrupted = interrupted or trainer.engine.steps_released < trainer.plan.steps
-    metrics = trainer.evaluate() if evaluate and setup.validation is not None else None
+    from dpft.report import write_card
     from dpft.subset import save_weights
 
-    loading = save_weights(setup.model, output / "weights")
-    setup.task.tokenizer.save_pretrained(output / "weights")
-    write(output, recipe, trainer, loading, metrics, started, interrupted)
-    from dpft.report import write_card
-
-    write_card(output)
+    metrics = None
+    try:
+        metrics = trainer.evaluate() if evaluate and setup.validation is not None else None
+    finally:  # what was paid for is kept, whatever happens to its evaluation
+        loading = save_weights(setup.model, output / "weights")
+        setup.task.tokenizer.save_pretrained(output / "weights")
+        write(output, recipe, trainer, loading, metrics, started, interrupted)
+        write_card(output)
     return output
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    whole = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _recorded(output: Path) -> bool:
+    """Whether the folder's record is of a run that came to its end."""
+    path = output / "run.json"
+    return path.exists() and not json.loads(path.read_text(encoding="utf-8"))["interrupted"]
 
 
 def write(
@@ -245,7 +270,9 @@ def write(
         "epsilon": plan.epsilon_after(engine.steps_released)
         if engine.randomness.private and plan.noise_multiplier > 0
         else None,
-        "epsilon_rdp": plan.epsilon_rdp if engine.randomness.private and plan.noise_multiplier > 0 else None,
+        "epsilon_rdp": plan.epsilon_rdp
+        if engine.randomness.private and plan.noise_multiplier > 0 and math.isfinite(plan.epsilon_rdp)
+        else None,
         "delta": plan.delta,
         "unit": plan.unit,
         "units": plan.units,
@@ -280,7 +307,7 @@ def write(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
     }
-    (output / "run.json").write_text(json.dumps(record, indent=2))
+    (output / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     if metrics is not None and not public:
         folder = output / "private"
         folder.mkdir(exist_ok=True)
@@ -288,7 +315,7 @@ def write(
             "notice": "PRIVATE: computed from data without noise; the guarantee does not cover it.",
             **{k.removeprefix("eval_"): v for k, v in metrics.items()},
         }
-        (folder / "metrics.json").write_text(json.dumps(text, indent=2))
+        (folder / "metrics.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
 
 
 def _account(trainer) -> dict | None:
@@ -306,9 +333,9 @@ def read_metrics(folder: Path | str) -> dict | None:
     folder = Path(folder)
     private = folder / "private" / "metrics.json"
     return (
-        json.loads(private.read_text())
+        json.loads(private.read_text(encoding="utf-8"))
         if private.exists()
-        else json.loads((folder / "run.json").read_text())["metrics"]
+        else json.loads((folder / "run.json").read_text(encoding="utf-8"))["metrics"]
     )
 
 

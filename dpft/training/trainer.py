@@ -118,9 +118,13 @@ class DPTrainerMixin:
         if self.engine is not None:
             return self.engine.guarantee
         self.releases.check()
-        engine = Engine(self.model, self.plan, self.randomness)
+        return self._spent_engine().guarantee
+
+    def _spent_engine(self) -> Engine:
+        """An engine that has released what this output directory's runs have."""
+        engine = Engine(self.model, self.plan, self.randomness, before_release=self._before_release)
         engine.steps_released = self.releases.charged
-        return engine.guarantee
+        return engine
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -133,8 +137,7 @@ class DPTrainerMixin:
                 "budget again unseen: resume_from_checkpoint, or choose another output_dir."
             )
         self.releases.check()
-        self.engine = Engine(self.model, self.plan, self.randomness, before_release=self._before_release)
-        self.engine.steps_released = charged
+        self.engine = self._spent_engine()
         if charged >= self.plan.steps:
             raise BudgetError(f"All {self.plan.steps:,} planned steps have been released: nothing is left to resume.")
         self.account = self._opened_account(charged)
@@ -184,7 +187,7 @@ class DPTrainerMixin:
         path = Path(self.args.output_dir) / "private" / "preflight.json"  # its errors are numbers made from the data
         key = fingerprint(self.model, self.task, self.args.bf16)
         try:
-            known = json.loads(path.read_text())
+            known = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             known = {}
         if key is not None and known.get("key") == key:
@@ -195,7 +198,9 @@ class DPTrainerMixin:
         precise = partial(losses, autocast=False) if self.args.bf16 else None
         found = preflight(self.engine, losses, examples.spread(), precise, examples.longest)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"key": key, "state": self.engine.capture.state(), "found": asdict(found)}))
+        path.write_text(
+            json.dumps({"key": key, "state": self.engine.capture.state(), "found": asdict(found)}), encoding="utf-8"
+        )
         return found
 
     def _examples(self) -> Examples:
@@ -313,6 +318,12 @@ class DPTrainerMixin:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         save_file({name: p.detach().contiguous() for name, p in trainable(self.model)}, folder / TRAINABLE)
+
+    def load(self, checkpoint: str) -> None:
+        """Take up a checkpoint's weights after all of the plan was released; the claim is for all of it."""
+        self._load_from_checkpoint(checkpoint)
+        self.engine = self._spent_engine()
+        self.account = self._opened_account(self.releases.charged)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -42,10 +42,65 @@ def test_a_killed_run_stays_at_what_was_reserved_and_a_resumed_one_charges_again
     again = notes.open(PLAN, resumed=run.id)
     again.charge(50)
     assert [(r["steps"], r["settled"]) for r in notes.curve()] == [(100, False)]
-    again.settle(80)
+    again.settle(30)
     assert notes.record.runs[run.id].steps == 80
+    third = notes.open(PLAN, resumed=run.id)
+    third.charge(10)  # what was given back stays so
+    assert notes.record.runs[run.id].steps == 90
     with pytest.raises(LedgerError, match="knows no run 123"):
         notes.open(PLAN, resumed="123")
+
+
+def test_copies_of_a_run_that_go_on_count_all_that_each_released(ledger, notes, url):
+    """T15: a folder restored from a backup, or copied to try another rate, goes on from the same step."""
+    first = notes.open(PLAN)
+    first.charge(20)
+    first.settle(20)
+    one, two = (
+        notes.open(PLAN, resumed=first.id, released=20),
+        Ledger(url).dataset("notes").open(PLAN, resumed=first.id),
+    )
+    one.charge(15)
+    two.charge(12)
+    one.settle(13)
+    assert notes.record.runs[first.id].steps == 20 + 13 + 12
+    two.settle(10)
+    ledger.refresh()
+    assert notes.record.runs[first.id].steps == 20 + 13 + 10
+    assert notes.spent() == pytest.approx(reference((Event(43, 1.0, 0.05),), 1e-4), rel=2e-3)
+    assert verify(*ledger.store.after(0)).verified
+
+
+def test_a_resumed_run_stays_within_the_budget(ledger):
+    """What was given back is not charged again by the next charge, which was granted without it."""
+    tight = ledger.create("tight", epsilon=reference((Event(100, 1.0, 0.05),), 1e-4) * 1.001, delta=1e-4)
+    run = tight.open(PLAN)
+    run.charge(10)
+    run.settle(7)
+    again = tight.open(PLAN, resumed=run.id, released=7)
+    again.charge(93)
+    assert tight.spent() <= tight.policy["epsilon"] and verify(*ledger.store.after(0)).verified
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        dict(epsilon=0.5, delta=-1e-3),
+        dict(epsilon=-0.5, delta=0.0),
+        dict(epsilon=float("nan"), delta=0.0),
+        dict(epsilon=1.0, delta=1.0),
+        dict(epsilon=1.0),
+        dict(noise_multiplier=-1.0, sample_rate=0.1),
+        dict(noise_multiplier=1.0, sample_rate=0.0),
+        dict(noise_multiplier=1.0, sample_rate=2.0),
+        dict(noise_multiplier=1.0, sample_rate=0.1, count=-5),
+        {},
+    ],
+)
+def test_no_entry_makes_what_was_spent_less(event):
+    """T15: a negative δ on record would be subtracted from all that is spent later."""
+    with pytest.raises(PlanError, match="A release has"):
+        Event(**event)
 
 
 def test_runs_compose_with_all_that_went_before(notes):
@@ -142,7 +197,7 @@ def test_a_policy_that_cannot_be_is_refused(ledger, rows, facts, said):
         ledger.create("notes", rows=rows, **facts)
 
 
-def test_data_are_recognised_by_their_rows(ledger, rows):
+def test_data_are_recognised_by_their_rows(ledger, rows, monkeypatch):
     notes = ledger.create("notes", epsilon=5.0, delta=1e-4, rows=rows)
     with pytest.raises(LedgerError, match="the data set 'notes' already"):
         ledger.create("copy", epsilon=5.0, delta=1e-4, rows=rows[::-1])
@@ -157,6 +212,8 @@ def test_data_are_recognised_by_their_rows(ledger, rows):
     assert ledger.shared("more")[0][0] == "notes"
     with pytest.raises(LedgerError, match="are the data set 'notes', not 'more'"):
         more.open(PLAN, rows=rows)
+    monkeypatch.setattr("dpft.ledger.book.overlap", lambda *_: 1.0)  # an estimate, which a few new rows may not change
+    ledger.create("y2025", epsilon=5.0, delta=1e-4, rows=[*rows, {"text": "new", "patient": "new"}])
     text = str([vars(row) for row in ledger.store.after(0)[0]])
     assert "note 7" not in text and "p7" not in text
 

@@ -4,8 +4,10 @@ import sqlite3
 
 import pytest
 import sqlalchemy as sa
+from click.testing import CliRunner
 
 from benchmarks.postgres import Postgres
+from dpft.cli import main
 from dpft.errors import LedgerError
 from dpft.ledger import Ledger, store
 from dpft.ledger.chain import Key, canonical
@@ -114,6 +116,8 @@ def test_an_older_copy_put_in_its_place_is_found(tmp_path):
     (tmp_path / "copy.db").rename(path)
     with pytest.raises(LedgerError, match="an older copy was put in its place"):
         Ledger(str(path))
+    found = CliRunner().invoke(main, ["ledger", "verify", "--ledger", str(path)])
+    assert found.exit_code == 1 and "an older copy was put in its place" in found.output
 
 
 def test_an_export_verifies_offline_and_fills_a_new_ledger(written, tmp_path, home):
@@ -124,6 +128,28 @@ def test_an_export_verifies_offline_and_fills_a_new_ledger(written, tmp_path, ho
     assert Ledger(str(tmp_path / "new.db")).dataset("notes").spent() == written.dataset("notes").spent()
     with pytest.raises(LedgerError, match="holds a ledger already"):
         restore(path, Store(str(tmp_path / "new.db")))
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\r", "\x1c"])
+def test_an_export_holds_whatever_a_purpose_says(ledger, tmp_path, separator):
+    ledger.create("notes", epsilon=5.0, delta=1e-5).spend([Event(1, 1.0, 0.01)], purpose=f"one{separator}two")
+    export(ledger.store, tmp_path / "ledger.jsonl")
+    assert verify(*read_export(tmp_path / "ledger.jsonl")).verified
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:s3cr3t@127.0.0.1:1/none",
+        "postgresql://127.0.0.1:1/none?user=me&password=s3cr3t",
+        "oracle9://me:s3cr3t@somewhere",
+        "postgresql://me:s3cr3t@127.0.0.1:port/none",
+    ],
+)
+def test_no_password_is_repeated(url):
+    with pytest.raises(LedgerError) as refused:
+        Ledger(url)
+    assert "s3cr3t" not in str(refused.value)
 
 
 def test_every_byte_of_an_export_matters(written, tmp_path):

@@ -10,11 +10,13 @@ import torch
 import transformers
 from click.testing import CliRunner
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from dpft.cli import main
-from dpft.errors import RecipeError
+from dpft.errors import BudgetError, GuaranteeError, RecipeError
 from dpft.recipe import Recipe
 from dpft.report import write_card
+from dpft.sweep import sweep
 from dpft.training import data
 from dpft.training.run import train
 
@@ -146,6 +148,77 @@ def test_an_interrupted_run_resumes_to_its_plan(recipe, tmp_path):
         train(Recipe.parse(recipe), tmp_path / "empty", resume=True)
 
 
+def test_an_interrupt_before_a_resumed_run_goes_on_leaves_its_weights(recipe, tmp_path, monkeypatch):
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    def interrupted(trainer):
+        raise KeyboardInterrupt
+
+    recipe["run"] = {"save_steps": 2}
+    folder = train(Recipe.parse(recipe), tmp_path / "run", callbacks=[Interrupt()])
+    before = {path: path.read_bytes() for path in (folder / "weights").iterdir()}
+    monkeypatch.setattr("dpft.training.trainer.DPTrainerMixin._preflight", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(Recipe.parse(recipe), folder, resume=True)
+    assert before == {path: path.read_bytes() for path in (folder / "weights").iterdir()}
+    kept, recipe["privacy"]["epsilon"] = (folder / "recipe.toml").read_text(), 1.0
+    with pytest.raises(GuaranteeError, match="noise_multiplier"):
+        train(Recipe.parse(recipe), folder, resume=True)
+    assert (folder / "recipe.toml").read_text() == kept
+
+
+def test_a_run_that_was_killed_before_it_saved_is_taken_up_from_its_checkpoint(recipe, tmp_path, monkeypatch):
+    recipe["run"] = {"save_steps": 2}
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr("dpft.training.trainer.DPTrainerMixin.evaluate", cut)
+        patch.setattr("dpft.subset.save_weights", cut)
+        train(Recipe.parse(recipe), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+    (tmp_path / "run" / "checkpoint-9").mkdir()  # begun, and not written to its end
+    folder = train(Recipe.parse(recipe), tmp_path / "run", resume=True)
+    run = json.loads((folder / "run.json").read_text())
+    assert run["released_steps"] == 4 and not run["interrupted"] and run["epsilon"] <= 3.0
+    saved = load_file(folder / "checkpoint-4" / "trainable.safetensors")
+    kept = load_file(folder / "weights" / "adapter_model.safetensors")
+    name = next(name for name in kept if "lora_B" in name)
+    assert torch.equal(kept[name], saved[name.replace("lora_B.weight", "lora_B.default.weight")])
+    with pytest.raises(BudgetError, match="nothing is left to resume"):
+        train(Recipe.parse(recipe), tmp_path / "run", resume=True)
+
+
+def cut(*_, **__):
+    raise RuntimeError("power cut")
+
+
+def test_what_was_paid_for_is_kept_though_its_evaluation_fails(recipe, tmp_path, monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("logits")
+
+    monkeypatch.setattr("dpft.training.trainer.DPTrainerMixin.evaluate", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(Recipe.parse(recipe), tmp_path / "run")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["released_steps"] == 4 and run["metrics"] is None and (tmp_path / "run" / "card.md").exists()
+    assert list((tmp_path / "run" / "weights").glob("*.safetensors"))
+
+
+def test_an_interrupt_ends_a_whole_comparison_and_private_figures_stay_private(recipe, tmp_path):
+    """T13; and the budget of the runs that nobody wants any more stays unspent."""
+
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(Recipe.parse(recipe), tmp_path / "all", epsilons=[3.0, 1.0], callbacks=lambda: [Interrupt()])
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"non-private"}
+    sweep(Recipe.parse(recipe), tmp_path / "one", epsilons=[3.0], non_private=False)
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"epsilon-3", "private"}
+
+
 @pytest.mark.parametrize("unit_gradient", ["mean", "sum"])
 def test_patients_as_units(recipe, tmp_path, unit_gradient):
     """T16."""
@@ -165,6 +238,7 @@ def test_patients_as_units(recipe, tmp_path, unit_gradient):
         (None, {"unit": "doctor"}, "no column 'doctor': it has text, label, patient"),
         (None, {"units": 400}, "declares 400 units, but data.train has about 40"),
         (None, {"train": "nowhere.csv"}, "no data at nowhere.csv"),
+        (("w1", "a", "p", "one too many"), {}, "train.csv cannot be read"),
     ],
 )
 def test_bad_data_is_refused_before_anything_is_written_or_charged(recipe, tmp_path, row, change, said):

@@ -50,25 +50,22 @@ class Event:
     delta: float | None = None
 
     def __post_init__(self) -> None:
-        given = [getattr(self, name) is not None for name in ("noise_multiplier", "sample_rate", "epsilon", "delta")]
-        if given not in ([True, True, False, False], [False, False, True, True]):
+        gaussian, stated = (self.noise_multiplier, self.sample_rate), (self.epsilon, self.delta)
+        checks = {"count": self.count >= 0}
+        if None not in gaussian and stated == (None, None):
+            checks |= {
+                "noise_multiplier": 0 <= self.noise_multiplier < math.inf,
+                "sample_rate": 0 < self.sample_rate <= 1,
+            }
+        elif None not in stated and gaussian == (None, None):
+            checks |= {"epsilon": 0 <= self.epsilon < math.inf, "delta": 0 <= self.delta < 1}
+        else:
             raise PlanError(
-                "A release has a noise multiplier and a sample rate, or an epsilon and a delta: give either pair."
+                "A release has a noise multiplier and a sample rate, or an epsilon and a delta: give one pair."
             )
-        for name, value, fits, range_ in (
-            ("count", self.count, self.count >= 0, "at least 0"),
-            ("noise_multiplier", self.noise_multiplier, 0 <= (self.noise_multiplier or 0) < math.inf, "at least 0"),
-            (
-                "sample_rate",
-                self.sample_rate,
-                self.sample_rate is None or 0 < self.sample_rate <= 1,
-                "above 0, at most 1",
-            ),
-            ("epsilon", self.epsilon, 0 <= (self.epsilon or 0) < math.inf, "at least 0"),
-            ("delta", self.delta, 0 <= (self.delta or 0) < 1, "at least 0, below 1"),
-        ):
-            if not fits:
-                raise PlanError(f"A release has {name} = {value}, and it must be a number {range_}: mend it.")
+        for name, possible in checks.items():
+            if not possible:
+                raise PlanError(f"A release has {name} = {getattr(self, name)}, which none can have: mend it.")
 
 
 def merged(events: Iterable[Event]) -> tuple[Event, ...]:

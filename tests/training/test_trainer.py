@@ -279,7 +279,7 @@ def test_a_resumed_run_takes_up_the_preflight_of_the_same_model_alone(make, tmp_
     with monkeypatch.context() as patch:  # as if the tests' own collation were a package's
         patch.setattr("dpft.gradients.preflight._versioned", lambda part: True)
         of_one_model(make, tmp_path / "versioned", done)
-    of_changing_code(make, tmp_path / "changing", done)
+    of_changing_code(make, tmp_path / "changing", monkeypatch)
 
 
 def of_one_model(make, tmp_path, done):
@@ -296,14 +296,13 @@ def of_one_model(make, tmp_path, done):
     assert len(done) == 2
 
 
-def of_changing_code(make, tmp_path, done):
+def of_changing_code(make, tmp_path, monkeypatch):
     """T1: a task of the user's own may have been edited since, and no version tells."""
     args = lambda: arguments(tmp_path, save_strategy="steps", save_steps=1)
     with pytest.raises(RuntimeError, match="power cut"):
         make(args=args(), callbacks=[Crash(2)]).train()
-    coupled = make(args=args())
-    losses = coupled.task.losses
-    coupled.task.losses = lambda model, batch: losses(model, batch) / len(batch["labels"])
+    coupled, losses = make(args=args()), LabelledTask.losses
+    monkeypatch.setattr(LabelledTask, "losses", lambda *a: (found := losses(*a)) / len(found))
     with pytest.raises(IsolationError):
         coupled.train(resume_from_checkpoint=True)
     assert coupled.releases.charged == 2

@@ -85,11 +85,13 @@ def preflight(
         floating = [t for t in (*capture.model.parameters(), *capture.model.buffers()) if t.is_floating_point()]
         half = [tensor for tensor in floating if tensor.dtype in HALF]
         precise = precise_losses or losses
+        beside_longest = lambda: _beside(capture, precise, examples[-1], longest)
         with in_precision(half, torch.float32):
-            isolated, norms, references = _isolation(capture, precise, examples, longest)
-        if not isolated <= TOLERANCE:  # a coupling, or float32 rounding, which deep models amplify a thousandfold?
-            with in_precision(floating, torch.float64):
-                isolated = _isolation_in_double(capture, precise, examples, longest, isolated)
+            isolated, norms, references = _isolation(capture, precise, examples)
+            beside = 0.0 if longest is None else beside_longest()
+        # A coupling, or float32 rounding, which deep models amplify a thousandfold?
+        isolated = _in_double(isolated, lambda: _isolation(capture, precise, examples)[0], floating)
+        isolated = max(isolated, _in_double(beside, beside_longest, floating))
         if not isolated <= TOLERANCE:
             with in_precision(half, torch.float32):
                 raise IsolationError(
@@ -145,7 +147,7 @@ def _described(part) -> str:
     return "" if " at 0x" in text else text
 
 
-def _isolation(capture: Capture, losses: Callable, examples: list, longest) -> tuple[float, Tensor, dict]:
+def _isolation(capture: Capture, losses: Callable, examples: list) -> tuple[float, Tensor, dict]:
     """How far an example's loss or gradient beside the others is from the one alone, by plain autograd.
 
     Gradients are compared in one random combination, in which each example has about the same weight: what a coupling
@@ -174,12 +176,7 @@ def _isolation(capture: Capture, losses: Callable, examples: list, longest) -> t
         weights = _weights(norms)
         beside = _gradient(capture, together @ weights.to(together))
         expected = sum(weight * gradient for weight, gradient in zip(weights, gradients, strict=True))
-        if longest is not None:
-            with torch.no_grad():
-                padded = _without_side_effects(capture.model, lambda: losses([examples[-1], longest]))
-                together = torch.cat([together.detach(), padded[:1]])
-            alone = torch.cat([alone, alone[-1:]])
-    error = float(((together.detach() - alone).abs() / alone.abs().clamp_min(1e-2)).max())
+    error = _relative(together.detach(), alone)
     error = max(error, _difference(capture, beside, expected)[1])
     return error, norms, {tuple(range(len(examples))): beside, (0,): _weights(norms[:1]) * gradients[0]}
 
@@ -197,14 +194,28 @@ def _weights(norms: Tensor) -> Tensor:
     return (shares * signs).to(norms) * 2.0 ** -norms.log2().round()
 
 
-def _isolation_in_double(capture: Capture, losses: Callable, examples: list, longest, otherwise: float) -> float:
-    """The same in float64, or what float32 gave where the model or its inputs cannot be float64."""
-    try:
-        return _isolation(capture, losses, examples, longest)[0]
-    except GuaranteeError:
-        raise
-    except Exception:  # whatever a kernel says of a type that it does not know
-        return otherwise
+def _beside(capture: Capture, losses: Callable, example, longest) -> float:
+    """How far an example's loss beside the longest of all is from the one alone; no more, or memory might not suffice."""
+    with capture.paused(), torch.no_grad():
+        together = _without_side_effects(capture.model, lambda: losses([example, longest]))
+        return _relative(together[:1], losses([example]))
+
+
+def _relative(losses: Tensor, expected: Tensor) -> float:
+    return float(((losses - expected).abs() / expected.abs().clamp_min(1e-2)).max())
+
+
+def _in_double(found: float, check: Callable[[], float], floating: list[Tensor]) -> float:
+    """An error in float32, or, if it is too large, in float64, where the model and its inputs can be that."""
+    if found <= TOLERANCE:
+        return found
+    with in_precision(floating, torch.float64):
+        try:
+            return check()
+        except GuaranteeError:
+            raise
+        except Exception:  # whatever a kernel says of a type that it does not know
+            return found
 
 
 def _exactness(

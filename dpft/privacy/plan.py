@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_NOISE_MULTIPLIER = 1e4
 MAX_STEPS = 10_000_000
+LARGEST_EPSILON = 500.0  # beyond it e to its power leaves the range of numbers
 TOLERANCE = 1e-3  # of ε: how far below its target a calibrated plan may stay
 
 
@@ -186,7 +187,8 @@ class Plan:
         sample_rate = _sample_rate(sample_rate, units, batch_size)
         if epochs is not None:
             _require(steps is None, "Both steps and epochs are given, and each sets the other: keep one.")
-            _require(epochs > 0, f"epochs is {epochs}: train for a positive number of passes.")
+            _require(0 < epochs < math.inf, f"epochs is {epochs}: train for a positive number of passes.")
+            _require(sample_rate > 0, f"sample_rate is {sample_rate}: draw some units.")
             steps = math.ceil(round(epochs / sample_rate, 9))
         facts = dict(sample_rate=sample_rate, units=units, delta=delta, **fields)
         given = {"epsilon": epsilon, "noise_multiplier": noise_multiplier, "steps (or epochs)": steps}
@@ -199,6 +201,10 @@ class Plan:
         if epsilon is None:
             return cls(noise_multiplier=noise_multiplier, steps=steps, **facts)
         _require(0 < epsilon < math.inf, f"epsilon is {epsilon}: a budget must be a positive number, such as 3.")
+        _require(
+            epsilon <= LARGEST_EPSILON,
+            f"epsilon is {epsilon:g}, which protects nobody: ask for at most {LARGEST_EPSILON:g}.",
+        )
         if noise_multiplier is None:
             return _noise_for(cls(noise_multiplier=1.0, steps=steps, **facts), epsilon)
         return _steps_for(cls(noise_multiplier=noise_multiplier, steps=1, **facts), epsilon)

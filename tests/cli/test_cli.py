@@ -85,7 +85,6 @@ def test_every_command_has_an_example():
         ("plan --sample-rate 0 --epochs 3 --delta 1e-5 --noise-multiplier 1", "sample_rate is 0"),
         ("plan --epochs inf --sample-rate 0.1 --delta 1e-5 --noise-multiplier 1", "epochs is inf"),
         ("plan --epsilon 1e6 --sample-rate 0.1 --steps 10 --delta 1e-5", "epsilon is 1e+06, which protects nobody"),
-        ("train recipe.toml --output x --set optimizer.name=adamx", "The recipe's optimizer cannot be made"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_no_traceback(arguments, said, in_folder):

@@ -205,6 +205,13 @@ def test_what_was_paid_for_is_kept_though_its_evaluation_fails(recipe, tmp_path,
     assert list((tmp_path / "run" / "weights").glob("*.safetensors"))
 
 
+def test_an_optimizer_that_is_not_known_is_refused(recipe, tmp_path):
+    recipe["optimizer"] = {"name": "adamx"}
+    with pytest.raises(RecipeError, match=r"The recipe's optimizer cannot be made \(adamx is not"):
+        train(Recipe.parse(recipe), tmp_path / "run")
+    assert not (tmp_path / "run" / "recipe.toml").exists()
+
+
 def test_an_interrupt_ends_a_whole_comparison_and_private_figures_stay_private(recipe, tmp_path):
     """T13; and the budget of the runs that nobody wants any more stays unspent."""
 

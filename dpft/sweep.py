@@ -53,7 +53,7 @@ def sweep(
         RecipeError: see :func:`dpft.train`; also if the recipe has no validation data to compare on.
     """
     from dpft.errors import RecipeError
-    from dpft.training.run import read_metrics, train, versions
+    from dpft.training.run import go_on_unless_interrupted, read_metrics, train, versions
 
     if recipe.data.validation is None:
         raise RecipeError("A comparison needs data.validation: name held-out data in the recipe.")
@@ -81,9 +81,7 @@ def sweep(
             folder = output / (f"{label}-seed-{seed}" if len(seeds) > 1 else label)
             if not _finished(folder, seeded):
                 train(seeded, folder, callbacks=callbacks())
-                record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-                if record["interrupted"] and not record["halted"]:
-                    raise KeyboardInterrupt  # it ended that run; the others would spend budget that nobody wants spent
+                go_on_unless_interrupted(folder)
             metrics.append(read_metrics(folder))
             folders.append(str(folder))
         rows.append(_row(name, epsilon, metrics, folders))

@@ -22,7 +22,7 @@ from dpft.privacy.noise import Randomness
 from dpft.recipe import Recipe, listed
 from dpft.report import write_card
 from dpft.training.data import load, load_public
-from dpft.training.run import load_model, set_up, train
+from dpft.training.run import go_on_unless_interrupted, load_model, set_up, train
 
 SEES_WEIGHTS = "sees the released weights and the model before training, and chose the canaries"
 BASELINE = "without-privacy"
@@ -76,6 +76,7 @@ def audit_run(
         setup.account_rows, setup.train = setup.train, planted.planted(setup.train, recipe)
         announce(outlook(canaries, plan.epsilon, plan.delta, significance, repetitions))
         train(recipe, output, setup=setup, plan=plan, callbacks=callbacks(), randomness=randomness)
+        go_on_unless_interrupted(output)
     elif not coins.exists():
         raise RecipeError(f"{output} holds a run without canaries: choose another folder.")
     planted = Canaries.load(coins)

@@ -246,6 +246,13 @@ def train(
     return output
 
 
+def go_on_unless_interrupted(folder: Path) -> None:
+    """Raises KeyboardInterrupt: the interrupt key ended this run, so what was to come after it is not wanted either."""
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if record["interrupted"] and not record["halted"]:
+        raise KeyboardInterrupt
+
+
 def last_checkpoint(output: Path) -> str | None:
     """The newest checkpoint that was written to its end."""
     whole = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 from dpft.audit.game import audit_command, audit_run
 from dpft.audit.report import describe
@@ -71,6 +72,21 @@ def test_the_scoring_can_be_done_again_but_not_the_training(language, tmp_path):
     (output / "run.json").unlink()
     with pytest.raises(RecipeError, match="did not end"):
         audit_run(Recipe.parse(language), output, canaries=20)
+
+
+def test_an_interrupt_ends_the_whole_audit_which_can_be_scored_later(language, tmp_path):
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            raise KeyboardInterrupt
+
+    audit = lambda: audit_run(
+        Recipe.parse(language), tmp_path / "run", canaries=20, baseline=True, callbacks=lambda: [Interrupt()]
+    )
+    language["data"].pop("validation", None)
+    with pytest.raises(KeyboardInterrupt):
+        audit()
+    assert not (tmp_path / "run" / "private" / "without-privacy").exists()
+    assert audit_run(Recipe.parse(language), tmp_path / "run", canaries=20).claimed < 3
 
 
 def test_a_run_without_canaries_cannot_be_scored(language, tmp_path):

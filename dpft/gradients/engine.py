@@ -279,6 +279,7 @@ class Engine:
 
     def _refuse_strangers(self, losses: Tensor) -> None:
         """Raises BypassError: the losses come from trainable parameters of another model, whose gradients nothing would clip."""
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.capture.model.parameters()}
         waiting, seen = [losses.grad_fn], set()
         while waiting:
             node = waiting.pop()
@@ -286,7 +287,8 @@ class Engine:
                 continue
             seen.add(node)
             leaf = getattr(node, "variable", None)
-            if isinstance(leaf, nn.Parameter) and id(leaf) not in self._model_parameters:
+            # What shares memory with a parameter is a view of it, as PEFT transposes a frozen weight.
+            if isinstance(leaf, nn.Parameter) and leaf.untyped_storage().data_ptr() not in own:
                 raise BypassError(
                     f"The losses depend on a trainable parameter of shape {tuple(leaf.shape)} that is not the engine's model's, so its gradient "
                     "would be neither clipped nor noised: make the engine of the whole model that the losses come from."

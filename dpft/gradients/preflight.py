@@ -87,6 +87,7 @@ def preflight(
         precise = precise_losses or losses
         beside_longest = lambda: _beside(capture, precise, examples[-1], longest)
         with in_precision(half, torch.float32):
+            _keeps_its_weights(capture, precise, examples)
             isolated, norms, references = _isolation(capture, precise, examples)
             beside = 0.0 if longest is None else beside_longest()
         # A coupling, or float32 rounding, which deep models amplify a thousandfold?
@@ -353,15 +354,8 @@ def _size(example) -> int:
 
 
 def _without_side_effects(model: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
-    """The losses, if making them changed no buffer and no parameter."""
-    for name, module in model.named_modules():
-        if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            raise IsolationError(
-                f"Layer {name} ({type(module).__name__}) has max_norm={module.max_norm:g}, which shrinks the rows of the words that occur in "
-                "each forward pass, so its weights would say un-noised which do: set max_norm to None."
-            )
+    """The losses, if making them changed no buffer."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    parameters = {name: _state(parameter) for name, parameter in model.named_parameters()}
     result = forward()
     if result.dim() != 1:
         raise GuaranteeError(
@@ -374,15 +368,38 @@ def _without_side_effects(model: nn.Module, forward: Callable[[], Tensor]) -> Te
                 f"Layer {name.rpartition('.')[0]} ({type(layer).__name__}) changes its buffer {name} in the forward pass, where data "
                 "would stay un-noised: put it in eval mode, or replace it (subset.replace_batchnorm puts GroupNorm for BatchNorm)."
             )
-    for name, parameter in model.named_parameters():
-        if parameters.get(name) != _state(parameter):
-            raise IsolationError(
-                f"The forward pass changes the parameter {name}, where data would stay un-noised: train weights by their gradients alone."
-            )
     return result
 
 
-def _state(parameter: Tensor) -> tuple[int, str]:
-    """How often it was changed in place, and its sum, in case it was changed behind PyTorch's back."""
-    plain = type(parameter) is nn.Parameter  # a quantised one may know no sum
-    return parameter._version, repr(parameter.detach().sum(dtype=torch.float64).item()) if plain else ""
+def _keeps_its_weights(capture: Capture, losses: Callable, examples: list) -> None:
+    """Raises IsolationError: a forward pass writes data into a weight. A projection, which follows from the weight alone, may."""
+    model = capture.model
+    for name, module in model.named_modules():
+        if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            raise IsolationError(
+                f"Layer {name} ({type(module).__name__}) has max_norm={module.max_norm:g}, which shrinks the rows of the words that occur in "
+                "each forward pass, so its weights would say un-noised which do: set max_norm to None."
+            )
+    weights = lambda: dict(model.named_parameters())
+    with capture.paused(), torch.no_grad():
+        before = {name: _sum(weight) for name, weight in weights().items()}
+        _without_side_effects(model, lambda: losses(examples))
+        changed = {name: w.detach().clone() for name, w in weights().items() if before.get(name) != _sum(w)}
+        outcomes = []
+        for example in examples if changed else []:
+            for name in changed:
+                weights()[name].zero_()
+            losses([example])
+            outcomes.append({name: weights()[name].detach().clone() for name in changed})
+        for name, value in changed.items():
+            weights()[name].copy_(value)
+    for name in changed:
+        if not all(torch.equal(outcomes[0][name], outcome[name]) for outcome in outcomes):
+            raise IsolationError(
+                f"The forward pass changes the parameter {name}, where data would stay un-noised: train weights by their gradients alone."
+            )
+
+
+def _sum(weight: Tensor) -> str:
+    """By which a change shows; of a quantised weight, which may know no sum, nothing."""
+    return repr(weight.detach().sum(dtype=torch.float64).item()) if type(weight) is nn.Parameter else ""

@@ -53,7 +53,7 @@ def sweep(
         RecipeError: see :func:`dpft.train`; also if the recipe has no validation data to compare on.
     """
     from dpft.errors import RecipeError
-    from dpft.training.run import go_on_unless_interrupted, read_metrics, train, versions
+    from dpft.training.run import go_on_unless_interrupted, last_checkpoint, read_metrics, train, versions
 
     if recipe.data.validation is None:
         raise RecipeError("A comparison needs data.validation: name held-out data in the recipe.")
@@ -80,7 +80,7 @@ def sweep(
             label = name.replace(" = ", "-").replace("ε", "epsilon")
             folder = output / (f"{label}-seed-{seed}" if len(seeds) > 1 else label)
             if not _finished(folder, seeded):
-                train(seeded, folder, callbacks=callbacks())
+                train(seeded, folder, callbacks=callbacks(), resume=last_checkpoint(folder) is not None)
                 go_on_unless_interrupted(folder)
             metrics.append(read_metrics(folder))
             folders.append(str(folder))
@@ -110,7 +110,7 @@ def composed_epsilon(rows: Sequence[Row]) -> float | None:
 
 
 def _finished(folder: Path, recipe: Recipe) -> bool:
-    """Whether an earlier comparison left this very run; a comparison that was stopped goes on where it was."""
+    """Whether an earlier comparison left this very run; one that was stopped goes on from its checkpoints (``run.save_steps``)."""
     record = folder / "run.json"
     return (
         record.exists()

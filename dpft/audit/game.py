@@ -206,12 +206,14 @@ def _baseline(
 ) -> float:
     """The lower bound that the same attack proves for a training without noise and clipping."""
     folder, plain = output / "private" / BASELINE, recipe.without_privacy()
-    if not (folder / "run.json").exists():
+    record = folder / "run.json"
+    if not record.exists() or json.loads(record.read_text(encoding="utf-8"))["interrupted"]:
         shutil.rmtree(folder, ignore_errors=True)  # what was cut off is worth nothing and spent nothing more
         setup = set_up(plain)
         setup.train = planted.planted(setup.train, plain)
         announce("training without privacy, to know what the attack is worth")
         train(plain, folder, setup=setup, plan=_with_canaries(plain.plan(), planted), callbacks=callbacks())
+        go_on_unless_interrupted(folder)
     announce("scoring the canaries")
     found = _judged(plain, folder / "weights", planted, delta, None, significance)
     (folder / "audit.json").write_text(json.dumps(found.json(), indent=2), encoding="utf-8")

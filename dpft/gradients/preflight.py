@@ -27,6 +27,9 @@ from dpft.gradients.steady import deterministic, in_precision
 TOLERANCE = 1e-4  # relative error that float32 arithmetic explains
 HALF_TOLERANCE = 0.1  # and that of half precision, where a run uses it: only gross errors show
 VERSIONED = ("dpft", "torch", "transformers", "peft", "opacus", "accelerate", "tokenizers")
+START = (
+    1e-3  # where weights begin that a forward pass changes, to see whether they come out alike whatever it was given
+)
 FLOOR = 1e-2  # a parameter's error is measured against at least this share of the whole gradient's norm
 
 
@@ -92,7 +95,8 @@ def preflight(
             beside = 0.0 if longest is None else beside_longest()
         # A coupling, or float32 rounding, which deep models amplify a thousandfold?
         isolated = _in_double(isolated, lambda: _isolation(capture, precise, examples)[0], floating)
-        isolated = max(isolated, _in_double(beside, beside_longest, floating))
+        beside = _in_double(beside, beside_longest, floating)
+        isolated = isolated if beside <= isolated else beside  # a NaN is an error
         if not isolated <= TOLERANCE:
             with in_precision(half, torch.float32):
                 raise IsolationError(
@@ -198,7 +202,12 @@ def _weights(norms: Tensor) -> Tensor:
 def _beside(capture: Capture, losses: Callable, example, longest) -> float:
     """How far an example's loss beside the longest of all is from the one alone; no more, or memory might not suffice."""
     with capture.paused(), torch.no_grad():
-        together = _without_side_effects(capture.model, lambda: losses([example, longest]))
+        try:
+            together = _without_side_effects(capture.model, lambda: losses([example, longest]))
+        except torch.OutOfMemoryError as error:
+            raise GuaranteeError(
+                "The preflight looks at the longest example beside another, and two of its length do not fit into memory: cut the texts shorter (task.max_length)."
+            ) from error
         return _relative(together[:1], losses([example]))
 
 
@@ -388,7 +397,7 @@ def _keeps_its_weights(capture: Capture, losses: Callable, examples: list) -> No
         outcomes = []
         for example in examples if changed else []:
             for name in changed:
-                weights()[name].zero_()
+                weights()[name].fill_(START)
             losses([example])
             outcomes.append({name: weights()[name].detach().clone() for name in changed})
         for name, value in changed.items():

@@ -121,16 +121,18 @@ class Dataset:
                     f"The plan's {name} is {getattr(plan, name)!r}, and the account of {self.name!r} is kept for {policy[name]!r}, so its budget "
                     "would not cover the run: use the same."
                 )
-        self._check_policy()
+        left = max(0, plan.steps - released)
+        if left or resumed is None:
+            self._check_policy()
         warning = None if rows is None else self._recognise(rows)
         event = _event(plan)
-        left = plan.steps - released
         if resumed is not None and resumed not in self.record.runs:
             raise LedgerError(
                 f"The account of {self.name!r} knows no run {resumed}: resume with the ledger it was started with."
             )
-        if not self.fits([replace(event, count=left)]):
-            raise BudgetError(self._refusal(plan, left))
+        # A run that goes on ends at the last block that fits; a new one is refused unless all of it does.
+        if not self.fits([replace(event, count=left if resumed is None else min(left, 1))]):
+            raise BudgetError(self._refusal(plan, left, resumed is not None))
         run = Run(self, resumed or uuid.uuid4().hex[:12], event, plan.steps)
         run.overlap = warning
         if resumed is None:
@@ -207,9 +209,10 @@ class Dataset:
             )
         return share
 
-    def _refusal(self, plan: Plan, left: int) -> str:
-        policy, most, noise = self.policy, self._room(_event(plan), left), self.least_noise(replace(plan, steps=left))
+    def _refusal(self, plan: Plan, left: int, resumed: bool) -> str:
+        policy, most = self.policy, self._room(_event(plan), left)
         ways = [f"at most {most:,} of {left:,} steps fit" if most else "not one step fits"]
+        noise = None if resumed else self.least_noise(replace(plan, steps=left))
         if noise is not None:
             ways.append(f"all of them with a noise multiplier of {noise:.3f}")
         would = self._epsilon((replace(_event(plan), count=left),))
@@ -273,7 +276,7 @@ class Run:
         Raises:
             GuaranteeError: more than was charged.
         """
-        if executed > self.reserved:
+        if not 0 <= executed <= self.reserved:
             raise GuaranteeError(
                 f"Run {self.id} executed {executed:,} releases and was charged {self.reserved:,}: charge before releasing."
             )

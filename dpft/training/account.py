@@ -38,7 +38,7 @@ class Account:
         self.dataset, self.plan, self.covered = dataset, plan, released
         resumed = known and known["run"]
         self.run = dataset.open(plan, resumed=resumed, released=released, recipe=_recipe(folder), **about)
-        self._before = released
+        self._before = self._last = released
         self.facts["run"] = self.run.id
         self.overlap = self.run.overlap
 
@@ -79,18 +79,19 @@ class Account:
         self.covered += block
 
     def check(self, number: int) -> None:
-        """Raises GuaranteeError: release ``number`` has not been paid for."""
+        """To be called before release ``number``; raises GuaranteeError: it has not been paid for."""
         if number > self.covered:
             raise GuaranteeError(
                 f"Release {number:,} was not charged to {self.dataset.name!r}, which has paid for {self.covered:,}."
             )
+        self._last = number
 
-    def settle(self, released: int) -> str | None:
+    def settle(self) -> str | None:
         """Give back what this start charged and did not release; returns what went wrong, in which case all of it stays charged."""
         if not self.run.reserved:
             return None  # nothing was charged
         try:
-            self.run.settle(released - self._before)
+            self.run.settle(self._last - self._before)
         except LedgerError as error:
             return f"The run's last block stays charged whole: {error}"
         return None

@@ -221,7 +221,7 @@ def train(
     started = datetime.now(UTC)
     interrupted = False
     try:
-        if before >= trainer.plan.steps and not _recorded(output):
+        if before >= trainer.plan.steps and not _saved(output, before):
             trainer.load(checkpoint)  # all was released, and then it was killed before it had saved that
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -259,10 +259,10 @@ def last_checkpoint(output: Path) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
-def _recorded(output: Path) -> bool:
-    """Whether the folder's record is of a run that came to its end."""
+def _saved(output: Path, released: int) -> bool:
+    """Whether the folder's weights are those after all that was released."""
     path = output / "run.json"
-    return path.exists() and not json.loads(path.read_text(encoding="utf-8"))["interrupted"]
+    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["released_steps"] >= released
 
 
 def write(

@@ -158,9 +158,8 @@ class DPTrainerMixin:
                 if self.prefix is not None:
                     self.prefix.close()
                 if self.account is not None:
-                    self.halted = self.account.settle(self.releases.charged) or self.halted
-        output.metrics.pop("train_loss", None)
-        return output._replace(training_loss=math.nan)
+                    self.halted = self.account.settle() or self.halted
+        return output._replace(training_loss=math.nan, metrics=self._shown(output.metrics))
 
     def _opened_account(self, released: int) -> Account | None:
         """All that can be refused is refused here, before the preflight; nothing is charged yet."""
@@ -185,7 +184,8 @@ class DPTrainerMixin:
     def _preflight(self) -> Preflight:
         """The proof, or what an earlier start of this very run found; it is the same for the same model and versions."""
         path = Path(self.args.output_dir) / "private" / "preflight.json"  # its errors are numbers made from the data
-        key = fingerprint(self.model, self.task, self.args.bf16)
+        examples = self._examples()
+        key = fingerprint(self.model, self.task, self.args.bf16, int(examples.lengths.max()))
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -193,7 +193,6 @@ class DPTrainerMixin:
         if key is not None and known.get("key") == key:
             self.engine.capture.load_state(known["state"])
             return Preflight(**known["found"])
-        examples = self._examples()
         losses = lambda features, **how: self._losses(self._collated(features), **how)
         precise = partial(losses, autocast=False) if self.args.bf16 else None
         found = preflight(self.engine, losses, examples.spread(), precise, examples.longest)
@@ -336,11 +335,14 @@ class DPTrainerMixin:
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log ε spent instead of the training loss; times and memory, too, would follow the true batch sizes."""
+        super().log(self._shown(logs), *args, **kwargs)
+
+    def _shown(self, logs: dict[str, float]) -> dict[str, float]:
         private = ("loss", "grad_norm", "total_flos", "train_", "init_mem", "before_init_mem")
         logs = {name: value for name, value in logs.items() if not name.startswith(private)}
         if self.engine is not None and self.engine.steps_released and self.randomness.private:
             logs["epsilon"] = self.plan.epsilon_after(self.engine.steps_released, grid=1e-3)
-        super().log(logs, *args, **kwargs)
+        return logs
 
     def floating_point_ops(self, inputs) -> int:
         """Zero: the count would give away the true batch sizes."""

@@ -65,6 +65,8 @@ def fastest_budget(
         idle = 0 if tried[budget] <= WORTH * best else idle + 1
         if idle == DOUBLINGS or 2 * kept > memory or n == most or time.perf_counter() - started > SECONDS:
             break
+    if not tried:  # one example fits, and no more were tried with success
+        return tokens
     best = min(tried.values())
     return min(budget for budget, seconds in tried.items() if WORTH * seconds <= best)
 

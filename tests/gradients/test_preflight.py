@@ -510,7 +510,13 @@ def test_padding_that_only_long_texts_bring_is_refused(plan):
         batch = pad_features(chosen, 0, token_labels=False)
         return class_losses(model(input_ids=batch["input_ids"]).logits, batch["labels"])
 
+    def lost(chosen):
+        found = losses(chosen)
+        return found * torch.nan if long in chosen else found
+
     with Engine(model, plan()) as engine:
+        with pytest.raises(IsolationError, match="changes by nan"):
+            preflight(engine, lost, equal, longest=long)
         assert preflight(engine, losses, equal).isolated
         with pytest.raises(IsolationError, match="when others share its batch.*pass an attention mask"):
             preflight(engine, losses, equal, longest=long)

@@ -82,6 +82,21 @@ def test_a_resumed_run_stays_within_the_budget(ledger):
     assert tight.spent() <= tight.policy["epsilon"] and verify(*ledger.store.after(0)).verified
 
 
+def test_a_killed_run_that_fills_its_account_goes_on_to_the_last_step_that_fits(ledger):
+    tight = ledger.create("tight", epsilon=reference((Event(100, 1.0, 0.05),), 1e-4) * 1.001, delta=1e-4)
+    tight.open(PLAN).charge(10)  # of which 7 were released when it was killed
+    again = tight.open(PLAN, resumed=next(iter(tight.record.runs)), released=7)
+    with pytest.raises(BudgetError, match="90 do"):
+        again.charge(93)
+    again.charge(90)
+    with pytest.raises(GuaranteeError, match="executed -1"):
+        again.settle(-1)
+    again.settle(90)
+    with pytest.raises(BudgetError, match="not one step fits.$"):
+        tight.open(PLAN, resumed=again.id, released=97)
+    tight.open(PLAN, resumed=again.id, released=100)  # to save what a killed run has released
+
+
 @pytest.mark.parametrize(
     "event",
     [

@@ -213,7 +213,7 @@ def test_nothing_private_is_logged_or_saved(make, tmp_path):
     trainer.evaluate()
     assert output.training_loss != output.training_loss  # NaN
     allowed = {"epsilon", "learning_rate", "epoch", "step"}
-    for logs in [*recorder.logs, *trainer.state.log_history]:
+    for logs in [*recorder.logs, *trainer.state.log_history, output.metrics]:
         assert set(logs) <= allowed, logs
     spent = [logs["epsilon"] for logs in recorder.logs if "learning_rate" in logs]
     assert spent == sorted(spent) and spent[-1] == pytest.approx(trainer.plan.epsilon, rel=1e-2)

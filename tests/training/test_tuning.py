@@ -74,6 +74,8 @@ def test_what_does_not_fit_after_all_is_not_taken(monkeypatch):
 
     machine.accumulate, most = accumulate, 40
     assert machine.fastest(16) == 512
+    most = 1
+    assert machine.fastest(16) == 16
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
         machine.fastest(16)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dpft.errors import ExactnessError, GuaranteeError, IsolationError, first_line
 from dpft.gradients.capture import HALF, Capture
+from dpft.gradients.effects import keeps_its_weights, without_side_effects
 from dpft.gradients.engine import Engine
 from dpft.gradients.gradients import row_norms
 from dpft.gradients.sites import Slot
@@ -27,9 +28,6 @@ from dpft.gradients.steady import deterministic, in_precision
 TOLERANCE = 1e-4  # relative error that float32 arithmetic explains
 HALF_TOLERANCE = 0.1  # and that of half precision, where a run uses it: only gross errors show
 VERSIONED = ("dpft", "torch", "transformers", "peft", "opacus", "accelerate", "tokenizers")
-START = (
-    1e-3  # where weights begin that a forward pass changes, to see whether they come out alike whatever it was given
-)
 FLOOR = 1e-2  # a parameter's error is measured against at least this share of the whole gradient's norm
 
 
@@ -90,7 +88,7 @@ def preflight(
         precise = precise_losses or losses
         beside_longest = lambda: _beside(capture, precise, examples[-1], longest)
         with in_precision(half, torch.float32):
-            _keeps_its_weights(capture, precise, examples)
+            keeps_its_weights(capture, precise, examples)
             isolated, norms, references = _isolation(capture, precise, examples)
             beside = 0.0 if longest is None else beside_longest()
         # A coupling, or float32 rounding, which deep models amplify a thousandfold?
@@ -163,7 +161,7 @@ def _isolation(capture: Capture, losses: Callable, examples: list) -> tuple[floa
         and the first example alone, by their examples' numbers.
     """
     with capture.paused():
-        together = _without_side_effects(capture.model, lambda: losses(examples))
+        together = without_side_effects(capture.model, lambda: losses(examples))
         alone, gradients = [], []
         for example in examples:
             loss = losses([example])[0]
@@ -203,7 +201,7 @@ def _beside(capture: Capture, losses: Callable, example, longest) -> float:
     """How far an example's loss beside the longest of all is from the one alone; no more, or memory might not suffice."""
     with capture.paused(), torch.no_grad():
         try:
-            together = _without_side_effects(capture.model, lambda: losses([example, longest]))
+            together = without_side_effects(capture.model, lambda: losses([example, longest]))
         except torch.OutOfMemoryError as error:
             raise GuaranteeError(
                 "The preflight looks at the longest example beside another, and two of its length do not fit into memory: cut the texts shorter (task.max_length)."
@@ -360,55 +358,3 @@ def _size(example) -> int:
     if isinstance(example, dict):
         return max((len(value) for value in example.values() if hasattr(value, "__len__")), default=0)
     return 0
-
-
-def _without_side_effects(model: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
-    """The losses, if making them changed no buffer."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    result = forward()
-    if result.dim() != 1:
-        raise GuaranteeError(
-            f"The task returned losses of shape {tuple(result.shape)}: return one loss per example, (B,)."
-        )
-    for name, buffer in model.named_buffers():
-        if name in before and before[name].shape == buffer.shape and not torch.equal(before[name], buffer):
-            layer = model.get_submodule(name.rpartition(".")[0])
-            raise IsolationError(
-                f"Layer {name.rpartition('.')[0]} ({type(layer).__name__}) changes its buffer {name} in the forward pass, where data "
-                "would stay un-noised: put it in eval mode, or replace it (subset.replace_batchnorm puts GroupNorm for BatchNorm)."
-            )
-    return result
-
-
-def _keeps_its_weights(capture: Capture, losses: Callable, examples: list) -> None:
-    """Raises IsolationError: a forward pass writes data into a weight. A projection, which follows from the weight alone, may."""
-    model = capture.model
-    for name, module in model.named_modules():
-        if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            raise IsolationError(
-                f"Layer {name} ({type(module).__name__}) has max_norm={module.max_norm:g}, which shrinks the rows of the words that occur in "
-                "each forward pass, so its weights would say un-noised which do: set max_norm to None."
-            )
-    weights = lambda: dict(model.named_parameters())
-    with capture.paused(), torch.no_grad():
-        before = {name: _sum(weight) for name, weight in weights().items()}
-        _without_side_effects(model, lambda: losses(examples))
-        changed = {name: w.detach().clone() for name, w in weights().items() if before.get(name) != _sum(w)}
-        outcomes = []
-        for example in examples if changed else []:
-            for name in changed:
-                weights()[name].fill_(START)
-            losses([example])
-            outcomes.append({name: weights()[name].detach().clone() for name in changed})
-        for name, value in changed.items():
-            weights()[name].copy_(value)
-    for name in changed:
-        if not all(torch.equal(outcomes[0][name], outcome[name]) for outcome in outcomes):
-            raise IsolationError(
-                f"The forward pass changes the parameter {name}, where data would stay un-noised: train weights by their gradients alone."
-            )
-
-
-def _sum(weight: Tensor) -> str:
-    """By which a change shows; of a quantised weight, which may know no sum, nothing."""
-    return repr(weight.detach().sum(dtype=torch.float64).item()) if type(weight) is nn.Parameter else ""

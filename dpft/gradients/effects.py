@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from dpft.errors import GuaranteeError, IsolationError
 from dpft.gradients.capture import Capture
 
-START = (
-    1e-3  # where weights begin that a forward pass changes, to see whether they come out alike whatever it was given
-)
+START = 1e-3  # of weights that a forward pass changes, to see whether they come out alike whatever it was given
 
 
 def without_side_effects(model: nn.Module, forward: Callable[[], Tensor]) -> Tensor:

@@ -12,15 +12,17 @@ What a technique cannot do raises :class:`~dpft.errors.ExactnessError` rather th
 on to the next; the preflight decides for each model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from dpft.errors import BypassError, ExactnessError, IsolationError, first_line
 from dpft.gradients.gradients import Gradients
+from dpft.gradients.precision import precise
 from dpft.gradients.sites import Arrangement, Site, Slot
 
 HALF = (torch.float16, torch.bfloat16)
@@ -87,24 +89,19 @@ class Capture(Arrangement):
                     self.inside.remove(site)
             if not isinstance(output, Tensor):
                 raise self._inexact(site.slots, f"{_called(site)} returns {type(output).__name__}, not one tensor")
-            leaves, structure = tree_flatten((args, kwargs))
-            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-            tensors = [leaves[i].detach() for i in places]
+            if functional:
+                call, tensors = _Call.of(args, kwargs)
+                sink = lambda values, grad_output: self._record(site, grad_output, values, call)
+                return _Tap.apply(output, sink, len(tensors), *tensors, *parameters)
+            if len(args) != 1 or kwargs:
+                args = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            if len(args) != 1:
+                raise self._inexact(site.slots, f"{_called(site)} was called with {len(args)} tensors, not one")
+            x = args[0].detach()
             if not site.needs_input:  # the shape is enough; a value that were used all the same would be found out
-                tensors = [x.new_full((1,), torch.nan).expand(x.shape) for x in tensors]
-            rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            form = f"{structure} {places}" if functional else ""
-
-            def rebuild(values) -> tuple[tuple, dict]:
-                whole = list(rest)
-                for place, value in zip(places, values, strict=True):
-                    whole[place] = value
-                return tree_unflatten(whole, structure)
-
-            def sink(values, grad_output):
-                self._record(site, form, rebuild, values, grad_output)
-
-            return _Tap.apply(output, sink, len(tensors), *tensors, *parameters)
+                x = x.new_full((1,), torch.nan).expand(x.shape)
+            sink = lambda values, grad_output: self._record(site, grad_output, values)
+            return _Tap.apply(output, sink, 1, x, *parameters)
 
         return tapped_forward
 
@@ -156,38 +153,41 @@ class Capture(Arrangement):
         return self._workspace[:examples]
 
     def _record(
-        self, site: Site, form: str, rebuild: Callable, tensors: tuple[Tensor, ...], grad_output: Tensor
+        self, site: Site, grad_output: Tensor, tensors: tuple[Tensor, ...], call: "_Call | None" = None
     ) -> None:
-        """Add the gradients of one use of a module."""
+        """Add the gradients of one use of a module: by its rule, or differentiating the call again."""
         if self._gradients is None:
             raise BypassError(
                 f"A backward pass reached {type(site.module).__name__} outside engine.accumulate, so its gradients would be "
                 "neither clipped nor noised: pass the per-example losses to engine.accumulate instead."
             )
-        rule = site.rule
         try:
-            if rule is None:
-                gradients = self._functional(site, form, rebuild, tensors, grad_output)
+            if call is not None:
+                gradients = self._functional(site, grad_output, tensors, call)
             else:
-                (activation,) = tensors
+                activation = tensors[0]
                 self._check_leading(site.slots, activation.shape, grad_output.shape)
-                gradients = rule(site.module, [_precise(activation)], _precise(grad_output))
+                if not site.takes_half:
+                    activation, grad_output = precise(activation), precise(grad_output)
+                gradients = site.rule(site.module, [activation], grad_output)
         except (ExactnessError, IsolationError):
             raise
         except (RuntimeError, ValueError, AttributeError, TypeError) as error:
             reason = f"{_called(site)} cannot be differentiated example by example ({first_line(error)})"
             raise self._inexact(site.slots, reason) from error
         for slot in site.slots:
-            self._check_leading([slot], gradients[slot.parameter].shape)
-            self._gradients.add(slot, gradients[slot.parameter])
-        site.sizes.add(len(self._gradients))
+            gradient = gradients[slot.parameter]
+            self._check_leading(site.slots, gradient.shape)
+            self._gradients.add(slot, gradient)
+        site.sizes.add(self._gradients.examples)
 
     def _functional(
-        self, site: Site, form: str, rebuild: Callable, tensors: tuple[Tensor, ...], grad_output: Tensor
+        self, site: Site, grad_output: Tensor, tensors: tuple[Tensor, ...], call: "_Call"
     ) -> dict[nn.Parameter, Tensor]:
         """Differentiate ``<module(x_i), dy_i>`` for each example i; tensors without a batch dimension are constants."""
         self._check_leading(site.slots, grad_output.shape)
-        batched = [tensor.dim() > 0 and len(tensor) == len(self._gradients) for tensor in tensors]
+        form = call.form
+        batched = [tensor.dim() > 0 and len(tensor) == self._gradients.examples for tensor in tensors]
         if form in site.batched:
             batched = [a and b for a, b in zip(site.batched[form], batched, strict=True)]
         elif self.settled:
@@ -202,7 +202,7 @@ class Capture(Arrangement):
         values = {names[id(slot.parameter)]: slot.parameter.detach() for slot in site.slots}
 
         def inner_product(parameters, cotangent, *inputs):
-            args, kwargs = rebuild([x.unsqueeze(0) if b else x for x, b in zip(inputs, batched, strict=True)])
+            args, kwargs = call.arguments([x.unsqueeze(0) if b else x for x, b in zip(inputs, batched, strict=True)])
             output = functional_call(site.module, parameters, args, kwargs)
             if output.shape != (1, *cotangent.shape):  # one example came out as several: another's data entered
                 raise ValueError(f"one example alone gave an output of shape {tuple(output.shape)}")
@@ -218,11 +218,11 @@ class Capture(Arrangement):
 
     def _check_leading(self, slots: list[Slot], *shapes: torch.Size) -> None:
         for shape in shapes:
-            if not shape or shape[0] != len(self._gradients):
+            if not shape or shape[0] != self._gradients.examples:
                 found = shape[0] if shape else 0
                 raise self._inexact(
                     slots,
-                    f"it gave {found} gradients for a batch of {len(self._gradients)}: its input has no batch dimension",
+                    f"it gave {found} gradients for a batch of {self._gradients.examples}: its input has no batch dimension",
                 )
 
     def _inexact(self, slots: list[Slot], reason: str) -> ExactnessError:
@@ -232,6 +232,33 @@ class Capture(Arrangement):
         )
         error.slots, error.reason = slots, f"{slots[0].name}: {reason}"
         return error
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a tapped module was called with, its tensors left out."""
+
+    structure: TreeSpec
+    others: list  # the leaves, with None in the tensors' places
+    places: list[int]
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict) -> tuple["_Call", list[Tensor]]:
+        leaves, structure = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return cls(structure, others, places), [leaves[i].detach() for i in places]
+
+    @property
+    def form(self) -> str:
+        return f"{self.structure} {self.places}"
+
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict]:
+        """The call's ``args`` and ``kwargs`` with these tensors."""
+        leaves = list(self.others)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        return tree_unflatten(leaves, self.structure)
 
 
 class _Tap(torch.autograd.Function):
@@ -261,11 +288,6 @@ class _Paused:
 
     def __exit__(self, *_) -> None:
         self._capture._paused = self._was
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    """Half-precision activations and gradients in float32, so that norms and sums lose nothing more."""
-    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def _called(site: Site) -> str:

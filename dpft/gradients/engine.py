@@ -71,9 +71,10 @@ class Engine:
             )
         self.workspace_bytes = WORKSPACE_BYTES
         self.steps_released = 0
-        self.nonfinite_units = 0  # private: how many units had a non-finite gradient and contributed nothing
+        self._nonfinite: Tensor | int = 0
         self._before_release = before_release
         self._model_parameters = {id(p): name for name, p in model.named_parameters()}
+        self._watched: list[tuple[str, nn.Parameter, bool]] = []  # all of the model's, and which of them train
         self._total: Tensor | None = None
         self._closed: set = set()
         self._open: tuple[object, Tensor, int] | None = None  # the unit that the next micro-batch may continue
@@ -184,6 +185,11 @@ class Engine:
         self._closed.clear()
 
     @property
+    def nonfinite_units(self) -> int:
+        """How many units had a non-finite gradient and contributed nothing. Private."""
+        return int(self._nonfinite)
+
+    @property
     def guarantee(self) -> str:
         """The claim after the steps released so far, or NOT PRIVATE and why."""
         if not self.randomness.private:
@@ -234,10 +240,11 @@ class Engine:
         """Clip whole unit gradients and add them up."""
         norms = gradients.norms()
         finite = torch.isfinite(norms)
-        if not finite.all():
+        # On a GPU to look is to wait, which costs more than to forget none; large gradients would be copied, so they are looked at.
+        if (norms.is_cuda and not gradients.large) or not finite.all():
             # A factor of zero would not do: 0 · inf is NaN, which would poison the sum and reveal the unit.
             gradients.forget(~finite)
-            self.nonfinite_units += int((~finite).sum())
+            self._nonfinite += (~finite).sum()
             norms = torch.where(finite, norms, 1.0)
         gradients.add_to(self._sum(), self.plan.clip.factors(norms))
 
@@ -262,9 +269,11 @@ class Engine:
             raise GuaranteeError(
                 f"{len(units)} units were given for {len(losses)} losses: pass one unit for each example."
             )
-        known = {id(slot.parameter) for slot in self.capture.slots}
-        for name, parameter in self.capture.model.named_parameters():
-            if parameter.requires_grad != (id(parameter) in known):
+        if self._total is None:  # a large model's parameters are not looked up again for every micro-batch
+            known = {id(slot.parameter) for slot in self.capture.slots}
+            self._watched = [(n, p, id(p) in known) for n, p in self.capture.model.named_parameters()]
+        for name, parameter, trains in self._watched:
+            if parameter.requires_grad != trains:
                 change = "became trainable" if parameter.requires_grad else "was frozen"
                 raise GuaranteeError(
                     f"{name} {change} after the engine was made, so the engine would miss it: make a new engine."
@@ -273,7 +282,7 @@ class Engine:
                 raise BypassError(
                     f"{name} has a gradient that the engine did not make: remove the stray backward pass before engine.accumulate."
                 )
-            if id(parameter) in known:
+            if trains:
                 parameter.grad = None
         self._released.clear()
 

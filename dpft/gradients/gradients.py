@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpft.gradients.rules.unmade import Unmade, made
+from dpft.gradients.rules.unmade import Unmade, made, write
 from dpft.gradients.sites import Slot
 
 BLOCK = 4096
@@ -25,12 +25,9 @@ class Gradients:
     """
 
     def __init__(self, narrow: Tensor) -> None:
-        self.narrow = narrow
+        self.narrow, self.examples = narrow, len(narrow)
         self.large: dict[int, Large] = {}
         self._written: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self.narrow)
 
     def add(self, slot: Slot, gradient: Tensor | Unmade) -> None:
         """Add one use of a parameter: uses accumulate, so that shared and tied parameters are whole before the norm."""
@@ -43,7 +40,7 @@ class Gradients:
             destination.add_(made(gradient))
         else:  # the workspace holds what an earlier pass left
             self._written.add(slot.start)
-            destination.copy_(made(gradient))
+            write(gradient, destination)
 
     def complete(self, slots: list[Slot]) -> None:
         """Zero the places of parameters that the losses do not depend on."""
@@ -55,7 +52,7 @@ class Gradients:
         """``(B, P)``, every gradient made."""
         if self.narrow.shape[1] == size:
             return self.narrow
-        rows = self.narrow.new_zeros(len(self), size)
+        rows = self.narrow.new_zeros(self.examples, size)
         rows[:, : self.narrow.shape[1]] = self.narrow
         for one in self.large.values():
             one.slot.view(rows).copy_(made(one.gradient))
@@ -70,7 +67,7 @@ class Gradients:
 
     def forget(self, lost: Tensor) -> None:
         """Zero the gradients of the examples ``(B,)`` that are true, whatever they hold."""
-        self.narrow[lost] = 0
+        self.narrow.masked_fill_(lost.unsqueeze(1), 0)
         for one in self.large.values():
             if isinstance(one.gradient, Unmade):
                 one.gradient = one.gradient.without(lost)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
@@ -28,7 +29,7 @@ class Slot:
     lifts: int = 0  # how often the places were exchanged for the modules around them
     technique: str = RULE
 
-    @property
+    @cached_property
     def large(self) -> bool:
         return self.parameter.numel() >= LARGE
 
@@ -46,9 +47,12 @@ class Slot:
 
     def view(self, flat: Tensor) -> Tensor:
         """``(P,)`` or ``(B, P)`` to this parameter's ``(*shape)`` or ``(B, *shape)``."""
-        return (
-            flat[..., self.slice].unflatten(-1, self.parameter.shape) if self.parameter.dim() else flat[..., self.start]
-        )
+        shape, strides = flat.shape[:-1] + self.parameter.shape, flat.stride()[:-1] + self._strides
+        return flat.as_strided(shape, strides, flat.storage_offset() + self.start)
+
+    @cached_property
+    def _strides(self) -> tuple[int, ...]:
+        return torch.empty(self.parameter.shape, device="meta").stride()
 
 
 @dataclass
@@ -73,6 +77,11 @@ class Site:
         """The closed form, if there is one for this very class and all slots are the layer's own."""
         own = {id(parameter) for parameter in parameters_at(self.module)}
         return rule_for(self.module) if all(id(slot.parameter) in own for slot in self.slots) else None
+
+    @cached_property
+    def takes_half(self) -> bool:
+        """Whether the rule itself keeps what half-precision tensors would lose."""
+        return type(self.module) in (nn.Linear, Conv1D)
 
     @cached_property
     def needs_input(self) -> bool:

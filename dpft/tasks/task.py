@@ -5,7 +5,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
+
+from dpft.tasks.cross_entropy import cross_entropies
 
 IGNORED = -100  # label of a token that has no loss, as everywhere in Hugging Face
 
@@ -43,13 +45,9 @@ def token_sums(logits: Tensor, labels: Tensor, *, shift: bool) -> tuple[Tensor, 
     """
     logits = logits[:, -labels.shape[1] :]  # what a prompt tuner puts before the text has no labels
     if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    wanted = labels != IGNORED
-    # Only tokens with a label pass the softmax: on padded or prompted batches that is most of the saving.
-    each = cross_entropy(logits[wanted].float(), labels[wanted], reduction="none")
-    example = torch.nonzero(wanted)[:, 0]
-    sums = torch.zeros(len(labels), device=each.device).index_add_(0, example, each)
-    return sums, wanted.sum(1)
+        labels = pad(labels[:, 1:], (0, 1), value=IGNORED)
+    each = cross_entropies(logits.flatten(0, 1), labels.flatten(), IGNORED).view(labels.shape)
+    return each.sum(1), (labels != IGNORED).sum(1)
 
 
 def token_losses(logits: Tensor, labels: Tensor, *, shift: bool) -> Tensor:

@@ -8,6 +8,7 @@ from opacus.grad_sample import register_grad_sampler
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dpft.gradients.precision import at_least_float32, full_precision, precise, precise_bmm
 from dpft.gradients.rules.unmade import Unmade, made
 
 # Making a gradient (m, n), taking its norm and adding it up moves about 3 numbers of each weight through memory, while the norm
@@ -19,7 +20,10 @@ ROUNDING = 2.0**-21  # of sums of products in float32, relative to the sum of th
 
 @dataclass(frozen=True)
 class Product(Unmade):
-    """Per-example gradients ``left[i].T @ right[i]`` of a weight ``(m, n)``, from ``(B, T, m)`` and ``(B, T, n)``."""
+    """Per-example gradients ``left[i].T @ right[i]`` of a weight ``(m, n)``, from ``(B, T, m)`` and ``(B, T, n)``.
+
+    The factors may be half precision, as their layer computed them; what is made of them is at least float32.
+    """
 
     left: Tensor
     right: Tensor
@@ -27,8 +31,8 @@ class Product(Unmade):
     @classmethod
     def of(cls, left: Tensor, right: Tensor) -> "Product":
         """From tensors ``(B, ..., m)`` and ``(B, ..., n)``."""
-        flat = [x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1) for x in (left, right)]
-        return cls(flat[0], flat[1].to(left.dtype))
+        left, right = (_with_tokens(x) for x in (left, right))
+        return cls(left, right if right.dtype == left.dtype else right.to(left.dtype))
 
     @property
     def shape(self) -> torch.Size:
@@ -43,7 +47,13 @@ class Product(Unmade):
         return self.tokens <= longest_by_norm(*self.shape[1:])
 
     def made(self) -> Tensor:
-        return torch.bmm(self.left.mT, self.right)
+        return precise_bmm(self.left.mT, self.right)
+
+    def write(self, destination: Tensor) -> None:
+        if self.left.dtype == destination.dtype:
+            torch.bmm(self.left.mT, self.right, out=destination)
+        else:
+            destination.copy_(self.made())
 
     def squares(self) -> Tensor:
         """``Σ_ts (left_t · left_s)(right_t · right_s)`` (Li, Tramèr, Liang, Hashimoto 2022, section 4).
@@ -52,15 +62,17 @@ class Product(Unmade):
         rounding may have taken, at most ``ROUNDING · (Σ_t ‖left_t‖ ‖right_t‖)²``, is added.
         """
         if self.tokens == 1:  # Goodfellow 2015
-            return self.left.square().sum((1, 2)) * self.right.square().sum((1, 2))
-        left, right = torch.bmm(self.left, self.left.mT), torch.bmm(self.right, self.right.mT)
+            return precise(self.left).square().sum((1, 2)) * precise(self.right).square().sum((1, 2))
+        with full_precision():
+            left, right = precise_bmm(self.left, self.left.mT), precise_bmm(self.right, self.right.mT)
         longest = (left.diagonal(dim1=1, dim2=2) * right.diagonal(dim1=1, dim2=2)).sqrt().sum(1).square()
         return left.mul_(right).sum((1, 2)).clamp_min(0) + ROUNDING * longest
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
         """One matrix product (book-keeping; Bu, Wang, Zha, Karypis 2023)."""
-        scaled = self.left * factors.view(-1, 1, 1)
-        total.addmm_(scaled.flatten(0, 1).T, self.right.flatten(0, 1))
+        scaled = precise(self.left) * factors.view(-1, 1, 1)
+        with full_precision():
+            total.addmm_(scaled.flatten(0, 1).T, precise(self.right).flatten(0, 1))
 
     def without(self, examples: Tensor) -> "Product":
         lost = examples.view(-1, 1, 1)
@@ -69,6 +81,11 @@ class Product(Unmade):
     def __add__(self, other: "Product") -> "Product":
         """The sum of two uses of one weight is the product of their tokens together."""
         return Product(torch.cat([self.left, other.left], 1), torch.cat([self.right, other.right], 1))
+
+
+def _with_tokens(x: Tensor) -> Tensor:
+    """``(B, ..., m)`` as ``(B, T, m)``"""
+    return x if x.dim() == 3 else x.flatten(1, -2) if x.dim() > 3 else x.unsqueeze(1)
 
 
 def longest_by_norm(m: int, n: int) -> int:
@@ -88,10 +105,11 @@ def conv1d(layer: Conv1D, activations: list[Tensor], grad_output: Tensor) -> dic
 
 def _gradients(layer: nn.Module, grad_output: Tensor, product: Callable[[], Product]) -> dict:
     gradients: dict[nn.Parameter, Tensor | Product] = {}
-    if layer.weight.requires_grad:
-        gradients[layer.weight] = product()
-    if layer.bias is not None and layer.bias.requires_grad:
-        gradients[layer.bias] = grad_output.flatten(1, -2).sum(1) if grad_output.dim() > 2 else grad_output
+    weight, bias = layer.weight, layer.bias
+    if weight.requires_grad:
+        gradients[weight] = product()
+    if bias is not None and bias.requires_grad:
+        gradients[bias] = _with_tokens(grad_output).sum(1, dtype=at_least_float32(grad_output))
     return gradients
 
 

@@ -23,6 +23,10 @@ class Unmade(ABC):
     def made(self) -> Tensor:
         """``(B, m, n)``"""
 
+    def write(self, destination: Tensor) -> None:
+        """Make them at ``destination`` ``(B, m, n)``."""
+        destination.copy_(self.made())
+
     @abstractmethod
     def squares(self) -> Tensor:
         """``(B,)`` squared norms."""
@@ -38,3 +42,11 @@ class Unmade(ABC):
 
 def made(gradient: Tensor | Unmade) -> Tensor:
     return gradient.made() if isinstance(gradient, Unmade) else gradient
+
+
+def write(gradient: Tensor | Unmade, destination: Tensor) -> None:
+    """Make it in its place ``(B, *shape)``."""
+    if isinstance(gradient, Unmade):
+        gradient.write(destination)
+    else:
+        destination.copy_(gradient)

@@ -213,7 +213,7 @@ class OfAuto(OfDPFT):
             most=min(work.examples, self.engine.max_examples(work.tokens)),
             memory=free_memory(next(self.model.parameters()).device),
         )
-        self.size = max(1, budget // work.tokens)
+        self.size = max(1, budget.tokens // work.tokens)
 
     def micro_batch(self) -> None:
         for part in cut(self.batch, self.size):

@@ -27,7 +27,7 @@ from dpft.training.arguments import check_arguments
 from dpft.training.batches import EVALUATION_TOKENS, Examples, LogicalBatch, LogicalBatches, plain_batches
 from dpft.training.prefix import WORTH, FrozenPrefix
 from dpft.training.releases import Releases
-from dpft.training.tuning import fastest_budget, free_memory, workspace
+from dpft.training.tuning import Budget, fastest_budget, free_memory, workspace
 
 TRAINABLE = "trainable.safetensors"  # in a checkpoint: the whole subset
 TOKEN_BUDGET = 1024  # padded tokens of a micro-batch until a better budget is known
@@ -76,7 +76,7 @@ class DPTrainerMixin:
     ) -> None:
         self.frozen_prefix, self.prefix = frozen_prefix, None
         self._tune, self.memory = token_budget == "auto", memory
-        self.token_budget: int = TOKEN_BUDGET if self._tune else token_budget
+        self.budget = Budget(TOKEN_BUDGET if self._tune else token_budget)
         self.ledger, self.purpose = ledger, purpose
         self.account: Account | None = None
         self.account_rows = None  # the data that the account is kept for, where it is not quite the training data
@@ -149,7 +149,7 @@ class DPTrainerMixin:
             memory = free_memory(self.args.device) if self.memory is None else self.memory
             self.engine.workspace_bytes = workspace(self.args.device, memory)
             if self._tune:
-                self.token_budget = self._fastest_budget(memory)
+                self.budget = self._fastest_budget(memory)
             try:
                 if self.account is not None:
                     self.account.charge_block()
@@ -243,7 +243,7 @@ class DPTrainerMixin:
             return None
         return prefix
 
-    def _fastest_budget(self, memory: int) -> int:
+    def _fastest_budget(self, memory: int) -> Budget:
         """Nothing of it is released; the budget stays in this process, because times of private examples made it."""
         examples = self._step_examples()
         place = examples.spread_places()[-1]
@@ -282,7 +282,8 @@ class DPTrainerMixin:
             self.task,
             self.plan.sampler(self.randomness),
             steps=self.plan.steps,
-            token_budget=self.token_budget,
+            token_budget=self.budget.tokens,
+            overhead=self.budget.overhead,
             max_examples=self.engine.max_examples,
             chosen=prefix.select if prefix is not None else None,
         )

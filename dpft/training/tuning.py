@@ -7,17 +7,27 @@ faster together; a GPU wants as much as its memory holds.
 import os
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dpft.gradients.engine import WORKSPACE_BYTES
+from dpft.training.batches import OVERHEAD
 
 SMALLEST, LARGEST = 128, 1 << 17
 WORTH = 0.95  # a larger budget must make an example at least 5 % faster
 DOUBLINGS = 2  # without such a gain end the search: a single one may be the machine's mood
 ENOUGH = 0.3  # seconds for which micro-batches of one size are timed; the fastest counts
 SECONDS = 10.0  # after which nothing larger is tried
+
+
+class Budget(NamedTuple):
+    """``tokens`` of a micro-batch, and the tokens' worth of time (``overhead``) that each costs beside its own."""
+
+    tokens: int
+    overhead: float = OVERHEAD
 
 
 def fastest_budget(
@@ -28,7 +38,7 @@ def fastest_budget(
     tokens: int,
     most: int,
     memory: int,
-) -> int:
+) -> Budget:
     """The smallest token budget that is within 5 % of the fastest that fits.
 
     Args:
@@ -66,9 +76,24 @@ def fastest_budget(
         if idle == DOUBLINGS or 2 * kept > memory or n == most or time.perf_counter() - started > SECONDS:
             break
     if not tried:  # one example fits, and no more were tried with success
-        return tokens
+        return Budget(tokens)
     best = min(tried.values())
-    return min(budget for budget, seconds in tried.items() if WORTH * seconds <= best)
+    budget = min(budget for budget, seconds in tried.items() if WORTH * seconds <= best)
+    return Budget(budget, _overhead({min(b // tokens, most): seconds for b, seconds in tried.items()}, tokens))
+
+
+def _overhead(each: dict[int, float], tokens: int) -> float:
+    """From seconds for each example, by the examples of a micro-batch: seconds = overhead + slope · tokens, by least squares.
+
+    Relative errors are alike, so each equation is divided by its left side.
+    """
+    if len(each) < 2:
+        return OVERHEAD
+    examples, seconds = np.array(list(each)), np.array(list(each.values()))
+    whole = examples * seconds
+    left = np.stack([np.ones(len(whole)), examples * tokens], 1) / whole[:, None]
+    fixed, slope = np.linalg.lstsq(left, np.ones(len(whole)), rcond=None)[0]
+    return float(np.clip(fixed / slope if slope > 0 else LARGEST, 0, LARGEST))
 
 
 def workspace(device: torch.device, memory: int) -> int:

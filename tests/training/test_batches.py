@@ -1,5 +1,7 @@
 """Logical batches: any size, little padding, units together."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -32,6 +34,19 @@ def test_every_cut_keeps_every_example_once_and_units_together(examples, budget,
     for group in groups:
         assert len(group) <= most
         assert len(group) == 1 or max(lengths[i] for i in group) * len(group) <= budget
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(16, 120), st.integers(0, 40))
+def test_no_other_cut_costs_less(lengths, budget, overhead):
+    cost = lambda groups: sum(max(group) * len(group) + overhead for group in groups)
+    fits = lambda group: len(group) == 1 or max(group) * len(group) <= budget
+    found = [[lengths[i] for i in g] for g in cut(lengths, range(len(lengths)), token_budget=budget, overhead=overhead)]
+    ordered, best = sorted(lengths, reverse=True), float("inf")
+    for size in range(len(lengths)):
+        for places in itertools.combinations(range(1, len(lengths)), size):
+            groups = [ordered[a:b] for a, b in zip((0, *places), (*places, len(lengths)), strict=True)]
+            best = min(best, cost(groups)) if all(map(fits, groups)) else best
+    assert cost(found) == best
 
 
 def test_sorting_by_length_saves_padding():

@@ -26,6 +26,9 @@ class Machine:
         self.now += self.call + len(losses) * self.example
 
     def fastest(self, tokens, most=1 << 20, memory=GIB):
+        return self.found(tokens, most, memory).tokens
+
+    def found(self, tokens, most=1 << 20, memory=GIB):
         return fastest_budget(self.losses, self.accumulate, model=self.model, tokens=tokens, most=most, memory=memory)
 
 
@@ -41,6 +44,16 @@ class Machine:
 )
 def test_the_smallest_budget_that_is_about_as_fast_as_any(monkeypatch, call, example, tokens, budget):
     assert Machine(monkeypatch, call, example).fastest(tokens) == budget
+
+
+@pytest.mark.parametrize(("call", "example", "overhead"), [(0.0, 1e-3, 0), (1e-3, 1e-3, 16), (8e-3, 1e-3, 128)])
+def test_what_a_micro_batch_costs_beside_its_tokens(monkeypatch, call, example, overhead):
+    """In tokens, of which an example has 16."""
+    assert Machine(monkeypatch, call, example).found(16).overhead == pytest.approx(overhead, abs=1e-6)
+
+
+def test_where_tokens_cost_nothing_micro_batches_are_whole(monkeypatch):
+    assert Machine(monkeypatch, 1.0, 0.0).found(16).overhead == 1 << 17
 
 
 def test_one_doubling_without_gain_does_not_end_the_search(monkeypatch):

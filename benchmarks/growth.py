@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 
 from output import circumstances, deliver, options
-from speed import Process, Work, timed
+from speed import Process, timed
+from systems import Work
 
 BASE = Work("gpt2", "lora(rank=8)", tokens=128, examples=4)
 SWEEPS = {

@@ -11,11 +11,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="also write the JSON here")
 
 
-def circumstances() -> dict:
+def circumstances(device: str = "cpu") -> dict:
     """Where and with which versions something was measured."""
+    import torch
+
     from dpft.training.run import versions
 
-    return {"hardware": f"{os.cpu_count()} cores", "versions": versions()}
+    hardware = f"{os.cpu_count()} cores" if device == "cpu" else torch.cuda.get_device_name()
+    return {"hardware": hardware, "versions": versions()}
 
 
 def deliver(found: dict, arguments: argparse.Namespace, text: str = "") -> None:

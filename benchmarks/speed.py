@@ -1,6 +1,6 @@
 """Time and memory of a training step, private over plain, for dpft and its peers.
 
-    DPFT_MODELS=... python benchmarks/speed.py --json [--output FILE] [--work NAME] [--system NAME]
+    DPFT_MODELS=... python benchmarks/speed.py --json [--output FILE] [--work NAME] [--system NAME] [--device cuda]
 
 Each system runs in a process of its own and is timed against plain training in another, in turn (A B A B): one micro-batch
 (forward, backward, clipping) and one update (noise, AdamW). A step is an effective batch of 256 examples, so its time is
@@ -11,11 +11,13 @@ of plain backward passes: what is not exact is disqualified and its row says so.
 
 Systems: dpft on plain's micro-batches; dpft on those that it chooses itself; Opacus with hooks, with ghost clipping, with
 functorch; opake, where it is installed. dpft draws its noise from a cryptographic generator, as always; the others from
-PyTorch's. Variants, which run when they are named, are what else could be done: every gradient of a large weight made, none
+PyTorch's. On a GPU the work is Llama-like models of 1 and 7 billion parameters in bfloat16; their clipped sums are compared in
+float32, several micro-batches are timed together, and memory is what PyTorch allocates there. Variants, which run when they are named, are what else could be done: every gradient of a large weight made, none
 made, bf16 autocast (timed though it is not exact), and plain training compiled.
 """
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -24,31 +26,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
 from output import circumstances, deliver, options
+from systems import SYSTEMS, VARIANTS, Work, trainable
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-CLIP = 1.0
-EFFECTIVE = 256  # examples in a step
 TOLERANCE = 1e-4
-LEARNING_RATE = 1e-4
-
-
-@dataclass(frozen=True)
-class Work:
-    """A model, what trains, and a micro-batch of ``examples`` sequences of ``tokens``."""
-
-    model: str
-    subset: str
-    tokens: int
-    examples: int
-    layers: int = 12  # of GPT-2
-
+TIMES = 4  # micro-batches timed together on a GPU, which works on while the next is prepared
 
 WORK = {
     f"{name}, T={tokens}": Work(model, subset, tokens, examples)
@@ -63,342 +52,91 @@ WORK = {
     ]
     for tokens, examples in shapes
 }
+GPU_WORK = {
+    f"Llama {size} LoRA, T={tokens}": Work(
+        f"llama-{size.lower()}", "lora(rank=8)", tokens, 4096 // tokens, device="cuda", dtype="bfloat16"
+    )
+    for size in ("1B", "7B")
+    for tokens in (512, 2048)
+}
 
 
 # -- one system at one work, in a process of its own -----------------------------------------------------------------------
-
-
-def made(work: Work):
-    """The model with its subset, one batch, and ``losses(model, batch) -> (B,)``."""
-    import torch
-    import transformers
-    from torch.nn.functional import cross_entropy
-
-    import dpft
-    from dpft.tasks.task import class_losses
-
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(1)
-    if work.model == "minilm":
-        path = os.path.join(os.environ["DPFT_MODELS"], "minilm-l6")
-        none = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=22, **none)
-    else:
-        none = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=work.layers, **none))
-        with_linear(model)
-    model = dpft.Subset(work.subset).apply(model)
-    with torch.no_grad():  # a fresh LoRA's B is zero, and so would be half of the gradients that are compared
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
-    ids = torch.randint(1000, 20000, (work.examples, work.tokens), generator=generator)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if work.model == "minilm":
-        batch["labels"] = torch.randint(22, (work.examples,), generator=generator)
-        losses = lambda model, batch: class_losses(forward(model, batch), batch["labels"])
-    else:
-        batch["labels"] = ids
-        each = partial(cross_entropy, reduction="none")  # nothing is padded
-        losses = lambda model, batch: each(forward(model, batch)[:, :-1].mT, batch["labels"][:, 1:]).mean(1)
-    return model.train(), batch, losses
-
-
-def with_linear(model) -> None:
-    """GPT-2's Conv1D layers as nn.Linear, of the same values, so that every system has its rule for them."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, Conv1D):
-                linear = nn.Linear(*child.weight.shape)
-                linear.weight.data, linear.bias.data = child.weight.data.T.contiguous(), child.bias.data
-                setattr(module, name, linear)
-
-
-def forward(model, batch):
-    from dpft.tasks.task import _without_labels
-
-    return model(**_without_labels(batch)).logits
-
-
-def cut(batch: dict, size: int) -> list[dict]:
-    examples = len(batch["labels"])
-    return [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, examples, size)]
-
-
-def trainable(model) -> dict:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-class Plain:
-    def __init__(self, work: Work) -> None:
-        import torch
-
-        self.model, self.batch, self.losses = made(work)
-        self.optimizer = torch.optim.AdamW(trainable(self.model).values(), lr=LEARNING_RATE)
-
-    def micro_batch(self) -> None:
-        (self.losses(self.model, self.batch).sum() / EFFECTIVE).backward()
-
-    def update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def clipped_sum(self) -> dict:
-        """By brute force, example by example."""
-        import torch
-
-        parameters = trainable(self.model)
-        total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-        for part in cut(self.batch, 1):
-            gradients = torch.autograd.grad(self.losses(self.model, part)[0], list(parameters.values()))
-            norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm()  # float32 would lose 5e-5
-            for name, gradient in zip(parameters, gradients, strict=True):
-                total[name].add_(gradient, alpha=float((CLIP / norm).clamp(max=1.0)))
-        return total
-
-
-class OfDPFT:
-    def __init__(self, work: Work) -> None:
-        import torch
-
-        import dpft
-        from dpft.gradients.engine import Engine
-
-        self.work = work
-        self.model, self.batch, self.losses = made(work)
-        self.optimizer = torch.optim.AdamW(trainable(self.model).values(), lr=LEARNING_RATE)
-        plan = dpft.Plan(
-            noise_multiplier=1.0,
-            sample_rate=EFFECTIVE / 1e6,
-            steps=10**6,
-            delta=1e-7,
-            units=10**6,
-            clip=dpft.FlatClip(CLIP),
-        )
-        self.engine = Engine(self.model, plan)
-        self.engine.attach()
-
-    def micro_batch(self) -> None:
-        for part in cut(self.batch, self.engine.max_examples(self.work.tokens)):
-            self.engine.accumulate(self.losses(self.model, part))
-
-    def update(self) -> None:
-        self.engine.release()
-        self.optimizer.step()
-
-    def clipped_sum(self) -> dict:
-        self.micro_batch()
-        total = self.engine._sum()
-        found = {slot.name: slot.view(total).clone() for slot in self.engine.capture.slots}
-        self.engine.discard()
-        return found
-
-
-class OfAuto(OfDPFT):
-    """With the micro-batch that a run chooses for itself (``token_budget="auto"``), no larger than plain's."""
-
-    def __init__(self, work: Work) -> None:
-        from dpft.training.tuning import fastest_budget, free_memory
-
-        super().__init__(work)
-        first = lambda n: {name: values[:n] for name, values in self.batch.items()}
-        budget = fastest_budget(
-            lambda n: self.losses(self.model, first(n)),
-            lambda losses: (self.engine.accumulate(losses), self.engine.discard()),
-            model=self.model,
-            tokens=work.tokens,
-            most=min(work.examples, self.engine.max_examples(work.tokens)),
-            memory=free_memory(next(self.model.parameters()).device),
-        )
-        self.size = max(1, budget.tokens // work.tokens)
-
-    def micro_batch(self) -> None:
-        for part in cut(self.batch, self.size):
-            self.engine.accumulate(self.losses(self.model, part))
-
-
-class OfVariant(OfDPFT):
-    """With another choice between making the gradient of a large weight and taking its norm alone."""
-
-    def __init__(self, work: Work, operations_per_number: float) -> None:
-        from dpft.gradients.rules import linear
-
-        linear.OPERATIONS_PER_NUMBER = operations_per_number
-        super().__init__(work)
-
-
-class OfBF16(OfDPFT):
-    def __init__(self, work: Work) -> None:
-        import torch
-
-        super().__init__(work)
-        precise = self.losses
-
-        def losses(model, batch):
-            with torch.autocast("cpu", torch.bfloat16):
-                return precise(model, batch)
-
-        self.losses = losses
-
-
-class Compiled(Plain):
-    def __init__(self, work: Work) -> None:
-        super().__init__(work)
-        self.model.compile()
-
-
-class OfOpacus:
-    def __init__(self, work: Work, **settings) -> None:
-        import torch
-
-        wrapper, optimizer = self.classes()
-        model, self.batch, self.losses = made(work)
-        self.model = wrapper(model, loss_reduction="sum", **settings)
-        self.optimizer = optimizer(
-            torch.optim.AdamW(trainable(model).values(), lr=LEARNING_RATE),
-            noise_multiplier=1.0,
-            max_grad_norm=CLIP,
-            expected_batch_size=EFFECTIVE,
-            loss_reduction="sum",
-        )
-
-    def classes(self) -> tuple[type, type]:
-        from opacus.grad_sample import GradSampleModule
-        from opacus.optimizers import DPOptimizer
-
-        return GradSampleModule, DPOptimizer
-
-    def backward(self) -> None:
-        self.losses(self.model, self.batch).sum().backward()
-
-    def micro_batch(self) -> None:
-        self.backward()
-        self.optimizer.signal_skip_step(True)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def update(self) -> None:
-        self.optimizer.add_noise()
-        self.optimizer.original_optimizer.step()
-        self.forget()
-
-    def forget(self) -> None:
-        for parameter in self.optimizer.params:
-            parameter.summed_grad = parameter.grad = None
-
-    def clipped_sum(self) -> dict:
-        self.micro_batch()
-        found = {n.removeprefix("_module."): p.summed_grad.clone() for n, p in trainable(self.model).items()}
-        self.forget()
-        return found
-
-
-class OfGhost(OfOpacus):
-    def classes(self) -> tuple[type, type]:
-        from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
-        from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
-
-        return GradSampleModuleFastGradientClipping, DPOptimizerFastGradientClipping
-
-    def backward(self) -> None:
-        from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
-
-        losses = self.losses(self.model, self.batch)
-        DPTensorFastGradientClipping(self.model, self.optimizer, losses, loss_reduction="sum").backward()
-
-
-class OfOpake:
-    def __init__(self, work: Work) -> None:
-        import torch
-        from opake.dpsgd.clipping import clipped_grad
-        from opake.dpsgd.noise import gaussian_noise
-        from opake.patches import apply_model_patches, apply_runtime_patches
-        from opake.random import key
-
-        apply_runtime_patches()
-        self.model, self.batch, losses = made(work)
-        apply_model_patches(self.model)
-        self.parameters = trainable(self.model)
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=LEARNING_RATE)
-        names = list(self.batch)
-
-        def loss(parameters, *values):
-            part = {name: value.unsqueeze(0) for name, value in zip(names, values, strict=True)}
-            model = lambda **inputs: torch.func.functional_call(self.model, parameters, (), inputs)
-            return losses(model, part)[0]
-
-        self.gradient, self.clip_state = clipped_grad(
-            loss, clipping_norm=CLIP, batch_argnums=tuple(range(1, 1 + len(names))), normalize_by=1.0
-        )
-        self.noise, self.noise_state = gaussian_noise(noise_multiplier=1.0, key=key(42))
-
-    def micro_batch(self) -> None:
-        parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        found, self.clip_state = self.gradient(parameters, *self.batch.values(), state=self.clip_state)
-        self.total = found  # the same object for every micro-batch: opake's own loop adds them up outside
-
-    def update(self) -> None:
-        noisy, self.noise_state = self.noise(self.total, self.noise_state)
-        for name, parameter in self.parameters.items():
-            parameter.grad = noisy.pytree[name] / EFFECTIVE
-        self.optimizer.step()
-
-    def clipped_sum(self) -> dict:
-        self.micro_batch()
-        return {name: gradient.clone() for name, gradient in self.total.pytree.items()}
-
-
-SYSTEMS: dict[str, Callable] = {
-    "plain": Plain,
-    "dpft": OfDPFT,
-    "dpft auto": OfAuto,
-    "opacus hooks": OfOpacus,
-    "opacus ghost": partial(OfGhost, max_grad_norm=CLIP, use_ghost_clipping=True),
-    "opacus functorch": partial(OfOpacus, force_functorch=True),
-    "opake": OfOpake,
-}
-VARIANTS: dict[str, Callable] = {
-    "dpft, all made": partial(OfVariant, operations_per_number=0),
-    "dpft, none made": partial(OfVariant, operations_per_number=1e12),
-    "dpft, bf16": OfBF16,
-    "plain, compiled": Compiled,
-}
 
 
 def serve(system: str, work: Work) -> None:
     """Do what standard input says, a line at a time: ``sum PATH``, ``time``, ``parameters``, ``flops``, ``peak``, ``allocated``."""
     import warnings
 
+    import opacus  # noqa: F401  (imports are not timed)
     import torch
+    import transformers  # noqa: F401
+
+    import dpft  # noqa: F401
 
     warnings.simplefilter("ignore")
     channel, sys.stdout = sys.stdout, sys.stderr
-    make = lambda: (SYSTEMS | VARIANTS)[system](work)
+    make = (SYSTEMS | VARIANTS)[system]
     worker = None
     for line in sys.stdin:
         word, _, rest = line.strip().partition(" ")
         try:
-            worker = worker or (make() if word != "allocated" else None)
-            if word == "allocated":
-                answer = {"mib": allocated(make) / 2**20}
-            elif word == "sum":
-                torch.save(worker.clipped_sum(), rest)
+            if word == "sum":
+                torch.save(make(replace(work, dtype="float32")).clipped_sum(), rest)
                 answer = {}
-            elif word == "time":
-                answer = {"micro_batch": timed(worker.micro_batch), "update": timed(worker.update)}
-            elif word == "parameters":
-                answer = {"parameters": sum(parameter.numel() for parameter in trainable(worker.model).values())}
-            elif word == "flops":
-                answer = {"flops": counted(worker.micro_batch), **rates()}
+                give_back(work)
+            elif word == "allocated":
+                answer = {"mib": allocated(partial(make, work)) / 2**20}
             else:
-                answer = {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+                worker = worker or make(work)
+                answer = ANSWERS[word](worker, work)
         except Exception as error:  # noqa: BLE001  (a peer may raise anything: its row says what)
             text = str(error).strip()
             answer = {"error": f"{type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"}
         print(json.dumps(answer), file=channel, flush=True)
+
+
+def time_of(worker, work: Work) -> dict:
+    if work.device == "cpu":
+        return {"micro_batch": timed(worker.micro_batch), "update": timed(worker.update)}
+    import torch
+
+    def synchronized(action: Callable[[], None], times: int) -> float:
+        torch.cuda.synchronize()
+        seconds = timed(lambda: ([action() for _ in range(times)], torch.cuda.synchronize()))
+        return seconds / times
+
+    synchronized(worker.micro_batch, 1)  # what was given back is asked for again
+    torch.cuda.reset_peak_memory_stats()
+    found = {"micro_batch": synchronized(worker.micro_batch, TIMES), "update": synchronized(worker.update, 1)}
+    give_back(work)
+    return found
+
+
+def give_back(work: Work) -> None:
+    """Free GPU memory, which the other system may need."""
+    import torch
+
+    if work.device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+
+
+def peak(worker, work: Work) -> dict:
+    import torch
+
+    if work.device == "cpu":
+        return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {"mib": torch.cuda.max_memory_allocated() / 2**20}
+
+
+ANSWERS = {
+    "time": time_of,
+    "peak": peak,
+    "parameters": lambda worker, work: {"parameters": sum(p.numel() for p in trainable(worker.model).values())},
+    "flops": lambda worker, work: {"flops": counted(worker.micro_batch), **rates()},
+}
 
 
 def timed(action: Callable[[], None]) -> float:
@@ -463,6 +201,9 @@ class Process:
         return self
 
     def __exit__(self, *_) -> None:
+        self.end()
+
+    def end(self) -> None:
         self._process.kill()
         self._process.wait()
 
@@ -480,27 +221,14 @@ class Process:
 def compare(system: str, name: str, truth: dict, plain_allocated: float, folder: Path, repeats: int) -> dict:
     """One row."""
     work = WORK[name]
-    row = {"system": system, "work": name, "exact": None, "error": None, "time_over_plain": None}
-    row |= {"time_quartiles": None, "memory_over_plain": None, "seconds": None, "max_relative_error": None}
+    row = empty_row(system, name)
     try:
         with Process(system, work) as other:
             other.ask(f"sum {folder / 'sum.pt'}")
-        error = relative_error(folder / "sum.pt", truth)
-        row |= {"exact": error < TOLERANCE, "max_relative_error": error}
-        if not row["exact"] and system in SYSTEMS:
+        if not judged(row, folder / "sum.pt", truth):
             return row
         with Process("plain", work) as plain, Process(system, work) as other:
-            for process in (plain, other):
-                process.ask("time")  # warm up
-            pairs = [(plain.ask("time"), other.ask("time")) for _ in range(repeats)]
-            ratios = [step_time(b, work) / step_time(a, work) for a, b in pairs]
-            row["time_over_plain"] = statistics.median(ratios)
-            row["time_quartiles"] = statistics.quantiles(ratios, n=4)[::2] if repeats > 1 else None
-            row["seconds"] = statistics.median(step_time(b, work) for _, b in pairs)
-            row["plain_seconds"] = statistics.median(step_time(a, work) for a, _ in pairs)
-            row["update_seconds"] = statistics.median(b["update"] for _, b in pairs)
-            row["mib"], row["plain_mib"] = other.ask("peak")["mib"], plain.ask("peak")["mib"]
-            row["memory_over_plain"] = row["mib"] / row["plain_mib"]
+            row |= paired(plain, other, work, repeats)
         with Process(system, work) as other:
             row["allocated_mib"], row["plain_allocated_mib"] = other.ask("allocated")["mib"], plain_allocated
             row["allocated_over_plain"] = row["allocated_mib"] / plain_allocated
@@ -509,26 +237,54 @@ def compare(system: str, name: str, truth: dict, plain_allocated: float, folder:
     return row
 
 
+def empty_row(system: str, name: str) -> dict:
+    row = {"system": system, "work": name, "exact": None, "error": None, "time_over_plain": None}
+    return row | {"time_quartiles": None, "memory_over_plain": None, "seconds": None, "max_relative_error": None}
+
+
+def judged(row: dict, path: Path, truth: dict) -> bool:
+    """Whether the row's system is to be timed: its clipped sum is the true one, or it is a variant."""
+    error = relative_error(path, truth)
+    row |= {"exact": error < TOLERANCE, "max_relative_error": error}
+    return row["exact"] or row["system"] in VARIANTS
+
+
+def paired(plain: Process, other: Process, work: Work, repeats: int) -> dict:
+    for process in (plain, other):
+        process.ask("time")  # warm up
+    pairs = [(plain.ask("time"), other.ask("time")) for _ in range(repeats)]
+    ratios = [step_time(b, work) / step_time(a, work) for a, b in pairs]
+    row = {
+        "time_over_plain": statistics.median(ratios),
+        "time_quartiles": statistics.quantiles(ratios, n=4)[::2] if repeats > 1 else None,
+        "seconds": statistics.median(step_time(b, work) for _, b in pairs),
+        "plain_seconds": statistics.median(step_time(a, work) for a, _ in pairs),
+        "update_seconds": statistics.median(b["update"] for _, b in pairs),
+        "mib": other.ask("peak")["mib"],
+        "plain_mib": plain.ask("peak")["mib"],
+    }
+    return row | {"memory_over_plain": row["mib"] / row["plain_mib"]}
+
+
 def step_time(parts: dict, work: Work) -> float:
     """Seconds for an effective batch, by its parts."""
-    return parts["micro_batch"] * EFFECTIVE / work.examples + parts["update"]
+    return parts["micro_batch"] * work.micro_batches + parts["update"]
 
 
 def relative_error(path: Path, truth: dict) -> float:
     """‖sum − truth‖ / ‖truth‖ over all parameters; infinite if they are not the same."""
     import torch
 
-    found = torch.load(path)
+    found = torch.load(path, map_location="cpu")
     if found.keys() != truth.keys():
         return float("inf")
-    difference = torch.stack([(found[name].float() - truth[name]).norm() for name in truth]).norm()
+    difference = torch.stack([(found[name].float().cpu() - truth[name]).norm() for name in truth]).norm()
     return float(difference / torch.stack([value.norm() for value in truth.values()]).norm())
 
 
-def collect(works: Sequence[str], systems: Sequence[str], repeats: int) -> list[dict]:
+def collect(works: Sequence[str], systems: Sequence[str], repeats: int) -> Iterator[dict]:
     import torch
 
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for work in works:
             with Process("plain", WORK[work]) as plain:
@@ -537,9 +293,34 @@ def collect(works: Sequence[str], systems: Sequence[str], repeats: int) -> list[
                 plain_allocated = plain.ask("allocated")["mib"]
             truth = torch.load(f"{folder}/truth.pt")
             for system in systems:
-                rows.append(compare(system, work, truth, plain_allocated, Path(folder), repeats))
-                print(described(rows[-1]), file=sys.stderr, flush=True)
-    return rows
+                yield compare(system, work, truth, plain_allocated, Path(folder), repeats)
+
+
+def collect_on_gpu(works: Sequence[str], systems: Sequence[str], repeats: int) -> Iterator[dict]:
+    """The same, where a process that starts costs more than one that waits and what it holds can be given back."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        started = {
+            (work, system): stack.enter_context(Process(system, GPU_WORK[work]))
+            for work in works
+            for system in ("plain", *systems)
+        }
+        for work in works:
+            plain = started[work, "plain"]
+            plain.ask(f"sum {folder}/truth.pt")
+            truth = torch.load(f"{folder}/truth.pt", map_location="cpu")
+            for system in systems:
+                row, other = empty_row(system, work), started[work, system]
+                try:
+                    other.ask(f"sum {folder}/sum.pt")
+                    if judged(row, Path(folder, "sum.pt"), truth):
+                        row |= paired(plain, other, GPU_WORK[work], repeats)
+                except Failed as failure:
+                    row["error"] = str(failure)
+                other.end()
+                yield row
+            plain.end()
 
 
 def described(row: dict) -> str:
@@ -550,7 +331,9 @@ def described(row: dict) -> str:
     if row["time_over_plain"] is None:
         return f"{name} disqualified{off}"
     low, high = row["time_quartiles"] or (row["time_over_plain"],) * 2
-    memory = f"memory {row['memory_over_plain']:.3f} ({row['allocated_over_plain']:.3f} of what PyTorch allocates)"
+    memory = f"memory {row['memory_over_plain']:.3f}"
+    if "allocated_over_plain" in row:
+        memory += f" ({row['allocated_over_plain']:.3f} of what PyTorch allocates)"
     return f"{name} time {row['time_over_plain']:.3f} ({low:.3f} to {high:.3f}), {memory}{off}"
 
 
@@ -559,18 +342,26 @@ def main() -> None:
     parser.add_argument("--work", action="append", metavar="TEXT", help="only work whose name contains this")
     parser.add_argument("--system", action="append", choices=[s for s in SYSTEMS | VARIANTS if s != "plain"])
     parser.add_argument("--repeats", type=int, default=7, help="timed pairs")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options(parser)
     parser.add_argument("--serve", nargs=2, metavar=("SYSTEM", "WORK"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         return serve(arguments.serve[0], Work(**json.loads(arguments.serve[1])))
-    if "DPFT_MODELS" not in os.environ:
+    table, rows_of = (GPU_WORK, collect_on_gpu) if arguments.device == "cuda" else (WORK, collect)
+    if arguments.device == "cpu" and "DPFT_MODELS" not in os.environ:
         sys.exit("DPFT_MODELS must name the folder with minilm-l6 (see benchmarks/models.py)")
-    works = [name for name in WORK if not arguments.work or any(text in name for text in arguments.work)]
+    works = [name for name in table if not arguments.work or any(text in name for text in arguments.work)]
     if not works:
-        sys.exit(f"No work's name contains {' or '.join(arguments.work)}: there are {', '.join(WORK)}.")
-    rows = collect(works, arguments.system or [s for s in SYSTEMS if s != "plain"], arguments.repeats)
-    deliver({"rows": rows, "repeats": arguments.repeats, **circumstances()}, arguments)
+        sys.exit(f"No work's name contains {' or '.join(arguments.work)}: there are {', '.join(table)}.")
+    systems = arguments.system or [s for s in SYSTEMS if s != "plain"]
+    found = {"rows": [], "repeats": arguments.repeats, **circumstances(arguments.device)}
+    for row in rows_of(works, systems, arguments.repeats):
+        found["rows"].append(row)
+        print(described(row), file=sys.stderr, flush=True)
+        if arguments.output:  # what was measured is not lost if the rest fails
+            arguments.output.write_text(json.dumps(found, indent=2) + "\n")
+    deliver(found, arguments)
 
 
 if __name__ == "__main__":

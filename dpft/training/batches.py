@@ -103,10 +103,15 @@ def cut(
     by_unit = np.array([longest[unit] for unit in units.tolist()], dtype=np.int64)
     order = np.lexsort((-lengths, units, -by_unit))
     widths, places = by_unit[order], np.arange(len(order))  # of a micro-batch that begins there, at most
-    costs, starts = np.zeros(len(order) + 1), [0]  # of the best cut of the first so many; where its last micro-batch begins
+    costs, starts = (
+        np.zeros(len(order) + 1),
+        [0],
+    )  # of the best cut of the first so many; where its last micro-batch begins
     first = 0
     for end in range(1, len(order) + 1):
-        while end - first > 1 and (widths[first] * (end - first) > token_budget or end - first > most(int(widths[first]))):
+        while end - first > 1 and (
+            widths[first] * (end - first) > token_budget or end - first > most(int(widths[first]))
+        ):
             first += 1
         tried = costs[first:end] + widths[first:end] * (end - places[first:end])
         best = int(tried.argmin())

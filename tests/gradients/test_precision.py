@@ -1,0 +1,69 @@
+"""What bounds a unit is computed in float32, whatever the model is computed in."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpft.gradients.precision import full_precision, precise_bmm
+from dpft.gradients.rules.linear import Product
+
+aten = torch.ops.aten
+PRODUCTS = (aten.bmm, aten.addmm_, aten.mm)
+
+
+@pytest.fixture(params=["medium", "high", "highest"])
+def allowed(request):
+    """What the process allows for float32 products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+class Watch(TorchDispatchMode):
+    """Which precision each matrix product was computed in."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in PRODUCTS:
+            self.seen += [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_norm_and_a_sum_are_not_rounded_by_tf32(allowed):
+    """T6: the norm of a product of matrices and the product itself, each rounded in its own way, need not bound each other."""
+    product = Product(torch.randn(2, 5, 4), torch.randn(2, 5, 3))
+    with Watch() as watch:
+        product.squares()
+        product.add_to(torch.zeros(4, 3), torch.ones(2))
+    assert watch.seen == ["ieee"] * 6
+    assert torch.get_float32_matmul_precision() == allowed
+    assert torch.backends.cuda.matmul.allow_tf32 == (allowed != "highest")
+
+
+def test_what_was_allowed_is_allowed_again_after_an_error(allowed):
+    with pytest.raises(ZeroDivisionError), full_precision():
+        raise ZeroDivisionError
+    assert torch.backends.cuda.matmul.allow_tf32 == (allowed != "highest")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_factors_lose_nothing_more(dtype):
+    """T6: their products are exact in float32; a norm or a sum in bfloat16 would be off by a thousandth and more."""
+    torch.manual_seed(0)
+    product = Product.of(torch.randn(3, 50, 8).to(dtype), torch.randn(3, 50, 6).to(dtype))
+    truth = torch.bmm(product.left.double().mT, product.right.double())
+    norms = truth.flatten(1).norm(dim=1)
+    rounded = torch.bmm(product.left.mT, product.right)
+    assert (rounded.double() - truth).norm() > 1e-4 * truth.norm()  # the test could fail
+    torch.testing.assert_close(product.made().double(), truth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(precise_bmm(product.left.mT, product.right), product.made())
+    torch.testing.assert_close(product.squares().sqrt().double(), norms, rtol=3e-5, atol=0)
+    written, total = torch.empty(3, 8, 6), torch.zeros(8, 6)
+    product.write(written)
+    assert torch.equal(written, product.made())
+    product.add_to(total, 1 / norms.float())
+    torch.testing.assert_close(total.double(), (truth / norms.view(-1, 1, 1)).sum(0), rtol=1e-5, atol=1e-5)

@@ -68,12 +68,13 @@ def serve(system: str, work: Work) -> None:
     """Do what standard input says, a line at a time: ``sum PATH``, ``time``, ``parameters``, ``flops``, ``peak``, ``allocated``."""
     import warnings
 
-    import opacus  # noqa: F401  (imports are not timed)
     import torch
-    import transformers  # noqa: F401
 
-    import dpft  # noqa: F401
+    if work.device == "cuda":  # while others still compute; on a CPU what is imported counts as memory
+        import opacus  # noqa: F401
+        import transformers  # noqa: F401
 
+        import dpft  # noqa: F401
     warnings.simplefilter("ignore")
     channel, sys.stdout = sys.stdout, sys.stderr
     make = (SYSTEMS | VARIANTS)[system]
@@ -82,8 +83,10 @@ def serve(system: str, work: Work) -> None:
         word, _, rest = line.strip().partition(" ")
         try:
             if word == "sum":
-                torch.save(make(replace(work, dtype="float32")).clipped_sum(), rest)
-                answer = {}
+                exact = make(replace(work, dtype="float32"))
+                torch.save(exact.clipped_sum(), rest)
+                exact.close()
+                exact, answer = None, {}
                 give_back(work)
             elif word == "allocated":
                 answer = {"mib": allocated(partial(make, work)) / 2**20}

@@ -120,7 +120,12 @@ def trainable(model) -> dict:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-class Plain:
+class System:
+    def close(self) -> None:
+        """Let go of the model."""
+
+
+class Plain(System):
     def __init__(self, work: Work) -> None:
         import torch
 
@@ -148,7 +153,7 @@ class Plain:
         return total
 
 
-class OfDPFT:
+class OfDPFT(System):
     def __init__(self, work: Work) -> None:
         import torch
 
@@ -186,6 +191,9 @@ class OfDPFT:
         found = {slot.name: slot.view(total).clone() for slot in self.engine.capture.slots}
         self.engine.discard()
         return found
+
+    def close(self) -> None:
+        self.engine.detach()  # as long as it watches the optimizers, PyTorch keeps it
 
 
 class OfAuto(OfDPFT):
@@ -241,7 +249,7 @@ class Compiled(Plain):
         self.model.compile()
 
 
-class OfOpacus:
+class OfOpacus(System):
     def __init__(self, work: Work, **settings) -> None:
         import torch
 
@@ -301,7 +309,7 @@ class OfGhost(OfOpacus):
         DPTensorFastGradientClipping(self.model, self.optimizer, losses, loss_reduction="sum").backward()
 
 
-class OfOpake:
+class OfOpake(System):
     def __init__(self, work: Work) -> None:
         import torch
         from opake.dpsgd.clipping import clipped_grad

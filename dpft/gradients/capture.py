@@ -100,6 +100,10 @@ class Capture(Arrangement):
             x = args[0].detach()
             if not site.needs_input:  # the shape is enough; a value that were used all the same would be found out
                 x = x.new_full((1,), torch.nan).expand(x.shape)
+            elif (
+                site.takes_half and output.dtype in HALF
+            ):  # under autocast the layer itself rounded it, and kept no more
+                x = x.to(output.dtype)
             sink = lambda values, grad_output: self._record(site, grad_output, values)
             return _Tap.apply(output, sink, 1, x, *parameters)
 

@@ -36,19 +36,20 @@ def _bmm_widens() -> bool:
 def full_precision():
     """Matrix products of float32 in float32, though TF32 or bfloat16 were allowed for them (``TrainingArguments.tf32``)."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    if not hasattr(backends[0], "fp32_precision"):  # before PyTorch 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
+    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]  # PyTorch 2.9
     allowed = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
     try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # a backend's own setting is in use, and this one is not to be mixed with it
+        before = None
+    try:
+        if before is not None:
+            torch.set_float32_matmul_precision("highest")
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         yield
     finally:
+        if before is not None:
+            torch.set_float32_matmul_precision(before)
         for backend, precision in zip(backends, allowed, strict=True):
             backend.fp32_precision = precision

@@ -22,6 +22,7 @@ from dpft.gradients.capture import HALF, Capture
 from dpft.gradients.effects import keeps_its_weights, without_side_effects
 from dpft.gradients.engine import Engine
 from dpft.gradients.gradients import row_norms
+from dpft.gradients.precision import full_precision
 from dpft.gradients.sites import Slot
 from dpft.gradients.steady import deterministic, in_precision
 
@@ -82,7 +83,7 @@ def preflight(
             f"The preflight was given {len(examples)} example, and isolation shows only beside others: give two or more."
         )
     capture = engine.capture
-    with deterministic(capture):
+    with deterministic(capture), full_precision():
         floating = [t for t in (*capture.model.parameters(), *capture.model.buffers()) if t.is_floating_point()]
         half = [tensor for tensor in floating if tensor.dtype in HALF]
         precise = precise_losses or losses

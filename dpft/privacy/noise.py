@@ -24,7 +24,7 @@ from torch import Tensor
 from dpft.privacy.chacha import DeviceStream
 
 _CHUNK = 1 << 16  # numbers drawn at a time: their few MB stay in the processor's cache
-_DEVICE_CHUNK = 1 << 19  # on a GPU, where each operation should have much to do
+_DEVICE_CHUNK = 1 << 22  # on a GPU, where a part is hundreds of operations and each should have much to do
 _CPU = torch.device("cpu")
 
 

@@ -44,6 +44,19 @@ def test_a_norm_and_a_sum_are_not_rounded_by_tf32(allowed):
     assert torch.backends.cuda.matmul.allow_tf32 == (allowed != "highest")
 
 
+def test_what_a_backend_was_allowed_is_kept_as_well():
+    """``TrainingArguments.tf32`` sets one, which PyTorch's older setting does not know."""
+    backend = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "tf32"
+    try:
+        with full_precision():
+            assert backend.fp32_precision == "ieee"
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before
+
+
 def test_what_was_allowed_is_allowed_again_after_an_error(allowed):
     with pytest.raises(ZeroDivisionError), full_precision():
         raise ZeroDivisionError

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpft.privacy.noise import SeededRandomness
@@ -15,6 +15,7 @@ from dpft.training.batches import Examples, LogicalBatches, cut
 TASK = LabelledTask(lambda features: pad_features(features, 0, token_labels=True))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 60), st.integers(0, 12)), max_size=60),
     st.integers(16, 200),
@@ -36,6 +37,7 @@ def test_every_cut_keeps_every_example_once_and_units_together(examples, budget,
         assert len(group) == 1 or max(lengths[i] for i in group) * len(group) <= budget
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(16, 120), st.integers(0, 40))
 def test_no_other_cut_costs_less(lengths, budget, overhead):
     cost = lambda groups: sum(max(group) * len(group) + overhead for group in groups)

@@ -100,6 +100,7 @@ def test_a_hand_written_loop_gives_the_same_weights_bit_for_bit(make, tmp_path):
         for batch in batches:
             model.train()
             for inputs, units in batch:
+                inputs = {key: value.to(model.device) for key, value in inputs.items()}
                 engine.accumulate(task.losses(model, inputs), units)
             engine.release()
             optimizer.step()

@@ -3,14 +3,14 @@
 Gradients of small parameters go to one flat workspace ``(B, narrow)``, so that norms are one reduction and the clipped sum one
 matrix-vector product. A large weight of a linear layer stays a product of two matrices where its norm alone is
 cheaper (:mod:`dpft.gradients.rules.linear`), an embedding's is the rows of the tokens that occur
-(:mod:`dpft.gradients.rules.embedding`); any other large gradient is a tensor ``(B, *shape)`` of its own.
+(:mod:`dpft.gradients.rules.embedding`), a head's that is tied to it is both (:mod:`dpft.gradients.rules.tied`); any other large gradient is a tensor ``(B, *shape)`` of its own.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dpft.gradients.precision import full_precision
+from dpft.gradients.rules.tied import add
 from dpft.gradients.rules.unmade import Unmade, made, write
 from dpft.gradients.sites import Slot
 
@@ -33,7 +33,7 @@ class Gradients:
         """Add one use of a parameter: uses accumulate, so that shared and tied parameters are whole before the norm."""
         if slot.large:
             before = self.large.get(slot.start)
-            self.large[slot.start] = Large.of(slot, gradient if before is None else _sum(before.gradient, gradient))
+            self.large[slot.start] = Large(slot, gradient if before is None else _sum(before.gradient, gradient))
             return
         destination = slot.view(self.narrow)
         if slot.start in self._written:
@@ -63,7 +63,7 @@ class Gradients:
         norms = row_norms(self.narrow)
         if not self.large:
             return norms
-        return torch.stack([norms.square(), *(one.squares for one in self.large.values())]).sum(0).sqrt()
+        return torch.stack([norms.square(), *(one.squares() for one in self.large.values())]).sum(0).sqrt()
 
     def forget(self, lost: Tensor) -> None:
         """Zero the gradients of the examples ``(B,)`` that are true, whatever they hold."""
@@ -76,29 +76,36 @@ class Gradients:
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
         """``total`` ``(P,)`` ``+= Σ_i factors[i] · g_i``"""
-        total[: self.narrow.shape[1]].addmv_(self.narrow.T, factors)
-        for one in self.large.values():
-            if isinstance(one.gradient, Unmade):
-                one.gradient.add_to(one.slot.view(total), factors)
-            else:
-                total[one.slot.slice].addmv_(one.gradient.flatten(1).T, factors)
+        with full_precision():
+            total[: self.narrow.shape[1]].addmv_(self.narrow.T, factors)
+            for one in self.large.values():
+                if isinstance(one.gradient, Unmade):
+                    one.gradient.add_to(one.slot.view(total), factors)
+                else:
+                    total[one.slot.slice].addmv_(one.gradient.flatten(1).T, factors)
 
 
-@dataclass
 class Large:
-    """One large parameter's gradients, and their squared norms ``(B,)``, taken while they are at hand."""
+    """One large parameter's gradients, and their squared norms ``(B,)``.
 
-    slot: Slot
-    gradient: Tensor | Unmade
-    squares: Tensor
+    Norms are taken while the gradient is at hand, in the cache; only where another use is to come, they wait for it.
+    """
 
-    @classmethod
-    def of(cls, slot: Slot, gradient: Tensor | Unmade) -> "Large":
-        if isinstance(gradient, Unmade):
-            if gradient.pays:
-                return cls(slot, gradient, gradient.squares())
+    def __init__(self, slot: Slot, gradient: Tensor | Unmade) -> None:
+        if isinstance(gradient, Unmade) and not gradient.pays:
             gradient = gradient.made()
-        return cls(slot, gradient, row_norms(gradient.flatten(1)).square())
+        self.slot, self.gradient = slot, gradient
+        self._squares = None if len(slot.places) > 1 else self._taken()
+
+    def squares(self) -> Tensor:
+        if self._squares is None:
+            self._squares = self._taken()
+        return self._squares
+
+    def _taken(self) -> Tensor:
+        if isinstance(self.gradient, Unmade):
+            return self.gradient.squares()
+        return row_norms(self.gradient.flatten(1)).square()
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -115,6 +122,6 @@ def row_norms(rows: Tensor) -> Tensor:
 
 
 def _sum(first: Tensor | Unmade, second: Tensor | Unmade) -> Tensor | Unmade:
-    if isinstance(first, Unmade) and type(first) is type(second):
-        return first + second
+    if isinstance(first, Unmade) and isinstance(second, Unmade):
+        return add(first, second)
     return made(first) + made(second)

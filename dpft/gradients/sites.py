@@ -36,10 +36,12 @@ class Slot:
     @property
     def longest_by_norm(self) -> float:
         """The most tokens for which its per-example gradients need not be made; 0 where they must be, infinity for embeddings."""
-        unmade = self.large and self.technique == RULE and len(self.places) == 1 and type(self.places[0]) in UNMADE
+        kinds = [type(place) for place in self.places]
+        linear = sum(kind is not nn.Embedding for kind in kinds)
+        unmade = self.large and self.technique == RULE and all(kind in UNMADE for kind in kinds) and linear <= 1
         if not unmade or self.parameter.dim() != 2:
             return 0
-        return inf if isinstance(self.places[0], nn.Embedding) else longest_by_norm(*self.parameter.shape)
+        return longest_by_norm(*self.parameter.shape) if linear else inf
 
     @property
     def slice(self) -> slice:

@@ -1,6 +1,7 @@
 """Norms and clipped sums are the same whether per-example gradients are made or not."""
 
 import copy
+from math import inf
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import dpft.gradients.sites as sites
 from dpft.gradients.engine import Engine
 from dpft.gradients.rules.embedding import Rows
 from dpft.gradients.rules.linear import Product, longest_by_norm
+from dpft.gradients.rules.tied import Tied
 from dpft.privacy.clipping import FlatClip
 from dpft.privacy.plan import Plan
 from dpft.training.tuning import SavedBytes
@@ -103,11 +105,12 @@ class Words(nn.Module):
 
 @pytest.mark.parametrize("use", ["once", "twice", "tied"])
 @pytest.mark.parametrize("words", [3, 30])
-def test_an_embedding_is_clipped_by_its_rows(use, words):
+@pytest.mark.parametrize("tokens", [20, 40])
+def test_an_embedding_is_clipped_by_its_rows(use, words, tokens):
     """T4: also of words that come again and again, whose rows add up before the norm is taken."""
     torch.manual_seed(0)
     model = Words(use)
-    ids = torch.randint(words, (4, 20))
+    ids = torch.randint(words, (4, tokens))
     losses = lambda: model(ids) * torch.tensor([1.0, 3.0, 10.0, 100.0])
     norms = true_norms(model, losses())
     clip = float(norms.median())
@@ -116,6 +119,8 @@ def test_an_embedding_is_clipped_by_its_rows(use, words):
         gradients = engine.capture.gradients(losses())
         slot = next(slot for slot in engine.capture.slots if slot.name == "table.weight")
         assert isinstance(gradients.large[slot.start].gradient, Rows) == (use != "tied")
+        assert isinstance(gradients.large[slot.start].gradient, Tied) == (use == "tied" and tokens <= longest_by_norm(30, M))
+        assert slot.longest_by_norm == (longest_by_norm(30, M) if use == "tied" else inf)
         torch.testing.assert_close(gradients.norms(), norms, rtol=1e-5, atol=0)
         engine.accumulate(losses())
         engine.release()
@@ -123,10 +128,11 @@ def test_an_embedding_is_clipped_by_its_rows(use, words):
             torch.testing.assert_close(parameter.grad * 4, expected, rtol=1e-4, atol=1e-6 * clip)
 
 
-def test_rows_of_a_nonfinite_example_are_forgotten():
+@pytest.mark.parametrize("use", ["once", "tied"])
+def test_rows_of_a_nonfinite_example_are_forgotten(use):
     """T12."""
     torch.manual_seed(0)
-    model, ids = Words("once"), torch.randint(30, (3, 20))
+    model, ids = Words(use), torch.randint(30, (3, 20))
     wanted = brute_force(model, model(ids[:2]), 1.0)
     with Engine(model, plan()) as engine:
         engine.accumulate(model(ids) * torch.tensor([1.0, 1.0, torch.inf]))

@@ -1,14 +1,23 @@
 """What bounds a unit is computed in float32, whatever the model is computed in."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dpft.gradients.sites as sites
+from dpft.gradients.engine import Engine
 from dpft.gradients.precision import full_precision, precise_bmm
+from dpft.gradients.rules import linear
 from dpft.gradients.rules.linear import Product
+from dpft.privacy.plan import Plan
+from dpft.subset import Subset
+from dpft.training.tuning import SavedBytes
 
 aten = torch.ops.aten
-PRODUCTS = (aten.bmm, aten.addmm_, aten.mm)
+PRODUCTS = (aten.bmm, aten.addmm_, aten.addmv_, aten.mm, aten.mv)
 
 
 @pytest.fixture(params=["medium", "high", "highest"])
@@ -29,17 +38,29 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in PRODUCTS:
-            self.seen += [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+            self.seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
         return func(*args, **(kwargs or {}))
 
 
-def test_a_norm_and_a_sum_are_not_rounded_by_tf32(allowed):
-    """T6: the norm of a product of matrices and the product itself, each rounded in its own way, need not bound each other."""
-    product = Product(torch.randn(2, 5, 4), torch.randn(2, 5, 3))
-    with Watch() as watch:
-        product.squares()
-        product.add_to(torch.zeros(4, 3), torch.ones(2))
-    assert watch.seen == ["ieee"] * 6
+def test_norms_and_sums_are_not_rounded_by_tf32(allowed, monkeypatch):
+    """T6: a norm and the gradient's part of the sum, each rounded in its own way, need not bound each other."""
+    monkeypatch.setattr(sites, "LARGE", 20)
+    monkeypatch.setattr(
+        linear, "OPERATIONS_PER_NUMBER", 1
+    )  # so that with 2 tokens the norm alone is cheaper, with 9 not
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    plan = Plan(noise_multiplier=0.0, sample_rate=1.0, steps=5, delta=1e-3, units=4)
+    for tokens in (2, 9):
+        with Engine(model, plan) as engine:
+            losses = model(torch.randn(4, tokens, 6)).square().sum((1, 2))
+            gradients = engine.capture.gradients(losses)
+            unmade = [large for large in gradients.large.values() if isinstance(large.gradient, Product)]
+            with Watch() as watch:
+                for large in unmade:
+                    large.gradient.squares()
+                gradients.add_to(torch.zeros(engine.capture.size), torch.ones(4))
+        assert len(unmade) == (tokens == 2)
+        assert watch.seen == [("ieee", "ieee")] * (2 + 2 * len(unmade))
     assert torch.get_float32_matmul_precision() == allowed
     assert torch.backends.cuda.matmul.allow_tf32 == (allowed != "highest")
 
@@ -80,3 +101,18 @@ def test_half_precision_factors_lose_nothing_more(dtype):
     assert torch.equal(written, product.made())
     product.add_to(total, 1 / norms.float())
     torch.testing.assert_close(total.double(), (truth / norms.view(-1, 1, 1)).sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("subset", ["lora(targets='all-linear')", "lora + head"])
+def test_under_autocast_no_more_is_kept_than_plain_training_keeps(subset, case):
+    """A layer under autocast rounds its input and keeps that; the input itself would be twice as large."""
+    made = case("llama")
+    model = Subset(subset).apply(made.model.bfloat16())
+    kept = []
+    with Engine(model, Plan(noise_multiplier=1.0, sample_rate=0.1, steps=5, delta=1e-3, units=40)) as engine:
+        for paused in (True, False):
+            saved = SavedBytes(model)
+            with engine.capture.paused() if paused else nullcontext(), torch.autocast("cpu", torch.bfloat16), saved:
+                made.losses(made.examples)
+            kept.append(saved.bytes)
+    assert kept[1] <= kept[0]

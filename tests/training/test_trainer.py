@@ -81,8 +81,8 @@ def test_training_releases_the_planned_steps_and_states_the_claim(make):
 
 def test_a_hand_written_loop_gives_the_same_weights_bit_for_bit(make, tmp_path):
     """Parity: the trainer is nothing but this loop."""
-    trainer = make(randomness=SeededRandomness(7))
-    other = make(randomness=SeededRandomness(7), folder=tmp_path / "other")
+    trainer = make(randomness=SeededRandomness(7), token_budget=1024)
+    other = make(randomness=SeededRandomness(7), folder=tmp_path / "other", token_budget=1024)
     for made in (trainer, other):
         _without_dropout(made.model)
     trainer.train()

@@ -12,13 +12,11 @@ from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dpft.gradients.rules import rms_norm  # noqa: F401  (importing registers it)
-from dpft.gradients.rules.embedding import embedding
-from dpft.gradients.rules.linear import conv1d, linear
+from dpft.gradients.rules import embedding, linear, rms_norm  # noqa: F401  (importing registers theirs)
 from dpft.gradients.rules.sparse import is_sparse_linear, sparse_linear
 
 # These rules may return a gradient unmade, which Opacus's registry has no room for.
-UNMADE = {nn.Linear: linear, Conv1D: conv1d, nn.Embedding: embedding}
+UNMADE = {nn.Linear: linear.linear, Conv1D: linear.conv1d, nn.Embedding: embedding.embedding}
 
 
 def rule_for(layer: nn.Module) -> Callable | None:

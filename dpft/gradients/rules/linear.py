@@ -65,14 +65,17 @@ class Product(Unmade):
             return precise(self.left).square().sum((1, 2)) * precise(self.right).square().sum((1, 2))
         with full_precision():
             left, right = precise_bmm(self.left, self.left.mT), precise_bmm(self.right, self.right.mT)
-        longest = (left.diagonal(dim1=1, dim2=2) * right.diagonal(dim1=1, dim2=2)).sqrt().sum(1).square()
-        return left.mul_(right).sum((1, 2)).clamp_min(0) + ROUNDING * longest
+        rounding = ROUNDING * _bound(left, right).square()
+        return left.mul_(right).sum((1, 2)).clamp_min(0) + rounding
+
+    def bound(self) -> Tensor:
+        """``(B,)``, ``Σ_t ‖left_t‖ ‖right_t‖``, which no norm exceeds."""
+        return (precise(self.left).norm(dim=2) * precise(self.right).norm(dim=2)).sum(1)
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
         """One matrix product (book-keeping; Bu, Wang, Zha, Karypis 2023)."""
         scaled = precise(self.left) * factors.view(-1, 1, 1)
-        with full_precision():
-            total.addmm_(scaled.flatten(0, 1).T, precise(self.right).flatten(0, 1))
+        total.addmm_(scaled.flatten(0, 1).T, precise(self.right).flatten(0, 1))
 
     def without(self, examples: Tensor) -> "Product":
         lost = examples.view(-1, 1, 1)
@@ -81,6 +84,11 @@ class Product(Unmade):
     def __add__(self, other: "Product") -> "Product":
         """The sum of two uses of one weight is the product of their tokens together."""
         return Product(torch.cat([self.left, other.left], 1), torch.cat([self.right, other.right], 1))
+
+
+def _bound(left: Tensor, right: Tensor) -> Tensor:
+    """:meth:`Product.bound` by the products ``(B, T, T)`` of both factors with themselves."""
+    return (left.diagonal(dim1=1, dim2=2) * right.diagonal(dim1=1, dim2=2)).sqrt().sum(1)
 
 
 def _with_tokens(x: Tensor) -> Tensor:

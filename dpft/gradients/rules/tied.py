@@ -1,0 +1,66 @@
+"""One table that is both an embedding and a linear layer, as most language models tie their head to their words."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpft.gradients.precision import full_precision, precise
+from dpft.gradients.rules.embedding import Rows
+from dpft.gradients.rules.linear import ROUNDING, Product
+from dpft.gradients.rules.unmade import Unmade
+
+
+@dataclass(frozen=True)
+class Tied(Unmade):
+    """Per-example gradients of a table ``(m, n)``: the rows of the words read, and the product of the head's matrices."""
+
+    rows: Rows
+    product: Product
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.product.shape
+
+    @property
+    def pays(self) -> bool:
+        return self.product.pays
+
+    def made(self) -> Tensor:
+        return self.rows.made() + self.product.made()
+
+    def squares(self) -> Tensor:
+        """``‖R + P‖² = ‖R‖² + 2 Σ_kt (R_k · right_t) left_t[row_k] + ‖P‖²``, rounded up as the product's own is."""
+        rows, bound = self.rows.squares(), self.product.bound()
+        rounding = ROUNDING * (rows + 2 * rows.sqrt() * bound)
+        return (rows + 2 * self._inner_products() + self.product.squares()).clamp_min(0) + rounding
+
+    def _inner_products(self) -> Tensor:
+        """``(B,)``, of each example's rows with its product."""
+        counts = torch.bincount(self.rows.places // self.rows.height, minlength=self.rows.examples).tolist()
+        places, rows = self.rows.places.split(counts), self.rows.rows.split(counts)  # places are in order
+        with full_precision():
+            found = [
+                (precise(left[:, place % self.rows.height]) * (precise(right) @ row.T)).sum()
+                for place, row, left, right in zip(places, rows, self.product.left, self.product.right, strict=True)
+            ]
+        return torch.stack(found)
+
+    def add_to(self, total: Tensor, factors: Tensor) -> None:
+        self.rows.add_to(total, factors)
+        self.product.add_to(total, factors)
+
+    def without(self, examples: Tensor) -> "Tied":
+        return Tied(self.rows.without(examples), self.product.without(examples))
+
+
+def add(first: Unmade, second: Unmade) -> Unmade:
+    """The sum of two uses of one weight."""
+    sums: dict[type, Unmade] = {}
+    for part in (*_parts(first), *_parts(second)):
+        sums[type(part)] = sums[type(part)] + part if type(part) in sums else part
+    return Tied(sums[Rows], sums[Product]) if len(sums) == 2 else next(iter(sums.values()))
+
+
+def _parts(gradient: Unmade) -> tuple[Unmade, ...]:
+    return (gradient.rows, gradient.product) if isinstance(gradient, Tied) else (gradient,)

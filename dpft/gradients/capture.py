@@ -100,10 +100,8 @@ class Capture(Arrangement):
             x = args[0].detach()
             if not site.needs_input:  # the shape is enough; a value that were used all the same would be found out
                 x = x.new_full((1,), torch.nan).expand(x.shape)
-            elif (
-                site.takes_half and output.dtype in HALF
-            ):  # under autocast the layer itself rounded it, and kept no more
-                x = x.to(output.dtype)
+            elif site.takes_half and output.dtype in HALF:
+                x = x.to(output.dtype)  # as the layer itself rounds it under autocast, keeping no more
             sink = lambda values, grad_output: self._record(site, grad_output, values)
             return _Tap.apply(output, sink, 1, x, *parameters)
 
@@ -181,7 +179,7 @@ class Capture(Arrangement):
             raise self._inexact(site.slots, reason) from error
         for slot in site.slots:
             gradient = gradients[slot.parameter]
-            self._check_leading(site.slots, gradient.shape)
+            self._check_leading([slot], gradient.shape)
             self._gradients.add(slot, gradient)
         site.sizes.add(self._gradients.examples)
 

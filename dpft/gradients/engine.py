@@ -131,7 +131,9 @@ class Engine:
         if self._total is None:
             self._refuse_strangers(losses)
         try:
-            self._accumulate(losses, units)
+            # Autocast would round norms to half precision, but not the sum, whose bound they are.
+            with torch.autocast(losses.device.type, enabled=False):
+                self._accumulate(losses, units)
         except BaseException:
             self.discard()  # a part may have been added already, which another try would add again
             raise
@@ -240,7 +242,7 @@ class Engine:
         """Clip whole unit gradients and add them up."""
         norms = gradients.norms()
         finite = torch.isfinite(norms)
-        # On a GPU to look is to wait, which costs more than to forget none; large gradients would be copied, so they are looked at.
+        # On a GPU to look is to wait, which costs more than to forget nobody; large gradients would be copied, so there it looks.
         if (norms.is_cuda and not gradients.large) or not finite.all():
             # A factor of zero would not do: 0 · inf is NaN, which would poison the sum and reveal the unit.
             gradients.forget(~finite)

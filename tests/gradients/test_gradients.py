@@ -119,7 +119,9 @@ def test_an_embedding_is_clipped_by_its_rows(use, words, tokens):
         gradients = engine.capture.gradients(losses())
         slot = next(slot for slot in engine.capture.slots if slot.name == "table.weight")
         assert isinstance(gradients.large[slot.start].gradient, Rows) == (use != "tied")
-        assert isinstance(gradients.large[slot.start].gradient, Tied) == (use == "tied" and tokens <= longest_by_norm(30, M))
+        assert isinstance(gradients.large[slot.start].gradient, Tied) == (
+            use == "tied" and tokens <= longest_by_norm(30, M)
+        )
         assert slot.longest_by_norm == (longest_by_norm(30, M) if use == "tied" else inf)
         torch.testing.assert_close(gradients.norms(), norms, rtol=1e-5, atol=0)
         engine.accumulate(losses())

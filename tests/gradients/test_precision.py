@@ -12,6 +12,7 @@ from dpft.gradients.engine import Engine
 from dpft.gradients.precision import full_precision, precise_bmm
 from dpft.gradients.rules import linear
 from dpft.gradients.rules.linear import Product
+from dpft.privacy.clipping import FlatClip
 from dpft.privacy.plan import Plan
 from dpft.subset import Subset
 from dpft.training.tuning import SavedBytes
@@ -101,6 +102,22 @@ def test_half_precision_factors_lose_nothing_more(dtype):
     assert torch.equal(written, product.made())
     product.add_to(total, 1 / norms.float())
     torch.testing.assert_close(total.double(), (truth / norms.view(-1, 1, 1)).sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_around_the_engine_does_not_reach_its_norms(monkeypatch):
+    """T6: norms rounded to bfloat16 would not bound a sum in float32."""
+    monkeypatch.setattr(sites, "LARGE", 20)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 2)), torch.randn(4, 3, 40)
+    plan = Plan(noise_multiplier=0.0, sample_rate=1.0, steps=5, delta=1e-3, units=4, clip=FlatClip(1e-3))
+    sums = []
+    for enabled in (False, True):
+        with Engine(model, plan) as engine:
+            losses = model(x).square().sum((1, 2))
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                engine.accumulate(losses)
+            sums.append(engine._sum().clone())
+    assert torch.equal(*sums)
 
 
 @pytest.mark.parametrize("subset", ["lora(targets='all-linear')", "lora + head"])

@@ -74,8 +74,12 @@ class Product(Unmade):
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
         """One matrix product (book-keeping; Bu, Wang, Zha, Karypis 2023)."""
-        scaled = precise(self.left) * factors.view(-1, 1, 1)
-        total.addmm_(scaled.flatten(0, 1).T, precise(self.right).flatten(0, 1))
+        left, right, factors = precise(self.left), precise(self.right), factors.view(-1, 1, 1)
+        if left.shape[2] < right.shape[2]:  # the smaller is scaled
+            left = left * factors
+        else:
+            right = right * factors
+        total.addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
 
     def without(self, examples: Tensor) -> "Product":
         lost = examples.view(-1, 1, 1)

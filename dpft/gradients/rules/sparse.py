@@ -1,12 +1,14 @@
 """Linear layers of which single weights train: ``parametrizations.weight`` holds their flat places and values."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-DENSE = 1 / 40  # above this share of the weights one dense product and a pick are cheaper than gathering
-ELEMENTS = 1 << 22  # gathered at a time
+DENSE = 1 / 40  # above this share of the weights a whole product and a pick are cheaper than the chosen places alone
 
 
 def is_sparse_linear(layer: nn.Module) -> bool:
@@ -34,14 +36,15 @@ def sparse_linear(layer: nn.Module, activations: list[Tensor], grad_output: Tens
 
 def _at(first: Tensor, second: Tensor, indices: Tensor) -> Tensor:
     """``(B, T, m)`` and ``(B, T, n)`` to the entries of each ``(m, n)`` product at flat ``indices`` ``(k,)``: ``(B, k)``."""
-    examples, tokens, width = len(first), first.shape[1], second.shape[2]
-    if len(indices) > DENSE * first.shape[2] * width:
+    height, width = first.shape[2], second.shape[2]
+    if len(indices) > DENSE * height * width:
         return torch.stack([(a.T @ b).flatten()[indices] for a, b in zip(first, second, strict=True)])
-    rows, columns = indices // width, indices % width
-    first, second = first.transpose(1, 2).contiguous(), second.transpose(1, 2).contiguous()
-    made = first.new_empty(examples, len(indices))
-    step = max(1, ELEMENTS // (examples * tokens))
-    for start in range(0, len(indices), step):
-        part = slice(start, start + step)
-        made[:, part] = torch.einsum("bkt,bkt->bk", first[:, rows[part]], second[:, columns[part]])
-    return made
+    ends = torch.bincount(indices // width, minlength=height).cumsum(0)  # indices ascend
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this layout is in beta
+        places = torch.sparse_csr_tensor(
+            pad(ends, (1, 0)), indices % width, first.new_zeros(len(indices)), (height, width)
+        )
+    return torch.stack(
+        [torch.sparse.sampled_addmm(places, a.T, b, beta=0).values() for a, b in zip(first, second, strict=True)]
+    )

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dpft.gradients.precision import at_least_float32
+
 PIECE = 1 << 19  # logits looked at together: 2 MB
 DEVICE_PIECE = 1 << 26  # on a GPU, where each operation should have much to do
 
@@ -18,7 +20,7 @@ DEVICE_PIECE = 1 << 26  # on a GPU, where each operation should have much to do
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, ignored):
-        losses = logits.new_zeros(len(logits), dtype=_precision(logits))
+        losses = logits.new_zeros(len(logits), dtype=at_least_float32(logits))
         logsums = torch.empty_like(losses)
         ctx.pieces = list(_pieces(logits, labels != ignored))
         for rows, wanted in ctx.pieces:
@@ -58,7 +60,3 @@ def _pieces(logits: Tensor, wanted: Tensor) -> Iterator[tuple[slice, bool]]:
         for start in range(first, end, most):
             yield slice(start, min(start + most, end)), now
         now = not now
-
-
-def _precision(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)

@@ -281,7 +281,7 @@ def relative_error(path: Path, truth: dict) -> float:
     found = torch.load(path, map_location="cpu")
     if found.keys() != truth.keys():
         return float("inf")
-    difference = torch.stack([(found[name].float().cpu() - truth[name]).norm() for name in truth]).norm()
+    difference = torch.stack([(found[name].float() - truth[name]).norm() for name in truth]).norm()
     return float(difference / torch.stack([value.norm() for value in truth.values()]).norm())
 
 

@@ -103,10 +103,8 @@ def cut(
     by_unit = np.array([longest[unit] for unit in units.tolist()], dtype=np.int64)
     order = np.lexsort((-lengths, units, -by_unit))
     widths, places = by_unit[order], np.arange(len(order))  # of a micro-batch that begins there, at most
-    costs, starts = (
-        np.zeros(len(order) + 1),
-        [0],
-    )  # of the best cut of the first so many; where its last micro-batch begins
+    costs = np.zeros(len(order) + 1)  # of the best cut of the first so many
+    starts = [0]  # where its last micro-batch begins
     first = 0
     for end in range(1, len(order) + 1):
         while end - first > 1 and (

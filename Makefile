@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/dpft demo --output demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants/run.py

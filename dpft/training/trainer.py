@@ -219,8 +219,7 @@ class DPTrainerMixin:
         if self.frozen_prefix == "off":
             return None
         examples, asked = self._examples(), self.frozen_prefix == "on"
-        drawn = sum(min(len(members), self.plan.examples_per_unit) for members in examples.members)
-        uses = self.plan.sample_rate * (self.plan.steps - self.engine.steps_released) * drawn / len(examples)
+        uses = self._expected_examples() * (self.plan.steps - self.engine.steps_released) / len(examples)
         if uses < WORTH and not asked:
             return None
         prefix = FrozenPrefix.find(self.model, self._losses, self._collated(examples.spread()))
@@ -268,7 +267,13 @@ class DPTrainerMixin:
                 tokens=tokens,
                 most=self.engine.max_examples(tokens),
                 memory=memory,
+                draw=self._expected_examples() * float(examples.lengths.mean()),
             )
+
+    def _expected_examples(self) -> float:
+        """In a logical batch."""
+        drawn = sum(min(len(members), self.plan.examples_per_unit) for members in self._examples().members)
+        return self.plan.sample_rate * drawn
 
     def _step_examples(self) -> Examples:
         """The examples, as long as they are to what a step computes."""

@@ -38,6 +38,7 @@ def fastest_budget(
     tokens: int,
     most: int,
     memory: int,
+    draw: float = LARGEST,
 ) -> Budget:
     """The smallest token budget that is within 5 % of the fastest that fits.
 
@@ -46,6 +47,7 @@ def fastest_budget(
         accumulate: what a step does with them.
         most: how many examples a micro-batch may hold at all.
         memory: bytes that a forward pass may keep.
+        draw: tokens of a logical batch as expected, and a larger budget would never be filled.
 
     Raises:
         torch.OutOfMemoryError: a single example does not fit.
@@ -73,7 +75,8 @@ def fastest_budget(
         except torch.OutOfMemoryError:
             break
         idle = 0 if tried[budget] <= WORTH * best else idle + 1
-        if idle == DOUBLINGS or 2 * kept > memory or n == most or time.perf_counter() - started > SECONDS:
+        full = budget >= draw or n == most or 2 * kept > memory
+        if full or idle == DOUBLINGS or time.perf_counter() - started > SECONDS:
             break
     if not tried:  # one example fits, and no more were tried with success
         return Budget(tokens)

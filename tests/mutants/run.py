@@ -12,17 +12,24 @@ The third line stands where the break shows from outside: there `dpft audit step
 Usage: python tests/mutants/run.py [NAME ...]     (exit 1 if a mutant survives or no longer applies)
 """
 
+import contextlib
+import io
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+PRELOADED = ["torch", "transformers", "peft", "opacus", "datasets", "hypothesis"]  # once for all, and not a line of ours
 
 
 AUDIT = [sys.executable, "-c", "from dpft.cli import main; main()", "audit", "step", "audit.toml", "--steps", "3000"]
@@ -35,13 +42,26 @@ privacy = {noise_multiplier = 1.0, delta = 1e-5, batch_size = 50, steps = 100, c
 """
 
 
+class FirstFailure:
+    """A pytest plugin."""
+
+    name = ""
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed and not self.name:
+            self.name = report.nodeid
+
+
 def header(patch: Path, key: str) -> str:
     found = re.search(rf"^# {key}: (.*)$", patch.read_text(), re.MULTILINE)
     return found[1] if found else ""
 
 
 def hunt(patch: Path) -> tuple[bool, str]:
-    """Whether a test fails with the mutant applied, and which one does; and what the audit says, where it can see."""
+    """Whether a test fails with the mutant applied, and which one does; and what the audit says, where it can see.
+
+    To be called in a process of its own: it imports the mutated tree.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for part in ("dpft", "tests", "benchmarks", "pyproject.toml"):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
@@ -49,43 +69,44 @@ def hunt(patch: Path) -> tuple[bool, str]:
         applied = subprocess.run(["git", "apply", "--verbose", str(patch)], cwd=folder, capture_output=True, text=True)
         if applied.returncode:
             return False, f"does not apply: {applied.stderr.strip().splitlines()[-1]}"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            *header(patch, "tests").split(),
-        ]
-        environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+        os.chdir(folder)
+        os.environ["PYTHONPATH"] = folder  # of what the tests start
+        sys.path.insert(0, folder)
+        failure, said = FirstFailure(), io.StringIO()
+        with contextlib.redirect_stdout(said):
+            ended = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *header(patch, "tests").split()], [failure])
+        if (taken := sys.modules.get("dpft")) is not None and not taken.__file__.startswith(os.path.realpath(folder)):
+            return False, f"the tests took {taken.__file__}"
         wanted = header(patch, "audit")
         if wanted:
-            (Path(folder) / "audit.toml").write_text(RECIPE)
-            said = subprocess.run(AUDIT, cwd=folder, capture_output=True, text=True, env=environment).stdout
-            if not said.startswith(wanted):
-                return False, f"the audit says {said.splitlines()[0] if said else 'nothing'}"
-    found = re.search(r"^FAILED (\S+)", result.stdout, re.MULTILINE)
-    if result.returncode == 1 and found:
-        return True, found[1] + (f"; audit: {wanted}" if wanted else "")
-    return (
-        False,
-        "survived" if result.returncode == 0 else f"pytest ended with {result.returncode}: {result.stdout[-300:]}",
-    )
+            Path("audit.toml").write_text(RECIPE)
+            verdict = subprocess.run(AUDIT, capture_output=True, text=True).stdout
+            if not verdict.startswith(wanted):
+                return False, f"the audit says {verdict.splitlines()[0] if verdict else 'nothing'}"
+        os.chdir(ROOT)
+    if ended == pytest.ExitCode.TESTS_FAILED and failure.name:
+        return True, failure.name + (f"; audit: {wanted}" if wanted else "")
+    return False, "survived" if ended == pytest.ExitCode.OK else f"pytest ended with {ended}: {said.getvalue()[-300:]}"
+
+
+def timed_hunt(patch: Path) -> tuple[bool, str, float]:
+    since = time.perf_counter()
+    return *hunt(patch), time.perf_counter() - since
 
 
 def main(names: list[str]) -> int:
     patches = sorted(patch for patch in HERE.glob("*.patch") if not names or patch.stem in names)
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2))) as pool:
-        results = list(pool.map(hunt, patches))
-    for patch, (caught, by) in zip(patches, results, strict=True):
-        row = re.search(r"^# (T\d+): (.*)$", patch.read_text(), re.MULTILINE)
-        print(f"{row[1]:<4} {'caught  ' if caught else 'SURVIVED'} {patch.stem:<34} {by}")
-    survivors = sum(not caught for caught, _ in results)
-    print(f"{len(results) - survivors} of {len(results)} mutants caught")
-    return 1 if survivors or not results else 0
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    survivors = 0
+    with ProcessPoolExecutor(os.cpu_count() or 2, context, max_tasks_per_child=1) as pool:
+        for patch, (caught, by, seconds) in zip(patches, pool.map(timed_hunt, patches), strict=True):
+            row = re.search(r"^# (T\d+): (.*)$", patch.read_text(), re.MULTILINE)
+            survivors += not caught
+            print(f"{row[1]:<4} {'caught  ' if caught else 'SURVIVED'} {seconds:3.0f} s {patch.stem:<34} {by}", flush=True)
+    print(f"{len(patches) - survivors} of {len(patches)} mutants caught")
+    return 1 if survivors or not patches else 0
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ class Machine:
     def accumulate(self, losses):
         self.now += self.call + len(losses) * self.example
 
-    def fastest(self, tokens, most=1 << 20, memory=GIB):
-        return self.found(tokens, most, memory).tokens
+    def fastest(self, tokens, **limits):
+        return self.found(tokens, **limits).tokens
 
-    def found(self, tokens, most=1 << 20, memory=GIB):
-        return fastest_budget(self.losses, self.accumulate, model=self.model, tokens=tokens, most=most, memory=memory)
+    def found(self, tokens, most=1 << 20, memory=GIB, **limits):
+        limits |= dict(model=self.model, tokens=tokens, most=most, memory=memory)
+        return fastest_budget(self.losses, self.accumulate, **limits)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,13 @@ def test_a_budget_holds_no_more_examples_than_the_engine_takes(monkeypatch):
     machine = Machine(monkeypatch, 1.0, 1e-9)
     machine.fastest(16, most=20)
     assert max(machine.sizes) == 20
+
+
+@pytest.mark.parametrize(("draw", "budget"), [(5, 128), (128, 128), (129, 256), (3000, 4096)])
+def test_nothing_larger_is_tried_than_the_first_budget_that_holds_a_draw(monkeypatch, draw, budget):
+    machine = Machine(monkeypatch, 1.0, 1e-9)
+    assert machine.fastest(16, draw=draw) == budget
+    assert max(machine.sizes) == budget // 16
 
 
 def test_what_does_not_fit_after_all_is_not_taken(monkeypatch):

@@ -29,7 +29,14 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-PRELOADED = ["torch", "transformers", "peft", "opacus", "datasets", "hypothesis"]  # once for all, and not a line of ours
+PRELOADED = [
+    "torch",
+    "transformers",
+    "peft",
+    "opacus",
+    "datasets",
+    "hypothesis",
+]  # once for all, and not a line of ours
 
 
 AUDIT = [sys.executable, "-c", "from dpft.cli import main; main()", "audit", "step", "audit.toml", "--steps", "3000"]
@@ -104,7 +111,9 @@ def main(names: list[str]) -> int:
         for patch, (caught, by, seconds) in zip(patches, pool.map(timed_hunt, patches), strict=True):
             row = re.search(r"^# (T\d+): (.*)$", patch.read_text(), re.MULTILINE)
             survivors += not caught
-            print(f"{row[1]:<4} {'caught  ' if caught else 'SURVIVED'} {seconds:3.0f} s {patch.stem:<34} {by}", flush=True)
+            print(
+                f"{row[1]:<4} {'caught  ' if caught else 'SURVIVED'} {seconds:3.0f} s {patch.stem:<34} {by}", flush=True
+            )
     print(f"{len(patches) - survivors} of {len(patches)} mutants caught")
     return 1 if survivors or not patches else 0
 

@@ -22,7 +22,7 @@ from scipy.special import ndtr
 
 from dpft.errors import PlanError
 from dpft.privacy import accounting
-from dpft.privacy.accounting import AGREEMENT, Adjacency
+from dpft.privacy.accounting import AGREEMENT, REMAINS, Adjacency
 
 GRIDS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 REACH = 9.0  # standard deviations of one release that are resolved; beyond lies 1e-19, which counts as infinite loss
@@ -100,8 +100,7 @@ def _refined(events: tuple[Event, ...], delta: float, *, adding: bool, enough: f
     best = math.inf
     for grid in GRIDS:
         finer = _epsilon(events, delta, grid, adding)
-        # A grid's error falls with its square: a tenth of the last change remains.
-        if finer <= enough or (math.isfinite(finer) and best - finer <= 10 * AGREEMENT * finer):
+        if finer <= enough or (math.isfinite(finer) and REMAINS * (best - finer) <= AGREEMENT * finer):
             return min(best, finer)
         best = min(best, finer)
     return best
@@ -118,7 +117,7 @@ def reference(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "a
             one = _reference_loss(event, adjacency, grid)
             total = one if total is None else total.compose(one)
         finer = 0.0 if total is None else total.get_epsilon_for_delta(delta)
-        if math.isinf(finer) or finer == 0 or best - finer <= AGREEMENT * finer:
+        if math.isinf(finer) or finer == 0 or REMAINS * (best - finer) <= AGREEMENT * finer:
             return min(best, finer)
         best = finer
     return best

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
 
 from dp_accounting import dp_event
@@ -11,7 +11,7 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 
 from dpft.errors import PlanError
-from dpft.privacy import accounting
+from dpft.privacy import accounting, composition
 from dpft.privacy.accounting import ADJACENCY, Adjacency
 from dpft.privacy.clipping import Clip, FlatClip
 from dpft.privacy.sampling import PoissonSampler
@@ -213,8 +213,8 @@ class Plan:
 def _noise_for(plan: Plan, target: float) -> Plan:
     """The least noise whose ε is at most ``target``, to 0.1 % of ε."""
 
-    def epsilon(log_noise: float, grid: float | None) -> float:
-        return replace(plan, noise_multiplier=math.exp(log_noise)).epsilon_after(plan.steps, grid=grid)
+    def epsilon(log_noise: float, exact: bool) -> float:
+        return _spent(replace(plan, noise_multiplier=math.exp(log_noise)), plan.steps, exact)
 
     # The central limit theorem of DP-SGD (Bu et al. 2020, equation 5), solved for the noise, says where to look.
     mu = _gaussian_mu(target, plan.delta) / plan.sample_rate
@@ -231,18 +231,15 @@ def _noise_for(plan: Plan, target: float) -> Plan:
 def _steps_for(plan: Plan, target: float) -> Plan:
     """The most steps whose ε is at most ``target``, to 0.1 % of ε."""
 
-    @cache
-    def spent(steps: int, grid: float | None) -> float:
-        return plan.epsilon_after(steps, grid=grid)
-
-    if spent(1, None) > target:
+    spent = cache(partial(_spent, plan))
+    if spent(1, True) > target:
         raise PlanError(
-            f"One step at noise multiplier {plan.noise_multiplier:g} already spends epsilon = {spent(1, None):.3g}, "
+            f"One step at noise multiplier {plan.noise_multiplier:g} already spends epsilon = {spent(1, True):.3g}, "
             f"above {target:g}: use more noise."
         )
     mu = _gaussian_mu(target, plan.delta) / plan.sample_rate
     guess = max(0.0, math.log(mu**2 / math.expm1(plan.noise_multiplier**-2)))
-    found = _search(lambda x, grid: spent(int(math.exp(x)), grid), target, guess, 0.0, math.log(MAX_STEPS), slope=0.6)
+    found = _search(lambda x, exact: spent(int(math.exp(x)), exact), target, guess, 0.0, math.log(MAX_STEPS), slope=0.6)
     if found is None:
         raise PlanError(
             f"More than {MAX_STEPS:,} steps fit into epsilon = {target:g}: give the steps and let the noise follow."
@@ -250,20 +247,28 @@ def _steps_for(plan: Plan, target: float) -> Plan:
     return replace(plan, steps=int(math.exp(found)))
 
 
+def _spent(plan: Plan, steps: int, exact: bool) -> float:
+    """ε of ``steps`` releases: the plan's own, or ten times faster by dpft's arithmetic, which tells where to look."""
+    if exact:
+        return plan.epsilon_after(steps)
+    event = composition.Event(steps, plan.noise_multiplier, plan.sample_rate)
+    return composition.epsilon((event,), plan.delta, plan.adjacency)
+
+
 def _search(
-    epsilon: Callable[[float, float | None], float], target: float, x: float, fits: float, limit: float, *, slope: float
+    epsilon: Callable[[float, bool], float], target: float, x: float, fits: float, limit: float, *, slope: float
 ) -> float | None:
-    """An ``x`` at which the monotone ``epsilon(x, None)`` is at most ``target``, to 0.1 %; None beyond ``limit``.
+    """An ``x`` at which the monotone ``epsilon(x, True)`` is at most ``target``, to 0.1 %; None beyond ``limit``.
 
     It begins at ``x``, knowing one that ``fits`` and about how steep log ε is.
 
-    Composing is what takes time, so a first search on a coarse grid finds where to start the exact one, and the
+    Composing is what takes time, so a first search by ``epsilon(x, False)`` finds where to start the exact one, and the
     slope of log ε there.
     """
-    for grid in (target / 1000, None):
+    for exact in (False, True):
         within, beyond, last = fits, math.copysign(math.inf, slope), None
         for _ in range(60):
-            value = _log_ratio(epsilon(x, grid), target)
+            value = _log_ratio(epsilon(x, exact), target)
             within, beyond = (x, beyond) if value <= 0 else (within, x)
             if -TOLERANCE <= value <= 0 or abs(beyond - within) < 1e-9:
                 break

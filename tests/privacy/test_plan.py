@@ -39,6 +39,19 @@ def test_delta_of_one_over_units_or_more_is_refused(units):
     assert Plan(**{**BASE, "units": 99_999}).units == 99_999
 
 
+@pytest.mark.parametrize(
+    ("epsilon", "units", "batch_size", "steps"),
+    [(0.1, 10**6, 64, 1000), (0.25, 10**6, 32, 10_000), (10, 10**6, 1024, 100_000), (0.5, 10**7, 128, 1000)],
+)
+def test_rare_draws_are_calibrated_without_asking_often(monkeypatch, epsilon, units, batch_size, steps):
+    """dp-accounting takes seconds where draws are rare and ε is small, a hundred times as long as dpft's own arithmetic."""
+    asked, exact = [], Plan.epsilon_after
+    monkeypatch.setattr(Plan, "epsilon_after", lambda plan, n, **how: asked.append(n) or exact(plan, n, **how))
+    plan = Plan.calibrate(epsilon=epsilon, delta=0.1 / units, units=units, batch_size=batch_size, steps=steps)
+    assert len(asked) <= 3
+    assert 0.998 * epsilon <= plan.epsilon <= epsilon
+
+
 @pytest.mark.parametrize("epsilon", [0.1, 1.0, 3.0, 8.0])
 def test_calibrated_noise_meets_the_target_and_wastes_nothing(epsilon):
     plan = Plan.calibrate(epsilon=epsilon, delta=1e-6, units=50_000, batch_size=256, steps=300)

@@ -157,8 +157,8 @@ class _Loss:
 
 
 @lru_cache(maxsize=4096)
-def _loss(event: Event, grid: float, adding: bool) -> _Loss:
-    """One release's loss, when a unit is removed or, ``adding``, when it is added."""
+def _loss(event: Event, grid: float, adding: bool) -> _Loss | None:
+    """One release's loss, when a unit is removed or, ``adding``, when it is added; None if the grid is too fine for so wide a loss."""
     if event.noise_multiplier is None:
         # Of all mechanisms with this (ε, δ), the randomised response that fails with δ loses most (Kairouz et al. 2015).
         low, high = -event.epsilon, event.epsilon
@@ -168,6 +168,8 @@ def _loss(event: Event, grid: float, adding: bool) -> _Loss:
         least, largest = _mixture(-REACH * sigma, sigma, q), _mixture(1 + REACH * sigma, sigma, q)
         low, high = (-largest, -least) if adding else (least, largest)
         curve = partial(_hockey_stick, sigma=sigma, q=q, adding=adding)
+    if high - low > LONGEST * grid:
+        return None
     first = math.floor(low / grid)
     losses = np.arange(first, math.ceil(high / grid) + 1) * grid
     ratios, deltas = np.exp(losses), curve(losses)
@@ -217,6 +219,8 @@ def _hockey_stick(losses: np.ndarray, sigma: float, q: float, adding: bool) -> n
 
 def _epsilon(events: tuple[Event, ...], delta: float, grid: float, adding: bool) -> float:
     losses = [_loss(Event(1, e.noise_multiplier, e.sample_rate, e.epsilon, e.delta), grid, adding) for e in events]
+    if None in losses:
+        return math.inf
     counts = [event.count for event in events]
     infinite = -math.expm1(
         sum(n * math.log1p(-min(x.infinite, 1 - 1e-16)) for n, x in zip(counts, losses, strict=True))

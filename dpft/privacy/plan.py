@@ -19,9 +19,10 @@ from dpft.privacy.sampling import PoissonSampler
 if TYPE_CHECKING:
     from dpft.privacy.noise import Randomness
 
-MAX_NOISE_MULTIPLIER = 1e4
+MAX_NOISE_MULTIPLIER = 1e6
 MAX_STEPS = 10_000_000
 LARGEST_EPSILON = 500.0  # beyond it e to its power leaves the range of numbers
+COARSE = 0.1  # a grid for losses of hundreds, which protect nobody
 TOLERANCE = 1e-3  # of ε: how far below its target a calibrated plan may stay
 
 
@@ -248,11 +249,12 @@ def _steps_for(plan: Plan, target: float) -> Plan:
 
 
 def _spent(plan: Plan, steps: int, exact: bool) -> float:
-    """ε of ``steps`` releases: the plan's own, or ten times faster by dpft's arithmetic, which tells where to look."""
+    """ε of ``steps`` releases: what the plan states, or about that in hundredths of a second, by dpft's own arithmetic."""
     if exact:
         return plan.epsilon_after(steps)
     event = composition.Event(steps, plan.noise_multiplier, plan.sample_rate)
-    return composition.epsilon((event,), plan.delta, plan.adjacency)
+    about = composition.epsilon((event,), plan.delta, plan.adjacency)
+    return about if math.isfinite(about) else plan.epsilon_after(steps, grid=COARSE)
 
 
 def _search(

@@ -47,7 +47,7 @@ def fastest_budget(
         accumulate: what a step does with them.
         most: how many examples a micro-batch may hold at all.
         memory: bytes that a forward pass may keep.
-        draw: tokens of a logical batch as expected, and a larger budget would never be filled.
+        draw: tokens that a logical batch is expected to have: a larger budget would seldom be filled.
 
     Raises:
         torch.OutOfMemoryError: a single example does not fit.

@@ -11,6 +11,7 @@ from functools import cache, partial
 
 import numpy as np
 
+from dpft.privacy.plan import Plan
 from dpft.privacy.sampling import PoissonSampler
 from dpft.tasks.task import Task
 
@@ -49,6 +50,10 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def expected(self, plan: Plan) -> float:
+        """How many examples a logical batch has on average."""
+        return plan.sample_rate * sum(min(len(members), plan.examples_per_unit) for members in self.members)
 
     def spread(self, n: int = 3) -> list:
         """``n`` examples of different lengths: what the preflight looks at."""

@@ -219,7 +219,7 @@ class DPTrainerMixin:
         if self.frozen_prefix == "off":
             return None
         examples, asked = self._examples(), self.frozen_prefix == "on"
-        uses = self._expected_examples() * (self.plan.steps - self.engine.steps_released) / len(examples)
+        uses = examples.expected(self.plan) * (self.plan.steps - self.engine.steps_released) / len(examples)
         if uses < WORTH and not asked:
             return None
         prefix = FrozenPrefix.find(self.model, self._losses, self._collated(examples.spread()))
@@ -267,13 +267,8 @@ class DPTrainerMixin:
                 tokens=tokens,
                 most=self.engine.max_examples(tokens),
                 memory=memory,
-                draw=self._expected_examples() * float(examples.lengths.mean()),
+                draw=examples.expected(self.plan) * float(examples.lengths.mean()),
             )
-
-    def _expected_examples(self) -> float:
-        """In a logical batch."""
-        drawn = sum(min(len(members), self.plan.examples_per_unit) for members in self._examples().members)
-        return self.plan.sample_rate * drawn
 
     def _step_examples(self) -> Examples:
         """The examples, as long as they are to what a step computes."""

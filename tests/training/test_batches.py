@@ -119,3 +119,8 @@ def test_the_preflight_sees_several_lengths_however_the_rows_are_sorted():
     lengths = np.array([16] * 200 + [5, 7, 40, 12])
     examples = Examples(range(len(lengths)), lengths, np.arange(len(lengths)).reshape(-1, 1))
     assert lengths[examples.spread()].tolist() == [5, 7, 12] and lengths[examples.longest] == 40
+
+
+def test_how_many_examples_a_draw_has_on_average(plan):
+    examples = Examples(range(9), np.ones(9), [np.arange(6), np.array([6]), np.array([7, 8])])
+    assert examples.expected(plan(sample_rate=0.5, units=3, examples_per_unit=2)) == 0.5 * (2 + 1 + 2)

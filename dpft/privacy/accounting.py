@@ -8,7 +8,7 @@ DP (Mironov 2017) is the second opinion, and always the larger of the two.
 import logging
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Literal
 
@@ -65,9 +65,14 @@ def epsilon(
     """
     if grid is not None:
         return _pld(event, adjacency, grid).get_epsilon(delta)
+    return refined(lambda interval: _pld(event, adjacency, interval).get_epsilon(delta))
+
+
+def refined(epsilon_on: Callable[[float], float]) -> float:
+    """ε by dp-accounting, on ever finer grids until 0.1 % of it is at stake."""
     best = math.inf
     for interval in GRIDS:
-        finer = _pld(event, adjacency, interval).get_epsilon(delta)
+        finer = epsilon_on(interval)
         if math.isinf(finer) or finer == 0 or REMAINS * (best - finer) <= AGREEMENT * finer:
             return min(best, finer)
         best = finer

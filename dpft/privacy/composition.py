@@ -108,19 +108,18 @@ def _refined(events: tuple[Event, ...], delta: float, *, adding: bool, enough: f
 
 def reference(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "add-or-remove-one") -> float:
     """The same ε by dp-accounting, which composes each kind of release by itself."""
-    best, events = math.inf, merged(events)
+    events = merged(events)
     if any(event.noise_multiplier == 0 for event in events):
         return math.inf
-    for grid in accounting.GRIDS:
+
+    def epsilon_on(grid: float) -> float:
         total = None
         for event in events:
             one = _reference_loss(event, adjacency, grid)
             total = one if total is None else total.compose(one)
-        finer = 0.0 if total is None else total.get_epsilon_for_delta(delta)
-        if math.isinf(finer) or finer == 0 or REMAINS * (best - finer) <= AGREEMENT * finer:
-            return min(best, finer)
-        best = finer
-    return best
+        return 0.0 if total is None else total.get_epsilon_for_delta(delta)
+
+    return accounting.refined(epsilon_on)
 
 
 def epsilon_rdp(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "add-or-remove-one") -> float:

@@ -29,16 +29,8 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-PRELOADED = [
-    "torch",
-    "transformers",
-    "peft",
-    "opacus",
-    "datasets",
-    "hypothesis",
-]  # once for all, and not a line of ours
-
-
+# Imported once for all mutants, and not a line of ours.
+PRELOADED = ["torch", "transformers", "peft", "opacus", "datasets", "hypothesis"]
 AUDIT = [sys.executable, "-c", "from dpft.cli import main; main()", "audit", "step", "audit.toml", "--steps", "3000"]
 RECIPE = """
 subset = "lora"
@@ -69,7 +61,8 @@ def hunt(patch: Path) -> tuple[bool, str]:
 
     To be called in a process of its own: it imports the mutated tree.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = os.path.realpath(temporary)
         for part in ("dpft", "tests", "benchmarks", "pyproject.toml"):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             copy(ROOT / part, Path(folder) / part)
@@ -82,7 +75,7 @@ def hunt(patch: Path) -> tuple[bool, str]:
         failure, said = FirstFailure(), io.StringIO()
         with contextlib.redirect_stdout(said):
             ended = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *header(patch, "tests").split()], [failure])
-        if (taken := sys.modules.get("dpft")) is not None and not taken.__file__.startswith(os.path.realpath(folder)):
+        if (taken := sys.modules.get("dpft")) is not None and not taken.__file__.startswith(folder):
             return False, f"the tests took {taken.__file__}"
         wanted = header(patch, "audit")
         if wanted:

@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/dpft demo --output demo
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants/run.py

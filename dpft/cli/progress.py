@@ -77,5 +77,5 @@ class _Callback(TrainerCallback):
         every = max(1, engine.plan.steps // MARKS)
         mark = min(engine.plan.steps, -(-done // every) * every)
         if mark not in self._marks:
-            self._marks[mark] = engine.plan.epsilon_after(mark, grid=3e-3)
+            self._marks[mark] = engine.plan.epsilon_after(mark, exact=False)
         return f"ε ≤ {self._marks[mark]:.2f}"

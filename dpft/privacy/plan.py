@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from dp_accounting import dp_event
@@ -122,11 +122,21 @@ class Plan:
         """ε of the whole run, by PLD; infinite without noise."""
         return self.epsilon_after(self.steps)
 
-    def epsilon_after(self, steps: int, *, grid: float | None = None) -> float:
-        """ε spent by the first ``steps`` releases."""
+    def epsilon_after(self, steps: int, *, exact: bool = True) -> float:
+        """ε spent by the first ``steps`` releases.
+
+        Args:
+            exact: by dp-accounting, as it is stated. If not, in hundredths of a second by dpft's own arithmetic
+                (:mod:`dpft.privacy.composition`), an upper bound as well: for what is shown and what is searched.
+        """
         if steps == 0:
             return 0.0
-        return accounting.epsilon(self.event_after(steps), self.delta, self.adjacency, grid=grid)
+        if not exact:
+            event = composition.Event(steps, self.noise_multiplier, self.sample_rate)
+            found = composition.epsilon((event,), self.delta, self.adjacency)
+            if math.isfinite(found):
+                return found
+        return accounting.epsilon(self.event_after(steps), self.delta, self.adjacency, grid=None if exact else COARSE)
 
     @cached_property
     def epsilon_rdp(self) -> float:
@@ -215,7 +225,7 @@ def _noise_for(plan: Plan, target: float) -> Plan:
     """The least noise whose ε is at most ``target``, to 0.1 % of ε."""
 
     def epsilon(log_noise: float, exact: bool) -> float:
-        return _spent(replace(plan, noise_multiplier=math.exp(log_noise)), plan.steps, exact)
+        return replace(plan, noise_multiplier=math.exp(log_noise)).epsilon_after(plan.steps, exact=exact)
 
     # The central limit theorem of DP-SGD (Bu et al. 2020, equation 5), solved for the noise, says where to look.
     mu = _gaussian_mu(target, plan.delta) / plan.sample_rate
@@ -232,29 +242,22 @@ def _noise_for(plan: Plan, target: float) -> Plan:
 def _steps_for(plan: Plan, target: float) -> Plan:
     """The most steps whose ε is at most ``target``, to 0.1 % of ε."""
 
-    spent = cache(partial(_spent, plan))
-    if spent(1, True) > target:
+    spent = cache(plan.epsilon_after)
+    if spent(1) > target:
         raise PlanError(
-            f"One step at noise multiplier {plan.noise_multiplier:g} already spends epsilon = {spent(1, True):.3g}, "
+            f"One step at noise multiplier {plan.noise_multiplier:g} already spends epsilon = {spent(1):.3g}, "
             f"above {target:g}: use more noise."
         )
     mu = _gaussian_mu(target, plan.delta) / plan.sample_rate
     guess = max(0.0, math.log(mu**2 / math.expm1(plan.noise_multiplier**-2)))
-    found = _search(lambda x, exact: spent(int(math.exp(x)), exact), target, guess, 0.0, math.log(MAX_STEPS), slope=0.6)
+    found = _search(
+        lambda x, exact: spent(int(math.exp(x)), exact=exact), target, guess, 0.0, math.log(MAX_STEPS), slope=0.6
+    )
     if found is None:
         raise PlanError(
             f"More than {MAX_STEPS:,} steps fit into epsilon = {target:g}: give the steps and let the noise follow."
         )
     return replace(plan, steps=int(math.exp(found)))
-
-
-def _spent(plan: Plan, steps: int, exact: bool) -> float:
-    """ε of ``steps`` releases: what the plan states, or about that in hundredths of a second, by dpft's own arithmetic."""
-    if exact:
-        return plan.epsilon_after(steps)
-    event = composition.Event(steps, plan.noise_multiplier, plan.sample_rate)
-    about = composition.epsilon((event,), plan.delta, plan.adjacency)
-    return about if math.isfinite(about) else plan.epsilon_after(steps, grid=COARSE)
 
 
 def _search(

@@ -8,6 +8,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from dpft.errors import RecipeError
 from dpft.privacy import accounting
+from dpft.privacy.plan import Plan
 from dpft.report.meaning import Meaning, meaning
 from dpft.report.plots import line, roc, trade_off
 
@@ -99,19 +100,17 @@ def _facts(run: dict) -> dict:
 def _over_steps(run: dict, epsilon: float) -> str:
     (spent,) = run["events"]
     count = spent["count"]
-    steps = sorted({max(1, round(count * i / 24)) for i in range(1, 25)})
-    curve = [
-        accounting.epsilon(
-            accounting.poisson_gaussian(spent["noise_multiplier"], spent["sample_rate"], n),
-            run["delta"],
-            run["adjacency"],
-            grid=1e-3,
-        )
-        for n in steps
-    ]
+    steps = sorted({round(count * i / 24) for i in range(25)})
+    plan = Plan(
+        noise_multiplier=spent["noise_multiplier"],
+        sample_rate=spent["sample_rate"],
+        steps=count,
+        delta=run["delta"],
+        adjacency=run["adjacency"],
+    )
     return line(
-        [0, *steps],
-        [0, *curve],
+        steps,
+        [plan.epsilon_after(n, exact=False) for n in steps],
         title="ε spent while training",
         x_label="step",
         y_label="ε",

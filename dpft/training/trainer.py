@@ -340,7 +340,7 @@ class DPTrainerMixin:
         private = ("loss", "grad_norm", "total_flos", "train_", "init_mem", "before_init_mem")
         logs = {name: value for name, value in logs.items() if not name.startswith(private)}
         if self.engine is not None and self.engine.steps_released and self.randomness.private:
-            logs["epsilon"] = self.plan.epsilon_after(self.engine.steps_released, grid=1e-3)
+            logs["epsilon"] = self.plan.epsilon_after(self.engine.steps_released, exact=False)
         return logs
 
     def floating_point_ops(self, inputs) -> int:

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from dpft.errors import PlanError
+from dpft.privacy import accounting
 from dpft.privacy.clipping import AutoClip, FlatClip
 from dpft.privacy.noise import SeededRandomness
 from dpft.privacy.plan import Plan
@@ -45,11 +46,22 @@ def test_delta_of_one_over_units_or_more_is_refused(units):
 )
 def test_rare_draws_are_calibrated_without_asking_often(monkeypatch, epsilon, units, batch_size, steps):
     """dp-accounting takes seconds where draws are rare and ε is small, a hundred times as long as dpft's own arithmetic."""
-    asked, exact = [], Plan.epsilon_after
-    monkeypatch.setattr(Plan, "epsilon_after", lambda plan, n, **how: asked.append(n) or exact(plan, n, **how))
+    asked, exact = [], accounting.epsilon
+    monkeypatch.setattr(
+        accounting, "epsilon", lambda event, *given, **how: asked.append(event) or exact(event, *given, **how)
+    )
     plan = Plan.calibrate(epsilon=epsilon, delta=0.1 / units, units=units, batch_size=batch_size, steps=steps)
     assert len(asked) <= 3
     assert 0.998 * epsilon <= plan.epsilon <= epsilon
+
+
+@pytest.mark.parametrize("noise_multiplier", [4.0, 1.0, 0.5])
+@pytest.mark.parametrize("adjacency", ["add-or-remove-one", "zero-out"])
+def test_what_is_shown_while_training_is_what_will_be_stated(noise_multiplier, adjacency):
+    plan = Plan(**BASE | dict(noise_multiplier=noise_multiplier, adjacency=adjacency))
+    for steps in (0, 1, 20, 500):
+        shown, stated = plan.epsilon_after(steps, exact=False), plan.epsilon_after(steps)
+        assert 0.998 * stated <= shown <= 1.01 * stated
 
 
 @pytest.mark.parametrize("epsilon", [0.1, 1.0, 3.0, 8.0])

@@ -129,6 +129,7 @@ def give_back(work: Work) -> None:
 def peak(worker, work: Work) -> dict:
     import torch
 
+    step_of_two(worker)
     if work.device == "cpu":
         return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     return {"mib": torch.cuda.max_memory_allocated() / 2**20}
@@ -148,6 +149,13 @@ def timed(action: Callable[[], None]) -> float:
     return time.perf_counter() - since
 
 
+def step_of_two(worker) -> None:
+    """A step as its memory sees it: from the second micro-batch on, the gradients of those before are held as well."""
+    worker.micro_batch()
+    worker.micro_batch()
+    worker.update()
+
+
 def allocated(make: Callable) -> int:
     """The most bytes that PyTorch holds at once, from before the model is made to the end of the second step."""
     from torch.profiler import ProfilerActivity, profile
@@ -155,9 +163,7 @@ def allocated(make: Callable) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         worker = make()
         for _ in range(2):
-            worker.micro_batch()
-            worker.micro_batch()
-            worker.update()
+            step_of_two(worker)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(accumulate(changes))

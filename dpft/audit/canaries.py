@@ -23,6 +23,7 @@ import numpy as np
 from dpft.errors import RecipeError
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.recipe import Recipe
+from dpft.training.data import column_of
 
 KINDS = ("random-tokens", "secret", "new-token", "mislabelled")
 TEMPLATE = "The access code of patient {number} is {secret}."
@@ -244,7 +245,7 @@ def _owners(rows, unit: str, number: int) -> list:
     """Identifiers that nobody in the data has."""
     if unit == "example":
         return [None] * number
-    values = list(rows[unit])
+    values = list(column_of(rows, unit))
     if isinstance(values[0], str):
         taken = set(values)
         return [name for i in range(number + len(taken)) if (name := f"canary-{i}") not in taken][:number]

@@ -5,7 +5,7 @@ Every system has ``micro_batch()`` (forward, backward, clipping), ``update()`` (
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -159,6 +159,7 @@ class OfDPFT(System):
 
         import dpft
         from dpft.gradients.engine import Engine
+        from dpft.training.heap import kept_heap
         from dpft.training.tuning import free_memory, workspace
 
         self.work = work
@@ -174,8 +175,10 @@ class OfDPFT(System):
         )
         self.engine = Engine(self.model, plan)
         device = torch.device(work.device)
-        self.engine.workspace_bytes = workspace(device, free_memory(device))  # as a run does
-        self.engine.attach()
+        self.engine.workspace_bytes = workspace(device, free_memory(device))
+        self.attached = ExitStack()  # as a run does
+        self.attached.enter_context(kept_heap())
+        self.attached.enter_context(self.engine)
 
     def micro_batch(self) -> None:
         for part in cut(self.batch, self.engine.max_examples(self.work.tokens)):
@@ -193,7 +196,7 @@ class OfDPFT(System):
         return found
 
     def close(self) -> None:
-        self.engine.detach()  # as long as it watches the optimizers, PyTorch keeps it
+        self.attached.close()  # as long as the engine watches the optimizers, PyTorch keeps it
 
 
 class OfAuto(OfDPFT):
@@ -241,6 +244,17 @@ class OfBF16(OfDPFT):
                 return precise(model, batch)
 
         self.losses = losses
+
+
+class HeapKept(Plain):
+    """With the setting of the C library that a private run trains under, which needs no privacy."""
+
+    def __init__(self, work: Work) -> None:
+        from dpft.training.heap import kept_heap
+
+        super().__init__(work)
+        self.kept = ExitStack()
+        self.kept.enter_context(kept_heap())
 
 
 class Compiled(Plain):
@@ -363,5 +377,6 @@ VARIANTS: dict[str, Callable] = {
     "dpft, all made": partial(OfVariant, operations_per_number=0),
     "dpft, none made": partial(OfVariant, operations_per_number=1e12),
     "dpft, bf16": OfBF16,
+    "plain, heap kept": HeapKept,
     "plain, compiled": Compiled,
 }

@@ -25,6 +25,7 @@ from dpft.tasks.task import LabelledTask, Task
 from dpft.training.account import Account
 from dpft.training.arguments import check_arguments
 from dpft.training.batches import EVALUATION_TOKENS, Examples, LogicalBatch, LogicalBatches, plain_batches
+from dpft.training.heap import kept_heap
 from dpft.training.prefix import WORTH, FrozenPrefix
 from dpft.training.releases import Releases
 from dpft.training.tuning import Budget, fastest_budget, free_memory, workspace
@@ -142,7 +143,7 @@ class DPTrainerMixin:
             raise BudgetError(f"All {self.plan.steps:,} planned steps have been released: nothing is left to resume.")
         self.account = self._opened_account(charged)
         self._tell("watch", self.engine)
-        with self.engine:
+        with kept_heap(), self.engine:
             self.preflight = self._preflight()
             with self.engine.capture.paused():
                 self.prefix = self._kept_prefix()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -229,6 +230,24 @@ def test_public_evaluation_may_be_logged(make, tmp_path):
     trainer = make(args=args, evaluation_is_public=True, callbacks=[recorder])
     trainer.train()
     assert sum("eval_loss" in logs for logs in recorder.logs) == 2
+
+
+def test_a_run_keeps_the_heap_until_it_ends(make, monkeypatch):
+    seen = []
+
+    @contextmanager
+    def watched():
+        seen.append("kept")
+        yield
+        seen.append("given back")
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            seen.append("step")
+
+    monkeypatch.setattr("dpft.training.trainer.kept_heap", watched)
+    make(callbacks=[Steps()]).train()
+    assert seen == ["kept", *["step"] * 6, "given back"]
 
 
 def test_starting_over_in_the_same_folder_is_refused(make):

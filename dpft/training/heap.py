@@ -13,7 +13,7 @@ from contextlib import contextmanager
 # Parameters of mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 NEVER = -1
-LARGEST = 1 << 25  # bytes: smaller blocks lie in the heap; glibc takes no larger threshold, and comes to it by itself in time
+LARGEST = 1 << 24  # bytes that lie in the heap; keeping larger blocks costs more memory than it saves time
 CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 
 
@@ -22,7 +22,7 @@ def kept_heap() -> Iterator[None]:
     """Keep freed memory while entered, and give all of it back before and afterwards.
 
     Nothing happens under another C library than glibc, or if the environment tells it what to keep (:data:`CHOSEN`). Afterwards
-    glibc's thresholds are fixed at the largest that it would have come to by itself.
+    glibc's thresholds are fixed, at what it comes to by itself where tensors are large.
     """
     functions = None if any(name in os.environ for name in CHOSEN) else _glibc()
     if functions is None:

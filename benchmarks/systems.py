@@ -256,6 +256,9 @@ class HeapKept(Plain):
         self.kept = ExitStack()
         self.kept.enter_context(kept_heap())
 
+    def close(self) -> None:
+        self.kept.close()
+
 
 class Compiled(Plain):
     def __init__(self, work: Work) -> None:

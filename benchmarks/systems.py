@@ -153,6 +153,25 @@ class Plain(System):
         return total
 
 
+def losses_of_a_run(work: Work, losses: Callable) -> Callable:
+    """Those of dpft's task, where plain training's are ``losses``: of a language model, whose logits it never makes at once."""
+    import torch
+
+    from dpft.tasks import LabelledTask
+
+    if work.model == "minilm":
+        return losses
+    task = LabelledTask(collator=None)  # the batch is made
+    if work.dtype != "bfloat16":
+        return task.losses
+
+    def under_autocast(model, batch):
+        with torch.autocast(work.device, torch.bfloat16):
+            return task.losses(model, batch)
+
+    return under_autocast
+
+
 class OfDPFT(System):
     def __init__(self, work: Work) -> None:
         import torch
@@ -163,7 +182,8 @@ class OfDPFT(System):
         from dpft.training.tuning import free_memory, workspace
 
         self.work = work
-        self.model, self.batch, self.losses = made(work)
+        self.model, self.batch, self.plain_losses = made(work)
+        self.losses = losses_of_a_run(work, self.plain_losses)
         self.optimizer = torch.optim.AdamW(trainable(self.model).values(), lr=LEARNING_RATE)
         plan = dpft.Plan(
             noise_multiplier=1.0,
@@ -258,6 +278,22 @@ class HeapKept(Plain):
 
     def close(self) -> None:
         self.kept.close()
+
+
+class FewLogits(Plain):
+    """With the losses of a private run, which need no privacy."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self.losses = losses_of_a_run(work, self.losses)
+
+
+class AllLogits(OfDPFT):
+    """With plain training's losses."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self.losses = self.plain_losses
 
 
 class Compiled(Plain):
@@ -379,7 +415,9 @@ SYSTEMS: dict[str, Callable] = {
 VARIANTS: dict[str, Callable] = {
     "dpft, all made": partial(OfVariant, operations_per_number=0),
     "dpft, none made": partial(OfVariant, operations_per_number=1e12),
+    "dpft, all logits": AllLogits,
     "dpft, bf16": OfBF16,
     "plain, heap kept": HeapKept,
+    "plain, few logits": FewLogits,
     "plain, compiled": Compiled,
 }

@@ -16,6 +16,7 @@ from dpft.privacy.chacha import DeviceStream
 from dpft.privacy.clipping import FlatClip
 from dpft.privacy.noise import SecureRandomness, SeededRandomness
 from dpft.subset import Subset
+from dpft.tasks import cross_entropy
 from dpft.tasks.task import LabelledTask, token_losses
 from dpft.training.trainer import DPTrainer
 
@@ -153,6 +154,22 @@ def test_token_losses_are_those_of_the_processor():
         losses.sum().backward()
         found.append((losses.detach().cpu(), leaf.grad.cpu()))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_of_a_frozen_head_are_those_of_its_logits(dtype, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(cross_entropy, "DEVICE_PIECE", 1 << 17)
+    head = nn.Linear(64, 5000, bias=False, device=CUDA, dtype=dtype).requires_grad_(False)
+    states, labels = torch.randn(3, 50, 64, device=CUDA, dtype=dtype), torch.randint(5000, (3, 50), device=CUDA)
+    labels[0, :20] = labels[2, 30:] = -100
+    found = []
+    for own in (head, None):
+        leaf = states.clone().requires_grad_()
+        losses = token_losses(leaf if own else head(leaf), labels, shift=True, head=own)
+        losses.sum().backward()
+        found.append((losses.detach(), leaf.grad))
+    torch.testing.assert_close(*found, **({} if dtype == torch.float32 else {"rtol": 0.02, "atol": 1e-3}))
 
 
 @pytest.mark.parametrize("subset", ["lora", "all"])

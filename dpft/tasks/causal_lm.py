@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpft.tasks.head import before_head
 from dpft.tasks.task import IGNORED, _without_labels, pad_features, token_losses, token_sums
 
 
@@ -55,14 +56,16 @@ class CausalLM:
         return len(features["input_ids"])
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return token_losses(model(**_without_labels(batch)).logits, batch["labels"], shift=True)
+        given, head = before_head(model, _without_labels(batch))
+        return token_losses(given, batch["labels"], shift=True, head=head)
 
     def evaluate(self, model: nn.Module, batches) -> dict[str, Any]:
         """Loss per token over all tokens (nats), and its exponential, the perplexity."""
         total, tokens, examples = 0.0, 0, 0
         with torch.no_grad():
             for batch in batches:
-                sums, counts = token_sums(model(**_without_labels(batch)).logits, batch["labels"], shift=True)
+                given, head = before_head(model, _without_labels(batch))
+                sums, counts = token_sums(given, batch["labels"], shift=True, head=head)
                 total, tokens, examples = total + float(sums.sum()), tokens + int(counts.sum()), examples + len(counts)
         loss = total / max(tokens, 1)
         return {"loss_per_token": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens, "examples": examples}

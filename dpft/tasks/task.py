@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from dpft.tasks.cross_entropy import cross_entropies
+from dpft.tasks.cross_entropy import cross_entropies, head_cross_entropies
+from dpft.tasks.head import before_head
 
 IGNORED = -100  # label of a token that has no loss, as everywhere in Hugging Face
 
@@ -37,22 +38,26 @@ def class_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits.float(), labels, reduction="none")
 
 
-def token_sums(logits: Tensor, labels: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
+def token_sums(given: Tensor, labels: Tensor, *, shift: bool, head: nn.Linear | None = None) -> tuple[Tensor, Tensor]:
     """``(B, T, V)`` logits and ``(B, T)`` labels to each example's summed loss and token count, both ``(B,)``.
 
     Args:
         shift: the logits at t predict the label at t + 1 (causal models) rather than at t (encoder-decoders).
+        head: if there is one, the logits are what it makes of ``given``, ``(B, T, D)``.
     """
-    logits = logits[:, -labels.shape[1] :]  # what a prompt tuner puts before the text has no labels
+    given = given[:, -labels.shape[1] :].flatten(0, 1)  # what a prompt tuner puts before the text has no labels
     if shift:
         labels = pad(labels[:, 1:], (0, 1), value=IGNORED)
-    each = cross_entropies(logits.flatten(0, 1), labels.flatten(), IGNORED).view(labels.shape)
-    return each.sum(1), (labels != IGNORED).sum(1)
+    if head is None:
+        each = cross_entropies(given, labels.flatten(), IGNORED)
+    else:
+        each = head_cross_entropies(given, head, labels.flatten(), IGNORED)
+    return each.view(labels.shape).sum(1), (labels != IGNORED).sum(1)
 
 
-def token_losses(logits: Tensor, labels: Tensor, *, shift: bool) -> Tensor:
-    """Each example's mean loss over its own labelled tokens, ``(B,)``; zero for an example that has none."""
-    sums, counts = token_sums(logits, labels, shift=shift)
+def token_losses(given: Tensor, labels: Tensor, *, shift: bool, head: nn.Linear | None = None) -> Tensor:
+    """Each example's mean loss over its own labelled tokens, ``(B,)``; zero for one that has none. See :func:`token_sums`."""
+    sums, counts = token_sums(given, labels, shift=shift, head=head)
     return sums / counts.clamp_min(1)
 
 
@@ -79,10 +84,12 @@ class LabelledTask:
         labels = batch["labels"]
         encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
         # An encoder-decoder makes its decoder's input from the labels; every other model need not see them.
-        logits = model(**(batch if encoder_decoder else _without_labels(batch))).logits
+        if encoder_decoder:
+            return token_losses(model(**batch).logits, labels, shift=False)
         if labels.dim() == 1:
-            return class_losses(logits, labels)
-        return token_losses(logits, labels, shift=not encoder_decoder)
+            return class_losses(model(**_without_labels(batch)).logits, labels)
+        given, head = before_head(model, _without_labels(batch))
+        return token_losses(given, labels, shift=True, head=head)
 
     def evaluate(self, model: nn.Module, batches) -> dict[str, Any]:
         total, examples = 0.0, 0

@@ -145,6 +145,8 @@ def text(found: dict, folder: str) -> str:
         "too small to reach the rate of a large one. Private training inherits this distance and adds little to it.",
         "- **Between private and plain training**: norms and clipped sums read every per-example gradient once more. For LoRA these are "
         "small beside the activations; they grow with examples times trained numbers.",
+        "- **Below plain training**: logits. Plain training keeps those of all tokens and a gradient as large; dpft makes a few hundred tokens' at a "
+        "time, and at once the gradient of what went into the head. It needs no privacy, and shows the more the smaller the model before the head.",
         "- **In the update**: noise. It is drawn from a cryptographic generator, four Gaussians for each number, and takes several "
         "times what AdamW does. It is paid once in a step, whatever the number of examples: "
         "share it out over an effective batch of hundreds of examples.",

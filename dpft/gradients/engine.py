@@ -123,8 +123,8 @@ class Engine:
                 consecutive micro-batches: its gradient is complete before its norm is taken.
 
         Raises:
-            GuaranteeError: losses are not ``(B,)``, the trainable parameters changed, or a unit came back after its
-                gradient had been clipped.
+            GuaranteeError: losses are not ``(B,)`` or more than :meth:`max_examples` allows where each has a backward pass of its own, the
+                trainable parameters changed, or a unit came back after its gradient had been clipped.
             ExactnessError, BypassError: see :mod:`dpft.errors`.
         """
         self._check_ready(losses, units)
@@ -266,6 +266,11 @@ class Engine:
             raise GuaranteeError(
                 f"losses has shape {tuple(losses.shape)}, but each example needs a loss of its own, or one record would "
                 "rescale the others before clipping: pass (B,) losses, not their mean."
+            )
+        if self.capture.one_by_one and len(losses) > 1:
+            raise GuaranteeError(
+                f"{len(losses)} losses of one forward pass were given, but each example has a backward pass of its own ({self.capture.one_by_one}), in "
+                "which a neighbour's value that is not finite would silence it: give one example at a time, as engine.max_examples says."
             )
         if units is not None and len(units) != len(losses):
             raise GuaranteeError(

@@ -291,6 +291,24 @@ def test_a_non_finite_unit_contributes_nothing(bert, quiet, poison):
     torch.testing.assert_close(sums[0], sums[1], rtol=1e-4, atol=1e-7)
 
 
+def test_examples_that_go_one_by_one_share_no_forward_pass(bert, quiet):
+    """T12: in the backward pass of one, 0 · inf of its neighbour is NaN, so that one record would silence others."""
+    sums = []
+    for weights in ([1.0], [1.0, float("inf")]):
+        with Engine(bert.model, quiet()) as engine:
+            engine.capture.go_one_by_one("a test")
+            with pytest.raises(GuaranteeError, match="2 losses of one forward pass .* one example at a time"):
+                engine.accumulate(bert.losses(bert.examples[:2]))
+            assert engine.max_examples(9) == 1
+            for example, weight in zip(bert.examples, weights, strict=False):
+                engine.accumulate(bert.losses([example]) * weight)
+            engine.release()
+        sums.append(flat_gradient(bert.model))
+        bert.model.zero_grad()
+    assert engine.nonfinite_units == 1 and sums[0].any()
+    torch.testing.assert_close(*sums)
+
+
 @pytest.mark.parametrize("shape", ["mean", "matrix"])
 def test_losses_must_be_per_example(bert, plan, shape):
     """T1."""

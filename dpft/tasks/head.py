@@ -33,14 +33,15 @@ def before_head(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor,
         found = model(**inputs).logits
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # such zeros cannot be written to; whatever else it was will come again
+    except RuntimeError:  # such zeros cannot be written to; whatever else it was comes again below
         found = None
     finally:
         del head.forward
     if len(calls) == 1 and found is calls[0][1] and found._version == 0:
         return calls[0][0], head
+    logits = model(**inputs).logits
     _CHANGED.add(model)
-    return model(**inputs).logits, None
+    return logits, None
 
 
 def _frozen_head(model: nn.Module) -> nn.Linear | None:

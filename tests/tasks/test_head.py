@@ -249,17 +249,22 @@ def test_a_failing_model_is_left_as_it_was(trained_below):
     torch.testing.assert_close(*found_and_expected(model, batch()))
 
 
-def test_what_does_not_fit_is_not_tried_twice(trained_below):
+@pytest.mark.parametrize(("error", "tries"), [(torch.OutOfMemoryError, 1), (RuntimeError, 2)])
+def test_a_failure_says_nothing_of_the_logits(trained_below, error, tries):
+    """And what does not fit into memory is not tried twice."""
     model, passes = trained_below(llama()), []
+    own = model.model.forward
 
     def forward(*_, **__):
         passes.append(1)
-        raise torch.OutOfMemoryError("out of memory")
+        raise error("it failed")
 
     model.model.forward = forward
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(error):
         before_head(model, {"input_ids": batch()["input_ids"]})
-    assert len(passes) == 1 and model not in head._CHANGED
+    model.model.forward = own
+    assert len(passes) == tries
+    assert before_head(model, {"input_ids": batch()["input_ids"]})[1] is model.lm_head
 
 
 def test_virtual_tokens_before_the_text_have_no_loss(case):

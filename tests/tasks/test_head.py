@@ -173,21 +173,15 @@ def found_and_expected(model, given):
         yield losses.detach(), torch.autograd.grad((losses * torch.arange(1.0, 4.0)).sum(), weight)[0]
 
 
-@pytest.fixture
-def trained_below():
+def trained_below(model):
     """Everything but the head trains."""
-
-    def make(model):
-        model = model.train()
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
-        return model
-
-    return make
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+    return model.train()
 
 
 @pytest.mark.parametrize("make", [llama, capped, scaled, masked, multiplied])
 @pytest.mark.filterwarnings("ignore:Use of index_put_ on expanded tensors")
-def test_a_models_losses_are_those_of_its_logits(trained_below, make):
+def test_a_models_losses_are_those_of_its_logits(make):
     model = trained_below(make())
     for _ in range(2):  # a model that was seen to change its logits is remembered
         torch.testing.assert_close(*found_and_expected(model, batch()))
@@ -195,7 +189,7 @@ def test_a_models_losses_are_those_of_its_logits(trained_below, make):
     assert (model in head._CHANGED) == (make is not llama)
 
 
-def test_no_tensor_is_as_large_as_the_logits(trained_below, monkeypatch):
+def test_no_tensor_is_as_large_as_the_logits(monkeypatch):
     """And the head sees labelled tokens alone."""
     monkeypatch.setattr(module, "MADE", 4 * WORDS)
     sizes, products = [], []
@@ -240,7 +234,7 @@ def test_a_head_that_trains_or_is_watched_makes_its_logits(case):
     assert before_head(moved, inputs)[1] is None and "forward" in vars(layer)
 
 
-def test_a_failing_model_is_left_as_it_was(trained_below):
+def test_a_failing_model_is_left_as_it_was():
     model = trained_below(llama())
     state = copy.copy(vars(model.lm_head))
     with pytest.raises(IndexError):
@@ -250,7 +244,7 @@ def test_a_failing_model_is_left_as_it_was(trained_below):
 
 
 @pytest.mark.parametrize(("error", "tries"), [(torch.OutOfMemoryError, 1), (RuntimeError, 2)])
-def test_a_failure_says_nothing_of_the_logits(trained_below, error, tries):
+def test_a_failure_says_nothing_of_the_logits(error, tries):
     """And what does not fit into memory is not tried twice."""
     model, passes = trained_below(llama()), []
     own = model.model.forward

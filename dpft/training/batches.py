@@ -5,7 +5,7 @@ as much as so many tokens more, so that it holds at most ``token_budget`` padded
 the sum of clipped gradients: a unit's examples stay consecutive, and the engine completes a unit before it clips.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -17,7 +17,7 @@ from dpft.privacy.sampling import PoissonSampler
 from dpft.tasks.encoded import Encoded
 from dpft.tasks.task import Task
 from dpft.training.units import check_count, unit_ids
-from dpft.values import plain
+from dpft.values import kind, plain
 
 CHUNK = 1000  # rows given to the tokenizer at a time
 EVALUATION_TOKENS = 4096  # padded tokens of a batch that keeps nothing for a backward pass
@@ -54,6 +54,8 @@ class Examples:
             raise RecipeError("The data are empty: there is nothing to learn from.")
         lengths = np.array([task.length(feature) for feature in features], dtype=np.int64)
         units = range(len(rows)) if unit == "example" else unit_ids(ids, unit)
+        if unit == "example" and places == list(units):
+            return cls(features, lengths, np.arange(len(features)).reshape(-1, 1))
         groups: dict = {}
         for i, place in enumerate(places):
             groups.setdefault(units[place], []).append(i)
@@ -91,9 +93,11 @@ def _columns(rows, start: int, end: int) -> dict:
     if hasattr(rows, "column_names"):
         return rows[start:end]
     some = [rows[i] for i in range(start, end)]
-    for i, row in enumerate(some):
+    for i, row in enumerate(some, start + 1):
+        if not isinstance(row, Mapping):
+            raise RecipeError(f"The data's row {i:,} is {kind(row)}, but a row maps columns to values: make it a dict.")
         if row.keys() != some[0].keys():
-            raise RecipeError(f"The data's row {start + i + 1:,} has other columns than those before it: fill them in.")
+            raise RecipeError(f"The data's row {i:,} has other columns than those before it: give all rows the same.")
     return {key: [row[key] for row in some] for key in some[0]}
 
 

@@ -42,6 +42,7 @@ def read(paths: str | list[str]):
     """
     import datasets
 
+    datasets.disable_progress_bars()
     files = [Path(expand(path)) for path in listed(paths)]
     for file in files:
         if not file.exists():
@@ -126,7 +127,8 @@ def _json(files: list[Path]):
                     f"{file.name} row {row + 1:,} is {kind(found)}, but a row is an object of columns: write one per line."
                 )
             for name in found:
-                columns.setdefault(name, [None] * row)
+                if name not in columns:
+                    columns[name] = [None] * row
             for name, values in columns.items():
                 values.append(found.get(name))
             row += 1

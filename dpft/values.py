@@ -6,6 +6,7 @@ class nor a unit.
 """
 
 from collections.abc import Iterable, Mapping
+from math import isnan
 from typing import Any
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a float", str: "a text", list: "a list", dict: "an object"}
@@ -25,7 +26,9 @@ def kind(value: Any) -> str:
 
 def missing(value: Any) -> bool:
     """Whether a plain value is None, NaN or a text of spaces alone."""
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+    if isinstance(value, float):
+        return isnan(value)
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def class_number(value: Any, numbers: Mapping[str, int]) -> int | None:

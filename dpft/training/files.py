@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from secrets import token_hex
 from typing import TextIO
 
 from dpft.errors import RecipeError
@@ -44,18 +45,12 @@ def read(paths: str | list[str]):
 
     datasets.disable_progress_bars()
     files = [Path(expand(path)) for path in listed(paths)]
-    for file in files:
-        if not file.exists():
-            raise RecipeError(f"There is no data at {file}: correct the path in the recipe.")
-    readers = {_saved if file.is_dir() else READERS.get(file.suffix.lower()) for file in files}
-    if len(readers) != 1 or None in readers:
-        raise RecipeError(
-            f"{files[0].name} has no known format: name files of one kind, .csv, .tsv, .json, .jsonl or .parquet, or folders saved by datasets."
-        )
+    if not files:
+        raise RecipeError("The list of data files is empty: name at least one file.")
     try:
-        rows = readers.pop()(files)
+        rows = _reader(files)(files)
         if not isinstance(rows, datasets.Dataset):
-            rows = datasets.Dataset(rows, fingerprint="rows in memory")  # or all of them would be hashed
+            rows = datasets.Dataset(rows, fingerprint=token_hex(8))  # or all of them would be hashed
         return _with_class_names(rows)
     except OSError as error:
         raise RecipeError(
@@ -67,6 +62,18 @@ def read(paths: str | list[str]):
         raise RecipeError(
             f"{files[0].name} cannot be read ({type(error).__name__}): its columns may be damaged, differ from file to file, or have types that datasets lacks."
         ) from error
+
+
+def _reader(files: list[Path]) -> Callable:
+    for file in files:
+        if not file.exists():
+            raise RecipeError(f"There is no data at {file}: correct the path in the recipe.")
+    readers = {_saved if file.is_dir() else READERS.get(file.suffix.lower()) for file in files}
+    if len(readers) != 1 or None in readers:
+        raise RecipeError(
+            f"{files[0].name} has no known format: name files of one kind, .csv, .tsv, .json, .jsonl or .parquet, or folders saved by datasets."
+        )
+    return readers.pop()
 
 
 def _csv(files: list[Path]):
@@ -222,8 +229,9 @@ def _split(folder: Path) -> Path:
     if len(splits) == 1:
         return folder / splits[0]
     if splits:
+        one = "train" if "train" in splits else splits[0]
         raise RecipeError(
-            f"{folder} holds the splits {', '.join(splits)}: name the one that is meant, such as {folder / splits[0]}."
+            f"{folder} holds the splits {', '.join(splits)}: name the one that is meant, such as {folder / one}."
         )
     files = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in READERS)
     if files:

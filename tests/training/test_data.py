@@ -134,7 +134,7 @@ def test_labels_are_what_the_file_says(tmp_path, recipe, file, content, declared
         ("a.parquet", {"text": ["fever"], "label": pa.array([None], pa.string())}, "row 1 has no label"),
         ("a.parquet", b"PAR1 cancer", "a.parquet is not a whole Parquet file"),
         ("saved", NUMBERED.map(lambda row: {"label": -1}), "row 1 has no label"),
-        ("saved", datasets.DatasetDict(test=NUMBERED, train=NUMBERED), "holds the splits test, train: name .*saved/test"),
+        ("saved", datasets.DatasetDict(test=NUMBERED, train=NUMBERED), "holds the splits test, train: name .*saved/train"),
     ],
 )
 def test_what_cannot_be_learned_from_is_one_true_sentence(tmp_path, recipe, file, content, said):
@@ -148,6 +148,8 @@ def test_what_cannot_be_learned_from_is_one_true_sentence(tmp_path, recipe, file
 def test_folders_that_are_no_data_set_say_what_to_name(tmp_path):
     with pytest.raises(RecipeError, match="folder without data"):
         read(str(tmp_path))
+    with pytest.raises(RecipeError, match="list of data files is empty"):
+        read([])
     (tmp_path / "b.csv").write_text("text\nx\n")
     (tmp_path / "a.CSV").write_text("text\nx\n")
     with pytest.raises(RecipeError, match="folder with 2 data files: name the files themselves, such as .*a.CSV"):

@@ -43,7 +43,7 @@ class TaskTable(_Table):
     max_length: int | None = Field(
         None,
         ge=4,
-        description="Longer examples are cut after this many tokens; by default 128, or the model's positions if fewer.",
+        description="Examples are cut after this many tokens; by default 128, or the model's positions if fewer.",
     )
 
     @model_validator(mode="after")
@@ -69,7 +69,8 @@ class TaskTable(_Table):
 
 class DataTable(_Table):
     train: str | list[str] = Field(
-        description="The private data: CSV, TSV, JSON lines, Parquet, or a folder saved by `datasets`. Cells are read as text: 01 is not 1, NA is a text."
+        description="The private data: CSV, TSV, JSON lines, Parquet, or a folder saved by `datasets`. "
+        "A CSV cell is a text: 01 is not 1, and NA is not missing."
     )
     validation: str | list[str] | None = Field(None, description="Held-out data for evaluation.")
     validation_rows: int | None = Field(
@@ -82,7 +83,9 @@ class DataTable(_Table):
         None, description="Data declared public, with the same columns: what sparse(choose='gradient') looks at."
     )
     units: int = Field(ge=1, description="The declared, public number of units in the training data.")
-    unit: str = Field("example", description="The column whose text or whole number names a row's unit, such as patient_id.")
+    unit: str = Field(
+        "example", description="The column whose text or whole number names a row's unit, such as patient_id."
+    )
     examples_per_unit: int = Field(1, ge=1, description="How many examples of a unit one step uses at most.")
     unit_gradient: Literal["mean", "sum"] = Field("mean", description="How a unit's examples make its gradient.")
 

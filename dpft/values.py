@@ -1,15 +1,22 @@
 """Cells of the data by value: what kind each is, whether one is missing, and which declared class a label is.
 
-A cell means the text that stands in the file. The text 01 is not 1, and NA is a text like any other. A whole number means its digits;
-true and false have two spellings, JSON's and Python's. A float means no text: 7.0 may have been written as 7, so it names neither a
-class nor a unit.
+A cell means the text that stands in the file. The text 01 is not 1, and NA is a text like any other. A whole number means
+its digits; true and false have two spellings, JSON's and Python's. A float means no text: 7.0 may have been written as 7,
+so it names neither a class nor a unit.
 """
 
 from collections.abc import Iterable, Mapping
 from math import isnan
 from typing import Any
 
-KINDS = {bool: "true or false", int: "a whole number", float: "a float", str: "a text", list: "a list", dict: "an object"}
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a float",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def plain(values: Iterable) -> list:
@@ -32,7 +39,7 @@ def missing(value: Any) -> bool:
 
 
 def class_number(value: Any, numbers: Mapping[str, int]) -> int | None:
-    """The class that a plain label names, from 0; None if it names none. ``numbers`` are the declared labels' own."""
+    """The class that a plain label names, or None; ``numbers`` maps each declared label to its class, from 0."""
     if isinstance(value, bool):  # which is an int as well
         return numbers.get(str(value).lower(), numbers.get(str(value)))
     return numbers.get(str(value)) if isinstance(value, (int, str)) and not missing(value) else None

@@ -9,7 +9,7 @@ from typing import Any
 class Encoded:
     """What :meth:`Task.encode` returns if a row has several features, or none: each feature with its row.
 
-    All features of a row belong to the row's unit. Under the unit ``"example"`` such a row is one unit of several examples.
+    All features of a row belong to the row's unit. Under the unit ``"example"`` a row is one unit of several examples.
 
     Args:
         features: ``n`` features, such as the windows of long texts.

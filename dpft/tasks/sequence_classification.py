@@ -31,7 +31,7 @@ class SequenceClassification:
         self._index = {value: i for i, value in enumerate(self.labels)}
 
     def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
-        """Raises RecipeError: a label is missing, a float, or not a declared one; the row is counted among those given."""
+        """Raises RecipeError: a label is missing, a float, or not declared; the row is counted among those given."""
         values = plain(rows[self.label])
         labels = [class_number(value, self._index) for value in values]
         if None in labels:

@@ -22,7 +22,7 @@ class Task(Protocol):
         """``(B,)`` losses, each from its own example alone: never divided by a count over the batch."""
 
     def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]] | Encoded:
-        """Columns of some rows to one feature a row, which depends on that row alone; any other number as :class:`Encoded`."""
+        """Columns of some rows to one feature a row, from that row alone; any other number as :class:`Encoded`."""
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Pad features to one batch, with an attention mask."""

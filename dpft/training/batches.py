@@ -34,11 +34,14 @@ class Examples:
 
     @classmethod
     def encode(cls, rows, task: Task, unit: str = "example") -> "Examples":
-        """Encode a ``datasets.Dataset`` or any sequence of rows; ``unit`` is ``"example"`` or the column that names the unit.
+        """Encode a ``datasets.Dataset`` or any sequence of rows.
+
+        Args:
+            unit: ``"example"``, or the column that names a row's unit (:func:`dpft.training.units.unit_ids`).
 
         Raises:
-            RecipeError: there are no rows, a column or a unit's id is missing or unfit (:func:`dpft.training.units.unit_ids`), or
-                the task gave other than one feature a row without saying whose each is (:class:`dpft.tasks.Encoded`).
+            RecipeError: there are no rows, a column is missing, an id names no unit, or the task made other than one
+                feature a row and did not return :class:`dpft.tasks.Encoded`.
         """
         features, places, ids = [], [], []
         for start in range(0, len(rows), CHUNK):
@@ -47,8 +50,8 @@ class Examples:
                 if unit not in columns:
                     raise RecipeError(f"The data have no column {unit!r}: they have {', '.join(columns)}.")
                 ids += plain(columns[unit])
-            found, owners = _with_rows(task.encode(columns), min(CHUNK, len(rows) - start))
-            features += found
+            encoded, owners = _with_rows(task.encode(columns), min(CHUNK, len(rows) - start))
+            features += encoded
             places += [start + owner for owner in owners]
         if not features:
             raise RecipeError("The data are empty: there is nothing to learn from.")

@@ -15,8 +15,8 @@ def load(recipe: Recipe, *, validation: bool = True):
     """The training rows and, if there are any and they are wanted, the validation rows.
 
     Raises:
-        RecipeError: a file or column is missing, a text, label or unit is not one, a label is not declared, or the number of units
-            is far from the declared one. Rows are counted from 1 over all files, without headers.
+        RecipeError: a file or column is missing, a cell holds no text, no declared label or no unit's id, or the number
+            of units is far from the declared one. Rows are counted from 1 over all files, without headers.
     """
     train = read(recipe.data.train)
     check(train, recipe.task, recipe.data, "data.train")

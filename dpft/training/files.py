@@ -1,8 +1,8 @@
 """Files to rows, cell by cell as the file says, and with no copy on disk.
 
-``datasets.load_dataset`` would guess types, take words such as NA for missing, and leave a readable copy of the rows in the user's
-cache. Here rows are parsed into memory, where they need less than the features that training makes of them; a folder of
-``save_to_disk`` is mapped where it lies.
+``datasets.load_dataset`` guesses types, takes words such as NA for missing, and leaves a readable copy of the rows in
+the user's cache. This module parses rows into memory instead. There they need less than the token ids that training keeps
+of them, so what fits in training fits here. A folder of ``save_to_disk`` is mapped where it lies.
 """
 
 import csv
@@ -28,15 +28,16 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
-JSON = json.JSONDecoder(parse_int=_whole, parse_constant=lambda word: None)  # NaN and Infinity, which are none, are missing
+JSON = json.JSONDecoder(
+    parse_int=_whole, parse_constant=lambda word: None
+)  # NaN and Infinity, which are none, are missing
 
 
 def read(paths: str | list[str]):
     """A ``datasets.Dataset`` from CSV, JSON or Parquet files, or from folders written by ``save_to_disk``.
 
-    Every cell of a CSV or TSV file is a text, and an empty cell is the empty text. JSON (lines, or one list of objects) keeps its
-    types: a column of several is of ``datasets.Json``, whose values come out as they stand there. Of class numbers that ``datasets``
-    saved, their names are read.
+    Every cell of a CSV or TSV file is a text, and an empty cell is the empty text. JSON (lines, or one list of objects)
+    keeps its types; a column of several types is a ``datasets.Json`` column. ``ClassLabel`` columns become their names.
 
     Raises:
         RecipeError: a file is missing or of no known kind, or a row cannot be read; it says which, and quotes no cell.
@@ -56,11 +57,17 @@ def read(paths: str | list[str]):
         raise RecipeError(
             f"{files[0].name} cannot be read ({error.strerror or 'it is damaged'}): check the file and its permissions."
         ) from error
-    except (ValueError, TypeError, KeyError, NotImplementedError) as error:  # which may quote a row: only its kind is told
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        NotImplementedError,
+    ) as error:  # which may quote a row: only its kind is told
         if isinstance(error, RecipeError):
             raise
         raise RecipeError(
-            f"{files[0].name} cannot be read ({type(error).__name__}): its columns may be damaged, differ from file to file, or have types that datasets lacks."
+            f"{files[0].name} cannot be read ({type(error).__name__}): its columns may be damaged, differ from file to "
+            "file, or have types that datasets lacks."
         ) from error
 
 
@@ -71,7 +78,8 @@ def _reader(files: list[Path]) -> Callable:
     readers = {_saved if file.is_dir() else READERS.get(file.suffix.lower()) for file in files}
     if len(readers) != 1 or None in readers:
         raise RecipeError(
-            f"{files[0].name} has no known format: name files of one kind, .csv, .tsv, .json, .jsonl or .parquet, or folders saved by datasets."
+            f"{files[0].name} has no known format: name files of one kind, .csv, .tsv, .json, .jsonl or .parquet, "
+            "or folders saved by datasets."
         )
     return readers.pop()
 
@@ -110,15 +118,17 @@ def _cells(reader, name: str) -> Iterator[list[str]]:
                 continue
             width = width or len(cells)
             if len(cells) != width:
+                have = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
                 raise RecipeError(
-                    f"{name} row {row:,} (line {reader.line_num:,}) has {len(cells)} cells, but the header has {width}: "
+                    f"{name} row {row:,} (line {reader.line_num:,}) has {have}, but the header has {width}: "
                     "correct the row, and quote cells that hold a separator."
                 )
             yield cells
             row += 1
     except csv.Error as error:
         raise RecipeError(
-            f"{name} row {row:,} has a quotation mark that does not end its cell: write each one inside a quoted cell twice."
+            f"{name} {f'row {row:,}' if row else 'header'} has a quotation mark that does not end its cell: "
+            "write each one inside a quoted cell twice."
         ) from error
 
 
@@ -128,16 +138,17 @@ def _json(files: list[Path]):
     columns: dict[str, list] = {}
     row = 0
     for file in files:
-        for found in _objects(file):
-            if not isinstance(found, dict):
+        for cells in _objects(file):
+            if not isinstance(cells, dict):
                 raise RecipeError(
-                    f"{file.name} row {row + 1:,} is {kind(found)}, but a row is an object of columns: write one per line."
+                    f"{file.name} row {row + 1:,} is {kind(cells)}, but a row is an object of columns: "
+                    "write one per line."
                 )
-            for name in found:
+            for name in cells:
                 if name not in columns:
                     columns[name] = [None] * row
             for name, values in columns.items():
-                values.append(found.get(name))
+                values.append(cells.get(name))
             row += 1
     if not columns:
         raise RecipeError(f"{files[0].name} is empty: there is nothing to learn from.")
@@ -150,21 +161,21 @@ def _objects(file: Path) -> Iterator:
         while (first := lines.read(1)).isspace():
             pass
         lines.seek(0)
-        number = 1
+        number = 0
         try:
-            if first == "[":
-                yield from JSON.decode(lines.read().strip())
-                return
-            for number, line in enumerate(lines, 1):
+            for line in [lines.read()] if first == "[" else lines:
+                number += 1
                 if line.strip():
-                    yield JSON.decode(line.strip())
+                    yield from JSON.decode(line) if first == "[" else [JSON.decode(line.strip())]
         except json.JSONDecodeError as error:
             raise RecipeError(
-                f"{file.name} line {number + error.lineno - 1:,} is not JSON ({error.msg}): write one object per line, or one list of objects."
+                f"{file.name} line {number + error.lineno - 1:,} is not JSON ({error.msg}): "
+                "write one object per line, or one list of objects."
             ) from error
         except OverflowError as error:
             raise RecipeError(
-                f"{file.name} line {number:,} has a whole number of over 18 digits, which would be rounded: write it in quotation marks."
+                f"{file.name}{'' if first == '[' else f' line {number:,}'} has a whole number of over 18 digits, which "
+                "would be rounded: write it in quotation marks."
             ) from error
 
 
@@ -209,7 +220,8 @@ def _joined(tables: list, files: list[Path]):
     for table in tables:
         if set(table.column_names) != set(tables[0].column_names):
             raise RecipeError(
-                f"The files have different columns, {', '.join(tables[0].column_names)} and {', '.join(table.column_names)}: give them the same."
+                f"The files have different columns, {', '.join(tables[0].column_names)} and "
+                f"{', '.join(table.column_names)}: give them the same."
             )
     return pa.concat_tables([table.select(tables[0].column_names) for table in tables], promote_options="default")
 
@@ -236,7 +248,7 @@ def _split(folder: Path) -> Path:
     files = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in READERS)
     if files:
         raise RecipeError(
-            f"{folder} is a folder with {len(files):,} data files: name the files themselves, such as {folder / files[0]}."
+            f"{folder} is a folder with {len(files):,} data files: name the files, such as {folder / files[0]}."
         )
     raise RecipeError(f"{folder} is a folder without data: name a file, or a folder written by save_to_disk.")
 

@@ -15,19 +15,19 @@ TABLE = re.compile(r"(^|\.)(wpe|(?!relative)\w*position(?!_ids$|.*bias)\w*)$")
 def positions(model: nn.Module) -> int | None:
     """The longest text that a model with a table of absolute positions can read, in tokens; None for any other model.
 
-    A table is known by its name. RoBERTa's positions begin after its padding index, OPT's and BART's after an offset: 514 rows are
-    then 512 tokens. Relative and rotary positions have no table, so the number in their configuration is advice.
+    A table is known by its name. RoBERTa's positions begin after its padding index, OPT's and BART's after an offset:
+    514 rows are then 512 tokens. Relative and rotary positions have no table; the number in their configuration is advice.
     """
     config = model.config.get_text_config()
     limits = [value for name in LIMITS if isinstance(value := getattr(config, name, None), int)]
-    found, modules = [], dict(model.named_modules())
+    sizes, modules = [], dict(model.named_modules())
     for name, table in chain(model.named_parameters(), model.named_buffers()):
         name = name.removesuffix(".weight")
         if table.dim() == 2 and TABLE.search(name):
             padding = getattr(modules.get(name), "padding_idx", None)
             first = 0 if padding is None else padding + 1
-            found.append(len(table) - getattr(modules.get(name), "offset", first))
-    return min([*found, *limits]) if found else None
+            sizes.append(len(table) - getattr(modules.get(name), "offset", first))
+    return min([*sizes, *limits]) if sizes else None
 
 
 def fitting_length(asked: int | None, model: nn.Module) -> int:
@@ -41,6 +41,7 @@ def fitting_length(asked: int | None, model: nn.Module) -> int:
         return min(DEFAULT_LENGTH, most or DEFAULT_LENGTH)
     if most is not None and asked > most:
         raise RecipeError(
-            f"task.max_length is {asked:,} tokens, but the model has positions for {most:,}, so longer texts would fail: lower it to {most:,}."
+            f"task.max_length is {asked:,} tokens, but the model has positions for {most:,}, so longer texts would fail: "
+            f"lower it to {most:,}."
         )
     return asked

@@ -26,8 +26,7 @@ def unit_ids(values: Iterable, column: str, where: str = "The data's") -> list:
             fault = f"has no {column!r}, so it is unknown whose it is: fill it in or remove the row."
         elif type(value) is float:
             fault = (
-                f"has a float in unit column {column!r}, which may be another id rounded (whole numbers become floats beside "
-                "a missing one): write ids as text."
+                f"has a float in unit column {column!r}, and floats round ids or hide missing ones: write ids as text."
             )
         elif type(value) not in ID_TYPES:
             fault = f"has {kind(value)} in unit column {column!r}, but it belongs to one unit: write ids as text."
@@ -45,7 +44,7 @@ def unit_ids(values: Iterable, column: str, where: str = "The data's") -> list:
 def check_count(count: int, declared: int, where: str = "the data") -> None:
     """Refuse a declared number of units that is not meant for these data.
 
-    δ below 1/units and the sampling rate rest on the declared number. The true number is private, so the message rounds it.
+    δ below 1/units and the sampling rate rest on the declared number. The true one is private: the message rounds it.
 
     Raises:
         RecipeError: one number is more than twice the other.
@@ -53,5 +52,6 @@ def check_count(count: int, declared: int, where: str = "the data") -> None:
     if not declared / 2 <= count <= declared * 2:
         about = round(count, 1 - len(str(count)))
         raise RecipeError(
-            f"The plan declares {declared:,} units, but {where} has about {about:,}: declare the public number that is meant."
+            f"The plan declares {declared:,} units, but {where} has about {about:,}: "
+            "declare the public number that is meant."
         )

@@ -20,7 +20,23 @@ from dpft.training.data import check, load, read
 from dpft.training.positions import positions
 from dpft.training.run import load_model, train
 
-ODD = ["None", "NA", "null", "nan", "", "01", "007", "1E5", "true", "1.0", " a ", 'say "x"', "two\nlines", "a,b\tc", "ü"]
+ODD = [
+    "None",
+    "NA",
+    "null",
+    "nan",
+    "",
+    "01",
+    "007",
+    "1E5",
+    "true",
+    "1.0",
+    " a ",
+    'say "x"',
+    "two\nlines",
+    "a,b\tc",
+    "ü",
+]
 
 
 def quoted(cells, separator):
@@ -106,10 +122,11 @@ def test_labels_are_what_the_file_says(tmp_path, recipe, file, content, declared
         ("a.csv", labels("a", "cancer"), "row 2 has a label in column 'label' .a text. that is not among the 4"),
         ("a.csv", labels("1", "01"), "row 2 has a label .* not among the 4"),
         ("a.csv", "text,label\nfever,a\n ,b\n", "row 2 has no text in column 'text'"),
-        ("a.csv", "text,label\nfever,a\nfever\n", r"row 2 \(line 3\) has 1 cells, but the header has 2"),
+        ("a.csv", "text,label\nfever,a\nfever\n", r"row 2 \(line 3\) has 1 cell, but the header has 2"),
         ("a.csv", 'text,label\n"two\nlines",a\n\na,b,cancer\n', r"row 2 \(line 5\) has 3 cells, but the header has 2"),
         ("a.csv", 'text,label\nfever,a\n"fever,a\n', "row 2 has a quotation mark that does not end its cell"),
         ("a.csv", 'text,label\nfever,a\n"say "x"",a\n', "row 2 has a quotation mark that does not end its cell"),
+        ("a.csv", '"text"s,label\nfever,a\n', "header has a quotation mark"),
         ("a.csv", "text,text\nfever,a\n", "two columns 'text'"),
         ("a.csv", "", "a.csv is empty"),
         ("a.csv", "text,label\n", "data.train is empty"),
@@ -121,8 +138,16 @@ def test_labels_are_what_the_file_says(tmp_path, recipe, file, content, declared
         ("a.json", '[{"text": "fever", "label": "a"},\n{"text": "cancer"', "a.json line 2 is not JSON"),
         ("a.jsonl", '{"text": "fever", "label": "a"}\n["cancer"]', "row 2 is a list, but a row is an object"),
         ("a.jsonl", '{"text": "fever", "label": "a"}\n{"text": "fever"}', "row 2 has no label in column 'label'"),
-        ("a.jsonl", '{"text": "fever", "label": "a"}\n{"text": 37, "label": "a"}', "row 2 has a whole number in column"),
-        ("a.jsonl", '{"text": "fever", "label": 1}\n{"text": "x", "label": 1.0}', "row 2 has a float in column 'label'"),
+        (
+            "a.jsonl",
+            '{"text": "fever", "label": "a"}\n{"text": 37, "label": "a"}',
+            "row 2 has a whole number in column",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "fever", "label": 1}\n{"text": "x", "label": 1.0}',
+            "row 2 has a float in column 'label'",
+        ),
         ("a.jsonl", '{"text": "fever", "label": null}\n', "row 1 has no label"),
         ("a.jsonl", '{"text": "fever", "label": NaN}\n', "row 1 has no label"),
         ("a.jsonl", '{"text": [{"role": "user"}], "label": "a"}\n', "row 1 has a list .* apply_chat_template"),
@@ -134,7 +159,11 @@ def test_labels_are_what_the_file_says(tmp_path, recipe, file, content, declared
         ("a.parquet", {"text": ["fever"], "label": pa.array([None], pa.string())}, "row 1 has no label"),
         ("a.parquet", b"PAR1 cancer", "a.parquet is not a whole Parquet file"),
         ("saved", NUMBERED.map(lambda row: {"label": -1}), "row 1 has no label"),
-        ("saved", datasets.DatasetDict(test=NUMBERED, train=NUMBERED), "holds the splits test, train: name .*saved/train"),
+        (
+            "saved",
+            datasets.DatasetDict(test=NUMBERED, train=NUMBERED),
+            "holds the splits test, train: name .*saved/train",
+        ),
     ],
 )
 def test_what_cannot_be_learned_from_is_one_true_sentence(tmp_path, recipe, file, content, said):
@@ -152,7 +181,7 @@ def test_folders_that_are_no_data_set_say_what_to_name(tmp_path):
         read([])
     (tmp_path / "b.csv").write_text("text\nx\n")
     (tmp_path / "a.CSV").write_text("text\nx\n")
-    with pytest.raises(RecipeError, match="folder with 2 data files: name the files themselves, such as .*a.CSV"):
+    with pytest.raises(RecipeError, match="folder with 2 data files: name the files, such as .*a.CSV"):
         read(str(tmp_path))
     assert len(read([str(tmp_path / "a.CSV"), str(tmp_path / "b.csv")])) == 2
 
@@ -199,17 +228,33 @@ def test_no_two_people_become_one_by_how_their_ids_are_written(tmp_path, recipe,
     [
         ("a.csv", "text,patient\nnote,1\nnote,\n", "row 2 has no 'patient'"),
         ("a.jsonl", '{"text": "note", "patient": ["P1", "P2"]}\n' * 2, "row 1 has a list in unit column 'patient'"),
-        ("a.jsonl", '{"text": "note", "patient": 7}\n{"text": "note", "patient": "7"}\n', "row 2 has a text .* earlier"),
+        (
+            "a.jsonl",
+            '{"text": "note", "patient": 7}\n{"text": "note", "patient": "7"}\n',
+            "row 2 has a text .* earlier",
+        ),
         ("a.jsonl", '{"text": "note", "patient": 1e5}\n', "row 1 has a float"),
         ("a.jsonl", '{"text": "note", "patient": 7}\n{"text": "note"}\n', "row 2 has no 'patient'"),
-        ("a.parquet", {"text": ["note"] * 3, "patient": np.array([np.nan, 1, 1])}, "row 1 has no 'patient'"),
         ("a.parquet", {"text": ["note"] * 3, "patient": np.array([1, 1, np.nan])}, "row 1 has a float"),
     ],
 )
 def test_a_row_of_nobody_knows_whom_is_refused(tmp_path, recipe, file, content, said):
-    """T16: had each NaN been a unit, one person's rows would have counted as several."""
+    """T16."""
     with pytest.raises(RecipeError, match=said):
         units_of(tmp_path, recipe, file, content, 2)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("a.parquet", {"text": ["note"] * 5, "patient": np.array([np.nan, 1, 1, np.nan, np.nan])}),
+        ("a.jsonl", '{"text": "note", "patient": NaN}\n' * 4),
+    ],
+)
+def test_nobody_is_called_nan(tmp_path, recipe, file, content):
+    """T16: had each NaN been a unit, one person's rows would have counted as several."""
+    with pytest.raises(RecipeError, match="row 1 has no 'patient', so it is unknown whose it is"):
+        units_of(tmp_path, recipe, file, content, 4)
 
 
 def test_evaluation_s_rows_are_checked_before_anything_is_charged(recipe, tmp_path):

@@ -17,6 +17,7 @@ def positions(model: nn.Module) -> int | None:
 
     A table is known by its name. RoBERTa's positions begin after its padding index, OPT's and BART's after an offset:
     514 rows are then 512 tokens. Relative and rotary positions have no table; the number in their configuration is advice.
+    What a prompt tuner puts before a text takes positions as well.
     """
     config = model.config.get_text_config()
     limits = [value for name in LIMITS if isinstance(value := getattr(config, name, None), int)]
@@ -27,7 +28,8 @@ def positions(model: nn.Module) -> int | None:
             padding = getattr(modules.get(name), "padding_idx", None)
             first = 0 if padding is None else padding + 1
             sizes.append(len(table) - getattr(modules.get(name), "offset", first))
-    return min([*sizes, *limits]) if sizes else None
+    before = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+    return min([*sizes, *limits]) - before if sizes else None
 
 
 def fitting_length(asked: int | None, model: nn.Module) -> int:

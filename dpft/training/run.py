@@ -55,6 +55,7 @@ def set_up(recipe: Recipe, *, with_validation: bool = True) -> Setup:
     subset = Subset(recipe.subset)
     examples = Examples.encode(public, task).features if subset.needs_public_data else ()
     model = subset.apply(model, lambda some: task.losses(model, task.collate(some)), examples)
+    task.max_length = fitting_length(recipe.task.max_length, model)  # a prompt tuner takes positions
     return Setup(recipe, model, task, train, validation)
 
 

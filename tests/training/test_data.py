@@ -18,7 +18,7 @@ from dpft.recipe import Recipe, TaskTable
 from dpft.training.batches import Examples
 from dpft.training.data import check, load, read
 from dpft.training.positions import positions
-from dpft.training.run import load_model, train
+from dpft.training.run import load_model, set_up, train
 
 ODD = [
     "None",
@@ -330,6 +330,18 @@ def test_a_length_beyond_the_model_s_positions_is_refused_before_anything_is_wri
     with pytest.raises(RecipeError, match="max_length is 33 tokens, but the model has positions for 32"):
         train(Recipe.parse(recipe), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("subset", ["prompt_tuning(num_virtual_tokens=4)", "prefix_tuning(num_virtual_tokens=4)"])
+def test_a_prompt_before_the_text_takes_positions(language, subset):
+    language |= {"subset": subset}
+    language["task"]["max_length"] = 61
+    with pytest.raises(RecipeError, match="max_length is 61 tokens, but the model has positions for 60"):
+        set_up(Recipe.parse(language))
+    language["task"]["max_length"] = 60
+    setup = set_up(Recipe.parse(language))
+    batch = setup.task.collate([{"input_ids": [5] * 60, "labels": [5] * 60}])
+    assert setup.task.losses(setup.model, batch).isfinite().all()
 
 
 def test_by_default_texts_are_as_long_as_the_model_takes(recipe):

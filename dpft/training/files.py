@@ -28,9 +28,8 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
-JSON = json.JSONDecoder(
-    parse_int=_whole, parse_constant=lambda word: None
-)  # NaN and Infinity, which are none, are missing
+# NaN and Infinity, which JSON does not have, are missing.
+JSON = json.JSONDecoder(parse_int=_whole, parse_constant=lambda word: None)
 
 
 def read(paths: str | list[str]):
@@ -53,19 +52,14 @@ def read(paths: str | list[str]):
         if not isinstance(rows, datasets.Dataset):
             rows = datasets.Dataset(rows, fingerprint=token_hex(8))  # or all of them would be hashed
         return _with_class_names(rows)
+    except RecipeError:
+        raise
     except OSError as error:
         raise RecipeError(
             f"{files[0].name} cannot be read ({error.strerror or 'it is damaged'}): check the file and its permissions."
         ) from error
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        NotImplementedError,
-    ) as error:  # which may quote a row: only its kind is told
-        if isinstance(error, RecipeError):
-            raise
-        raise RecipeError(
+    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+        raise RecipeError(  # which names the error's kind alone, because its text may quote a row
             f"{files[0].name} cannot be read ({type(error).__name__}): its columns may be damaged, differ from file to "
             "file, or have types that datasets lacks."
         ) from error

@@ -69,7 +69,7 @@ def test_json_keeps_what_stands_there(tmp_path):
 
 
 def written(tmp_path, file, content):
-    """A data set of 60 rows, or whatever ``content`` says."""
+    """The path of what holds ``content``: a text, bytes, a table, or a saved data set."""
     path = tmp_path / file
     if isinstance(content, bytes):
         path.write_bytes(content)

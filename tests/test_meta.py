@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "tests" / "mutants"))
 mutants = import_module("run")
 LAYERS = [
     "errors",
+    "values",
     "privacy",
     "ledger",
     "recipe",

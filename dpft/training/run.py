@@ -23,6 +23,7 @@ from dpft.privacy.noise import Randomness
 from dpft.privacy.plan import Plan
 from dpft.recipe import ModelTable, Recipe, expand
 from dpft.training.data import load, load_public
+from dpft.training.positions import fitting_length
 from dpft.training.published import PRIVATE, published, round_dates, today
 
 PACKAGES = ("dpft", "torch", "opacus", "transformers", "peft", "dp-accounting", "numpy", "datasets")
@@ -55,11 +56,16 @@ def set_up(recipe: Recipe, *, with_validation: bool = True) -> Setup:
     subset = Subset(recipe.subset)
     examples = Examples.encode(public, task).features if subset.needs_public_data else ()
     model = subset.apply(model, lambda some: task.losses(model, task.collate(some)), examples)
+    task.max_length = fitting_length(recipe.task.max_length, model)  # a prompt tuner takes positions
     return Setup(recipe, model, task, train, validation)
 
 
 def load_model(recipe: Recipe):
-    """The task and the untouched model, whose new layers are initialised from ``run.seed``."""
+    """The task and the untouched model, whose new layers are initialised from ``run.seed``.
+
+    Raises:
+        RecipeError: the model cannot be loaded, or has fewer positions than ``task.max_length``.
+    """
     import transformers
 
     from dpft.tasks import CausalLM, SequenceClassification
@@ -71,9 +77,7 @@ def load_model(recipe: Recipe):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=recipe.model.revision)
             if table.name == "sequence_classification":
-                task = SequenceClassification(
-                    tokenizer, table.labels, text=table.text, label=table.label, max_length=table.max_length
-                )
+                task = SequenceClassification(tokenizer, table.labels, text=table.text, label=table.label)
                 names = dict(enumerate(table.labels))
                 model = transformers.AutoModelForSequenceClassification.from_pretrained(
                     path,
@@ -87,7 +91,7 @@ def load_model(recipe: Recipe):
                     model.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding
             else:
                 columns = dict(text=table.text, prompt=table.prompt, response=table.response)
-                task = CausalLM(tokenizer, **columns, max_length=table.max_length)
+                task = CausalLM(tokenizer, **columns)
                 model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
         except (OSError, ValueError, ImportError) as error:
             if isinstance(error, RecipeError):
@@ -96,6 +100,7 @@ def load_model(recipe: Recipe):
             raise RecipeError(
                 f"The model {path} cannot be loaded ({reason}): give a folder that AutoModel loads, or a hub name."
             ) from error
+    task.max_length = fitting_length(table.max_length, model)
     if not recipe.model.dropout:
         _without_dropout(model)
     return task, model

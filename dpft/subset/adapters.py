@@ -162,7 +162,19 @@ def _attention(model: nn.Module) -> str | list[str]:
 
 def active_adapters(model: nn.Module) -> list[str]:
     """The names of the adapters that the forward pass uses, in the order in which it uses them."""
+    if model.active_peft_config.peft_type == "XLORA":  # which stands for the adapters that it mixes
+        return [model.active_adapter]
     return list(model.active_adapters)
+
+
+def can_merge(model: nn.Module) -> bool:
+    """Whether the adapters' change can be added to the base's weights without loss.
+
+    X-LoRA's depends on the input, and in half precision or a quantized base a small change would be rounded away.
+    """
+    mixed = model.active_peft_config.peft_type == "XLORA"
+    exact = all(p.dtype == torch.float32 for p in model.parameters())
+    return hasattr(model.base_model, "merge_and_unload") and exact and not mixed
 
 
 def saved_by_peft(model: nn.Module) -> set[int]:

@@ -34,10 +34,13 @@ def new_tensors(model: nn.Module) -> list[str]:
     for name, tensor in model.state_dict().items():
         if not name.startswith(prefix) or not isinstance(tensor, torch.Tensor):
             continue
-        if ".original_module." in name or any(adapter in f"{name}." for adapter in adapters):
+        if ".original_module." in name:  # a copy of it trains and is used instead
             continue
         plain = ".".join(part for part in name.removeprefix(prefix).split(".") if part not in WRAPPERS)
-        new = lacking.get(plain, tensor.shape) != tensor.shape if plain in names else plain.startswith(heads)
+        if plain in names:
+            new = lacking.get(plain, tensor.shape) != tensor.shape
+        else:
+            new = plain.startswith(heads) and not any(adapter in f"{name}." for adapter in adapters)
         if new and (".parametrizations." not in name or name.endswith(".original")):
             chosen.setdefault(tensor.data_ptr(), name.replace(".parametrizations.", ".").removesuffix(".original"))
     return list(chosen.values())

@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from operator import attrgetter
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpft.errors import RecipeError
 from dpft.subset.adapters import (
     ADAPTERS,
+    can_merge,
     is_adapted,
     load_adapters,
     save_adapters,
@@ -42,12 +42,12 @@ def save_weights(model: nn.Module, folder: Path | str) -> str:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sparse, own = deltas(model), trained_in_place(model)
-    if changes_model(model):
-        return _save_merged(model, own, folder) if is_adapted(model) else _save_whole(model, folder)
+    if is_adapted(model) and own:
+        return _save_merged(model, own, folder)
     if is_adapted(model):
         save_adapters(model, folder, _tensors(model, new_tensors(model)))
         return DPFT_LINE if (folder / ADAPTERS).exists() else PEFT_LINE
-    if not sparse:
+    if not sparse or len(own) > len(sparse):
         return _save_whole(model, folder)
     new = new_tensors(model)
     if not sparse.keys() & set(new) and shira_rank(sparse):
@@ -71,7 +71,7 @@ def trained_in_place(model: nn.Module) -> list[str]:
 def changes_model(model: nn.Module) -> bool:
     """Whether :func:`save_weights` merges adapters or folds sparse deltas, which leaves another ``model``."""
     own, sparse = trained_in_place(model), deltas(model)
-    return bool(own) if is_adapted(model) else bool(sparse) and len(own) > len(sparse)
+    return bool(own) and (bool(sparse) or can_merge(model)) if is_adapted(model) else 0 < len(sparse) < len(own)
 
 
 def _save_whole(model: nn.Module, folder: Path) -> str:
@@ -86,8 +86,7 @@ def _save_merged(model: nn.Module, own: list[str], folder: Path) -> str:
     save_adapters(model, folder, {})
     changed = {name.replace(".parametrizations.", ".").removesuffix(".0.values") for name in own}
     save_file(_tensors(model, sorted(changed | set(new_tensors(model)))), folder / DELTA)
-    # Merged into half precision or a quantized base, a small change would be rounded away.
-    if hasattr(model.base_model, "merge_and_unload") and all(p.dtype == torch.float32 for p in model.parameters()):
+    if can_merge(model):
         try:
             merged = model.merge_and_unload()
         except Exception:  # PEFT raises all kinds of errors for tuners that it cannot merge; what was saved stands

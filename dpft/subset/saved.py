@@ -32,6 +32,7 @@ FRESH_SEED = 0x5EED  # of new layers in a base that is loaded for a comparison
 STEP = 0.02  # how far a trial moves what trains at first, about as far as training does
 VISIBLE = 10.0  # a trial's move changes outputs by so many times what rounding explains
 KEEPS_BASE = ("gaussian", "orthogonal", "eva")  # LoRA's initialisations that leave the base as it is
+SMALLEST = 0.1
 FLOAT32_TOLERANCE = 1e-4  # of the largest output; merging an adapter moves it by about 1e-6
 OTHER_TOLERANCE = 4.0  # in units of the type's precision, 0.03 in bfloat16: SHiRA rounds once more than a sparse delta
 
@@ -67,7 +68,7 @@ def check_saved(
             numbers, which are as private as the batch that ``evaluate`` uses.
     """
     try:
-        with quiet(), torch.random.fork_rng(range(torch.cuda.device_count())):
+        with quiet(), torch.random.fork_rng(list(range(torch.cuda.device_count()))):
             torch.manual_seed(FRESH_SEED)
             model = _load(line, Path(folder), load_base)
             found = outputs(model, evaluate)
@@ -186,7 +187,8 @@ def _load(line: str, folder: Path, load_base: Callable[[], nn.Module]) -> nn.Mod
 
 
 def _scale(expected: Tensor) -> float:
-    return float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    """The largest output; one below ``SMALLEST`` is a small difference of larger numbers, whose rounding it has."""
+    return max(SMALLEST, float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()))
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
@@ -200,10 +202,11 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 def _tolerance(model: nn.Module) -> float:
     """How far outputs may differ, as a share of the largest, by the coarsest type that the model computes in.
 
-    A quantized layer counts as bfloat16.
+    A quantized layer counts as twice bfloat16: its scales are rounded too, where a CPU packs them.
     """
     types = {tensor.dtype for tensor in model.parameters()}
-    coarse = [torch.finfo(kind if kind.is_floating_point else torch.bfloat16).eps for kind in types]
+    quantized = 2 * torch.finfo(torch.bfloat16).eps
+    coarse = [torch.finfo(kind).eps if kind.is_floating_point else quantized for kind in types]
     return max(FLOAT32_TOLERANCE, *(OTHER_TOLERANCE * eps for eps in coarse))
 
 
@@ -256,12 +259,14 @@ def _copy(model: nn.Module, shared: dict[int, Tensor]) -> nn.Module:
 def _shared(model: nn.Module, copied: list[Tensor]) -> dict[int, Tensor]:
     """What ``copy.deepcopy`` takes instead of copies: all tensors but ``copied``, each in the same memory.
 
-    A parameter is another object in the copy, because PEFT gives some new data when it loads; a quantized one is the same.
+    A parameter is another object in the copy, because PEFT gives some new data when it loads. A quantized one is the same, but
+    copied on a CPU, where bitsandbytes packs it anew, in place and with less precision, when the model evaluates.
     """
     own, shared = {id(tensor) for tensor in copied}, {}
     for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in own:
-            plain = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        plain = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        quantized = isinstance(tensor, nn.Parameter) and not plain
+        if id(tensor) not in own and not (quantized and tensor.device.type == "cpu"):
             shared[id(tensor)] = nn.Parameter(tensor.data, tensor.requires_grad) if plain else tensor
     return shared
 

@@ -30,10 +30,11 @@ Evaluate = Callable[[nn.Module], Tensor]
 LARGEST = 2 << 30  # bytes that a trial writes at most; larger weights are compared at the end of the run alone
 FRESH_SEED = 0x5EED  # of new layers in a base that is loaded for a comparison
 STEP = 0.02  # how far a trial moves what trains at first, about as far as training does
-VISIBLE = 10.0  # a trial's move changes outputs by so many times what rounding explains
+DOUBLINGS = 10  # of that, until the outputs show it
+VISIBLE = 5.0  # a trial's move changes outputs by so many times what rounding explains
 KEEPS_BASE = ("gaussian", "orthogonal", "eva")  # LoRA's initialisations that leave the base as it is
-SMALLEST = 0.1
-FLOAT32_TOLERANCE = 1e-4  # of the largest output; merging an adapter moves it by about 1e-6
+SMALLEST = 0.02
+FLOAT32_TOLERANCE = 2e-4  # of the largest output; merging an adapter moves it by about 1e-6
 OTHER_TOLERANCE = 4.0  # in units of the type's precision, 0.03 in bfloat16: SHiRA rounds once more than a sparse delta
 
 
@@ -275,11 +276,11 @@ def _move(model: nn.Module, evaluate: Evaluate) -> Tensor:
     """Move every trainable parameter by random steps until the outputs show it; returns these outputs."""
     generator, before = torch.Generator().manual_seed(1), outputs(model, evaluate)
     visible = VISIBLE * _tolerance(model) * _scale(before)
-    for size in (STEP, 2 * STEP, 4 * STEP, 8 * STEP):
+    for doublings in range(DOUBLINGS):
         with torch.no_grad():
             for parameter in _trainable(model):
                 step = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-                parameter += size * step.to(parameter)
+                parameter += STEP * 2**doublings * step.to(parameter)
         moved = outputs(model, evaluate)
         if _difference(moved, before) > visible:
             break

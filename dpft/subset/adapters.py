@@ -59,21 +59,25 @@ def add_adapter(model: nn.Module, part: Lora | Tuner, *, with_head: bool) -> nn.
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.modules()),  # as GPT-2 stores weights
     }
     settings = {**{name: value for name, value in derived.items() if name in known}, **given}
+    way_out = _way_out(
+        model, part, known
+    )  # said of the model as it is: PEFT leaves one that it cannot adapt half adapted
     try:
         return _place(get_peft_model, model, config_class, settings, known)
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
-        raise SubsetError(
-            f"PEFT cannot place {kind} on {type(model).__name__} ({first_line(error)}): {_way_out(model, part, known)}."
-        ) from error
+        reason = first_line(error).removesuffix(".")
+        reason = reason.replace("target_modules", "targets") if isinstance(part, Lora) else reason
+        raise SubsetError(f"PEFT cannot place {part} on {type(model).__name__} ({reason}): {way_out}.") from error
 
 
 def _way_out(model: nn.Module, part: Lora | Tuner, known: set[str]) -> str:
     """Which of the part's own words chooses other layers, and what layers there are."""
-    if isinstance(part, Lora):
-        return f"choose among its linear layers with targets, such as {', '.join(_linear_names(model)) or 'none here'}"
-    if "target_modules" in known:
-        return f"choose its layers with target_modules, such as {', '.join(_linear_names(model)) or 'none here'}"
-    return "give the settings that PEFT's configuration names"
+    word = "targets" if isinstance(part, Lora) else "target_modules"
+    if word == "target_modules" and word not in known:
+        return "give the settings that PEFT's configuration names"
+    return (
+        f"choose its layers with {word}, among {', '.join(_linear_names(model)) or 'none, for it has no linear layer'}"
+    )
 
 
 def _place(get_peft_model, model: nn.Module, config_class, settings: dict, known: set[str]) -> nn.Module:
@@ -125,12 +129,17 @@ def _targets(model: nn.Module, lora: Lora) -> str | list[str]:
         wanted = _attention(model)
     if not lora.last_blocks:
         return wanted
-    return [
+    chosen = [
         f"{name}.{inner}"
         for name, block in last_blocks(model, lora.last_blocks, f"lora(last_blocks={lora.last_blocks})").items()
         for inner, module in block.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and (wanted == "all-linear" or inner.rpartition(".")[2] in wanted)
     ]
+    if not chosen:
+        raise SubsetError(
+            f"{lora} finds none of {', '.join(wanted)} in the last {lora.last_blocks} blocks: choose other targets."
+        )
+    return chosen
 
 
 def _check_targets(model: nn.Module, lora: Lora, wanted: list[str]) -> None:

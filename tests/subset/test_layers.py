@@ -129,10 +129,12 @@ def test_lora_finds_the_layers_of_a_state_space_model(kind):
         ("lora(targets='nothing')", "with 'nothing': its linear layers are named dt_proj, in_proj, lm_head, out_proj"),
         ("lora(targets='in_proj, nothing')", "matches no layer of MambaForCausalLM with 'nothing'"),
         ("lora(targets='proj')", "with 'proj'"),
-        ("lora(targets='out_proj')", "choose among its linear layers with targets, such as dt_proj, in_proj"),
+        ("lora(targets='out_proj')", "choose its layers with targets, among dt_proj, in_proj"),
+        ("lora(targets='all-linear')", "Please remove it from `targets` .* among dt_proj, in_proj, lm_head, out_proj"),
+        ("lora(targets='lm_head', last_blocks=1)", "finds none of lm_head in the last 1 blocks"),
         ("lora(target_modules='in_proj')", "lora has no setting 'target_modules': it has rank, alpha, .*targets"),
         ("last_blocks(n=1)", "last_blocks has no setting 'n': it has k"),
-        ("ia3(target_modules=['nothing'], feedforward_modules=[])", "choose its layers with target_modules, such as"),
+        ("ia3(target_modules=['nothing'], feedforward_modules=[])", "choose its layers with target_modules, among"),
     ],
 )
 def test_a_message_names_the_words_of_the_subset(subset, words):

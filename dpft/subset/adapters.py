@@ -52,7 +52,7 @@ def add_adapter(model: nn.Module, part: Lora | Tuner, *, with_head: bool) -> nn.
     unknown = sorted(set(given) - known)
     if unknown:
         raise SubsetError(f"{kind} has no setting {unknown[0]!r}: PEFT knows {', '.join(sorted(known))}.")
-    saved = untied_heads(model) if with_head and "modules_to_save" in known else []
+    saved = _nameable(model, untied_heads(model)) if with_head and "modules_to_save" in known else []
     derived = {
         "task_type": _task_type(model, saved, prompt="num_virtual_tokens" in known),
         "modules_to_save": saved or None,
@@ -218,8 +218,30 @@ def save_adapters(model: nn.Module, folder: Path, extra: Mapping[str, Tensor]) -
     if len(names) > 1:
         (folder / ADAPTERS).write_text(json.dumps(names), encoding="utf-8")
     if extra:
-        file = places[names[0]] / TENSORS
-        save_file({**load_file(file), **extra}, file, metadata={"format": "pt"})
+        place = places[names[0]]
+        save_file({**load_file(place / TENSORS), **extra}, place / TENSORS, metadata={"format": "pt"})
+        _name_modules(model, place / "adapter_config.json", extra)
+
+
+def _name_modules(model: nn.Module, path: Path, extra: Mapping[str, Tensor]) -> None:
+    """Name whole heads in the adapter's modules_to_save, so that each of several adapters on one base keeps its own."""
+    config, base = json.loads(path.read_text(encoding="utf-8")), model.get_base_model()
+    tensors = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    whole = [
+        head
+        for head in untied_heads(base)
+        if all(tensors.get(id(t)) in extra for t in base.get_submodule(head).state_dict(keep_vars=True).values())
+    ]
+    named = _nameable(base, whole)
+    if named and "modules_to_save" in config:
+        config["modules_to_save"] = sorted({*(config["modules_to_save"] or []), *named})
+        path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _nameable(model: nn.Module, chosen: list[str]) -> list[str]:
+    """Those of the modules that modules_to_save can name: PEFT takes every module whose name ends in one of its names."""
+    names = [name for name, _ in model.named_modules()]
+    return [one for one in chosen if all(name in chosen for name in names if name.endswith(one))]
 
 
 def load_adapters(model: nn.Module, folder: Path) -> nn.Module:

@@ -115,6 +115,17 @@ def test_a_model_without_a_head_says_so():
     assert untied_heads(model) == []
 
 
+def test_a_head_is_not_mistaken_for_what_ends_in_its_name():
+    config = transformers.PoolFormerConfig(num_channels=1, hidden_sizes=[8] * 4, depths=[1] * 4)
+    model = transformers.PoolFormerForImageClassification(config)
+    before = {name for name in model.state_dict() if name.startswith(("norm.", "classifier."))}
+    model = Subset("ia3(target_modules=['conv1'], feedforward_modules=[]) + head").apply(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and "ia3_" not in name]
+    assert {
+        name.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for name in trained
+    } == before
+
+
 @pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "FalconMamba"])
 def test_lora_finds_the_layers_of_a_state_space_model(kind):
     more = dict(num_heads=4, head_dim=8, n_groups=1) if kind == "Mamba2" else {}

@@ -64,6 +64,21 @@ def test_a_new_classifier_is_saved_beside_a_bf16_base(subset, load, tmp_path):
     torch.testing.assert_close(logits(again), expected, rtol=0.02, atol=0.001)
 
 
+def test_two_runs_on_one_base_keep_their_classifiers(load, tmp_path):
+    expected = {}
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        model = Subset("lora").apply(load())
+        move(model)
+        expected[name] = logits(model)
+        save_weights(model, tmp_path / name)
+    both = PeftModel.from_pretrained(load(), tmp_path / "one", adapter_name="one")
+    both.load_adapter(tmp_path / "two", "two")
+    for name in ("one", "two", "one"):
+        both.set_adapter(name)
+        assert torch.equal(logits(both), expected[name])
+
+
 def test_the_folder_loads_without_naming_the_base(load, tmp_path):
     model = Subset("lora").apply(load())
     expected = logits(model)
@@ -168,6 +183,7 @@ def test_of_two_adapters_the_active_one_is_saved(load, tmp_path):
     model.set_adapter("cardiology")
     expected = logits(model)
     line = save_weights(model, tmp_path / "weights")
+    assert line.startswith("peft.PeftModel")
     torch.testing.assert_close(logits(loaded(line, tmp_path / "weights", load)), expected)
     assert not torch.allclose(other, expected)
 

@@ -95,7 +95,7 @@ def check_savable(
 ) -> bool:
     """Save and load a copy of ``model`` whose trainable parameters are moved a little; ``model`` is left as it is.
 
-    The copy shares all tensors that saving leaves alone. Without ``load_base`` the base comes from its checkpoint, and where
+    The copy shares all tensors that saving leaves alone; it must be made before an engine hooks into ``model``. Without ``load_base`` the base comes from its checkpoint, and where
     that cannot be read, or does not fit in memory, from ``model`` itself, with other random numbers in what is new.
 
     Args:

@@ -28,15 +28,6 @@ def loaded(line, folder, load):
     return load_weights(load(), folder) if "dpft" in line else BertForSequenceClassification.from_pretrained(folder)
 
 
-@pytest.fixture
-def load(case, tmp_path):
-    """Makes a BERT classifier from a checkpoint without its classifier."""
-    case("bert").model.bert.save_pretrained(tmp_path / "base")
-    return lambda kind=BertForSequenceClassification, **more: kind.from_pretrained(
-        tmp_path / "base", num_labels=3, **more
-    )
-
-
 SUBSETS = [
     "lora", "ia3", "vera(r=4)", "prompt_tuning(num_virtual_tokens=3)", "lora + norms", "lora(targets='classifier')",
     "sparse(fraction=0.05)", "sparse(rank=1)", "sparse(fraction=0.1, layers='classifier*')", "lora + head", "norms",

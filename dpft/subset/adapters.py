@@ -143,7 +143,7 @@ def _targets(model: nn.Module, lora: Lora) -> str | list[str]:
 
 
 def _check_targets(model: nn.Module, lora: Lora, wanted: list[str]) -> None:
-    """Raises SubsetError: a name is no layer's, nor the end of one's; PEFT would pass over it if another one matches."""
+    """Raises SubsetError: a name is no layer's, nor the end of one's; PEFT passes over it if another matches."""
     names = [name for name, _ in model.named_modules()]
     missed = [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names)]
     if missed:
@@ -239,7 +239,7 @@ def _name_modules(model: nn.Module, path: Path, extra: Mapping[str, Tensor]) -> 
 
 
 def _nameable(model: nn.Module, chosen: list[str]) -> list[str]:
-    """Those of the modules that modules_to_save can name: PEFT takes every module whose name ends in one of its names."""
+    """Those of the modules that modules_to_save can name: PEFT takes every module whose name ends in such a name."""
     names = [name for name, _ in model.named_modules()]
     return [one for one in chosen if all(name in chosen for name in names if name.endswith(one))]
 
@@ -269,7 +269,7 @@ def shira_rank(sparse: dict) -> int:
 
 
 def save_shira(model: nn.Module, sparse: dict, folder: Path, extra: Mapping[str, Tensor]) -> None:
-    """Sparse deltas of linear layers as a SHiRA adapter (Bhardwaj et al. 2024) that ``PeftModel.from_pretrained`` loads.
+    """Sparse deltas of linear layers as PEFT's SHiRA adapter (Bhardwaj et al. 2024).
 
     Args:
         extra: tensors of the model by their names, which PEFT loads into the base with the adapter.

@@ -19,11 +19,13 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def new_tensors(model: nn.Module) -> list[str]:
-    """Names in ``model`` of the base's parameters and persistent buffers that its checkpoint lacks or has in another shape.
+    """Names in ``model`` of the base's parameters and buffers that its checkpoint lacks, or has in another shape.
 
-    transformers itself says which: it loads the checkpoint that ``config._name_or_path`` names onto the meta device, where no
-    weight is read. What a user put in place of a head counts too. Where no checkpoint can be read, the model was made from
-    its configuration, and every head is taken to be new that is not tied to the embeddings. Tied tensors are named once.
+    transformers itself says which: it loads the checkpoint that ``config._name_or_path`` names onto the meta device,
+    where no weight is read. What a user put in place of a head counts too. Tied tensors are named once.
+
+    Where no checkpoint can be read, the model was made from its configuration. Every head that is not tied to the
+    embeddings is then taken to be new.
     """
     base = base_of(model)
     prefix = "".join(f"{name}." for name, module in model.named_modules() if module is base and name)
@@ -47,7 +49,7 @@ def new_tensors(model: nn.Module) -> list[str]:
 
 
 def _checkpoint(base: nn.Module) -> tuple[set[str], dict[str, torch.Size | None]]:
-    """All names of a fresh model, and those that its checkpoint lacks (None) or has in another shape; empty without one."""
+    """The names of a fresh model, and of what its checkpoint lacks (None) or has in another shape; both empty without one."""
     loaded = load_base(base, device_map="meta", output_loading_info=True)
     if loaded is None:
         return set(), {}

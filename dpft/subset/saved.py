@@ -1,4 +1,4 @@
-"""Whether saved weights load to the model that was trained: tried on a copy before the first charge, and again at the end.
+"""Whether saved weights load to the model that was trained: on a copy before the first charge, and at the end.
 
 ::
 
@@ -39,7 +39,7 @@ OTHER_TOLERANCE = 4.0  # in units of the type's precision, 0.03 in bfloat16: SHi
 
 
 def outputs(model: nn.Module, evaluate: Evaluate) -> Tensor:
-    """What ``evaluate(model)`` gives in evaluation mode, without gradients and with fixed chance, as float64 on the CPU.
+    """What ``evaluate(model)`` gives in evaluation mode, without gradients, with fixed chance; float64, on the CPU.
 
     Args:
         evaluate: logits or losses of a small batch; a function of the model alone.
@@ -65,8 +65,8 @@ def check_saved(
         load_base: makes the base model as a user would; its new layers get other random numbers here.
 
     Raises:
-        GuaranteeError: they cannot be loaded, or the outputs differ by more than rounding explains; the message has both
-            numbers, which are as private as the batch that ``evaluate`` uses.
+        GuaranteeError: they cannot be loaded, or the outputs differ by more than rounding explains. Its numbers are as
+            private as the batch that ``evaluate`` uses.
     """
     try:
         with quiet(), torch.random.fork_rng(list(range(torch.cuda.device_count()))):
@@ -82,8 +82,9 @@ def check_saved(
     allowed = _tolerance(model) * scale
     if not difference <= allowed:
         raise GuaranteeError(
-            f"The weights in {folder} load with {line} to another model: outputs differ by {difference:.2g} where the trained "
-            f"model's reach {scale:.2g} and rounding explains {allowed:.1g}; choose another subset, such as lora + head."
+            f"The weights in {folder} load with {line} to another model: outputs differ by {difference:.2g} where the "
+            f"trained model's reach {scale:.2g} and rounding explains {allowed:.1g}; choose another subset, such as "
+            "lora + head."
         )
 
 
@@ -95,15 +96,16 @@ def check_savable(
 ) -> bool:
     """Save and load a copy of ``model`` whose trainable parameters are moved a little; ``model`` is left as it is.
 
-    The copy shares all tensors that saving leaves alone; it must be made before an engine hooks into ``model``. Without ``load_base`` the base comes from its checkpoint, and where
-    that cannot be read, or does not fit in memory, from ``model`` itself, with other random numbers in what is new.
+    The copy shares all tensors that saving leaves alone; it must be made before an engine hooks into ``model``.
+    Without ``load_base`` the base comes from its checkpoint. Where that cannot be read, or does not fit in memory, it
+    comes from ``model`` itself, with other random numbers in what is new.
 
     Args:
         folder: where a temporary folder may lie, for this user only; by default the system's.
 
     Returns:
-        Whether it was tried: not if the weights are above 2 GiB, a copy that saving changes does not fit in memory, or the base
-        cannot be had.
+        Whether it was tried. It is not if the weights are above 2 GiB, if saving needs a full copy that does not fit
+        in memory, or if the base cannot be had.
 
     Raises:
         SubsetError: an adapter cannot be saved; named.
@@ -130,8 +132,8 @@ def check_savable(
             if isinstance(error, DPFTError):
                 raise
             raise GuaranteeError(
-                f"What trains in {type(base_of(model)).__name__} cannot be saved ({first_line(error)}), so the budget would "
-                "be spent on nothing: choose another subset, such as lora + head."
+                f"What trains in {type(base_of(model)).__name__} cannot be saved ({first_line(error)}), so the budget "
+                "would be spent on nothing: choose another subset, such as lora + head."
             ) from error
         check_saved(expected, line, place, evaluate, load_base or (lambda: _own_base(model)))
     return True
@@ -149,8 +151,8 @@ def check_room(model: nn.Module, folder: Path | str, checkpoints: int = 0) -> No
     free = shutil.disk_usage(place).free
     if needed > free:
         raise RecipeError(
-            f"The weights and {checkpoints} checkpoints take {needed / 1e9:,.2f} GB and {place} has {free / 1e9:,.2f} GB "
-            "free, so a run would end unsaved: free some, or save fewer checkpoints."
+            f"The weights and {checkpoints} checkpoints take {needed / 1e9:,.2f} GB and {place} has {free / 1e9:,.2f} "
+            "GB free, so a run would end unsaved: free some, or save fewer checkpoints."
         )
 
 
@@ -226,8 +228,8 @@ def _refuse_unsavable(model: nn.Module) -> None:
         count = sum(p.requires_grad for p in _adapter_parameters(model, adapter))
         if count and adapter not in active and model.active_peft_config.peft_type != "XLORA":  # which mixes the others
             raise SubsetError(
-                f"The adapter {adapter!r} trains and is not active, so its {count} parameters would be noise: activate it "
-                "with set_adapter, or freeze it."
+                f"The adapter {adapter!r} trains and is not active, so its {count} parameters would be noise: activate "
+                "it with set_adapter, or freeze it."
             )
 
 
@@ -260,8 +262,8 @@ def _copy(model: nn.Module, shared: dict[int, Tensor]) -> nn.Module:
 def _shared(model: nn.Module, copied: list[Tensor]) -> dict[int, Tensor]:
     """What ``copy.deepcopy`` takes instead of copies: all tensors but ``copied``, each in the same memory.
 
-    A parameter is another object in the copy, because PEFT gives some new data when it loads. A quantized one is the same, but
-    copied on a CPU, where bitsandbytes packs it anew, in place and with less precision, when the model evaluates.
+    A parameter is another object in the copy, because PEFT gives some new data when it loads. A quantized one is the
+    same object. On a CPU it is copied: there bitsandbytes packs it in place, with less precision, at an evaluation.
     """
     own, shared = {id(tensor) for tensor in copied}, {}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -314,7 +316,7 @@ def _own_base(model: nn.Module) -> nn.Module:
 
 
 def _base_is_kept(model: nn.Module) -> bool:
-    """Whether the base below ``model`` is what it was: not under PiSSA and its like, which move a part of it into LoRA."""
+    """Whether the base below ``model`` is what it was: PiSSA and its like move a part of it into the adapter."""
     kinds = [getattr(config, "init_lora_weights", True) for config in getattr(model, "peft_config", {}).values()]
     return not is_adapted(model) or all(not isinstance(kind, str) or kind in KEEPS_BASE for kind in kinds)
 

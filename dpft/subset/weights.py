@@ -29,15 +29,15 @@ DPFT_LINE = 'dpft.load_weights(base_model, "weights")'
 def save_weights(model: nn.Module, folder: Path | str) -> str:
     """Save what was trained; returns how to load it, one line of Python that names the folder as ``"weights"``.
 
-    The active adapter alone (and modules that PEFT saves beside it) becomes a PEFT adapter; several go to a folder each. Sparse
-    weights alone become PEFT's SHiRA adapter where its format fits, and otherwise ``delta.safetensors``: for each weight
-    ``NAME.indices`` ``(k,)`` and ``NAME.values`` ``(k,)``. Anything else is merged into the whole model; where PEFT cannot merge a
-    tuner, or the base is not float32, the adapter is saved with the other trained parameters, whole, in ``delta.safetensors``.
-    After merging, and where sparse deltas are folded, ``model`` is no longer what it was.
+    The active adapter alone (and modules that PEFT saves beside it) becomes a PEFT adapter; several go to a folder
+    each. Sparse weights alone become PEFT's SHiRA adapter where its format fits, and otherwise ``delta.safetensors``:
+    for each weight ``NAME.indices`` ``(k,)`` and ``NAME.values`` ``(k,)``. Anything else is merged into one model.
+    Where PEFT cannot merge a tuner, or the base is not float32, the adapter is saved with the other trained parameters,
+    whole, in ``delta.safetensors``. Merging, and folding sparse deltas, leaves another ``model``.
 
     Guarantee:
-        What the base's checkpoint lacks is saved beside, whole, though it did not train (:func:`dpft.subset.base.new_tensors`):
-        another process makes such layers of other random numbers.
+        What the base's checkpoint lacks is saved too, whole, though it did not train: another process makes such layers
+        of other random numbers (:func:`dpft.subset.base.new_tensors`).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,27 +4,48 @@ from torch import nn
 
 from dpft.errors import SubsetError
 
+# Parts of a head that models keep inside their base, or beside an encoder and a decoder that have no base around them.
 HEADS = ("classifier", "score", "lm_head", "proj_out", "qa_outputs", "projector", "pooler")
 
 
 def heads(model: nn.Module) -> list[str]:
     """Names of the modules after the last block: the pooler, the projection and the task's output layer.
 
+    They are what a model has beside its ``base_model``, its output embeddings, and modules named as in ``HEADS``.
+
     Raises:
         SubsetError: none was found.
     """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    base = getattr(model, "base_model", model)
+    beside = {id(child) for child in model.children() if child is not base} if base is not model else set()
     found = [
         name
         for name, module in model.named_modules()
-        if (module is output or name.rpartition(".")[2] in HEADS) and any(True for _ in module.parameters())
+        if (module is output or id(module) in beside or name.rpartition(".")[2] in HEADS)
+        and any(True for _ in module.parameters())
     ]
     found = [name for name in found if not any(name.startswith(other + ".") for other in found)]
     if not found:
         raise SubsetError(
-            f'{type(model).__name__} has no head ({", ".join(HEADS)}): load it with a task\'s class, or name layers("…").'
+            f"{type(model).__name__} has no head, which is what follows its base model: load it with a task's class, "
+            'or name layers("…").'
         )
     return found
+
+
+def untied_heads(model: nn.Module) -> list[str]:
+    """The heads that share no parameter with the input embeddings; none where the model has no head."""
+    try:
+        inputs = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a model that takes no tokens
+        inputs = None
+    embeddings = {id(p) for p in inputs.parameters()} if isinstance(inputs, nn.Module) else set()
+    try:
+        found = heads(model)
+    except SubsetError:
+        return []
+    return [name for name in found if not any(id(p) in embeddings for p in model.get_submodule(name).parameters())]
 
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

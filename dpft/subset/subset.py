@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 from torch import Tensor, nn
 
@@ -134,6 +135,10 @@ def _read(node: ast.expr) -> tuple[Part, ...]:
     positional = [ast.literal_eval(value) for value in call.args] if call else []
     named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords} if call else {}
     if name.id in WORDS:
+        settings = [field.name for field in fields(WORDS[name.id])]
+        unknown = [str(key) for key in named if key not in settings]
+        if unknown:
+            raise SubsetError(f"{name.id} has no setting {unknown[0]!r}: it has {', '.join(settings) or 'none'}.")
         return (WORDS[name.id](*positional, **named),)
     if positional:
         raise SubsetError(

@@ -11,6 +11,7 @@
 """
 
 import copy
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -93,6 +94,7 @@ def check_savable(
     evaluate: Evaluate,
     load_base: Callable[[], nn.Module] | None = None,
     folder: Path | str | None = None,
+    free: float = math.inf,
 ) -> bool:
     """Save and load a copy of ``model`` whose trainable parameters are moved a little; ``model`` is left as it is.
 
@@ -102,6 +104,7 @@ def check_savable(
 
     Args:
         folder: where a temporary folder may lie, for this user only; by default the system's.
+        free: bytes of memory that copies may take.
 
     Returns:
         Whether it was tried. It is not if the weights are above 2 GiB, if saving needs a full copy that does not fit
@@ -112,7 +115,6 @@ def check_savable(
         GuaranteeError: see :func:`check_saved`.
     """
     _refuse_unsavable(model)
-    free = _free_memory(model)
     copied = tensor_bytes(model) if changes_model(model) else 0
     if saved_bytes(model) > LARGEST or copied > free:
         return False
@@ -319,12 +321,6 @@ def _base_is_kept(model: nn.Module) -> bool:
     """Whether the base below ``model`` is what it was: PiSSA and its like move a part of it into the adapter."""
     kinds = [getattr(config, "init_lora_weights", True) for config in getattr(model, "peft_config", {}).values()]
     return not is_adapted(model) or all(not isinstance(kind, str) or kind in KEEPS_BASE for kind in kinds)
-
-
-def _free_memory(model: nn.Module) -> int:
-    from dpft.training.tuning import free_memory
-
-    return free_memory(next(model.parameters()).device)
 
 
 def _cuda(model: nn.Module) -> list[int]:

@@ -11,7 +11,6 @@ DIR/private/          un-noised metrics, times, techniques          PRIVATE: nev
 import json
 import math
 import platform
-import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -68,12 +67,13 @@ def load_model(recipe: Recipe):
     """
     import transformers
 
+    from dpft.subset.base import quiet
     from dpft.tasks import CausalLM, SequenceClassification
 
     path, table = expand(recipe.model.path), recipe.task
     options = {"revision": recipe.model.revision, "dtype": recipe.model.dtype, **_quantization(recipe.model)}
     transformers.set_seed(recipe.run.seed)
-    with _quiet():
+    with quiet():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=recipe.model.revision)
             if table.name == "sequence_classification":
@@ -224,10 +224,15 @@ def train(
     checkpoint = last_checkpoint(output) if resume else None
     plan = plan or recipe.plan()
     setup = setup or set_up(recipe)
+    from dpft.training.saving import Saving
+
     output.mkdir(parents=True, exist_ok=True)
     trainer = make_trainer(setup, output, randomness=randomness, callbacks=callbacks, plan=plan)
     trainer.releases.check()
     before = trainer.releases.charged
+    saving = Saving(recipe, setup.task, lambda other: load_model(other)[1])
+    if before < plan.steps:
+        saving.try_it(setup.model, output)
     (output / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
     started = datetime.now(UTC)
     interrupted = False
@@ -249,18 +254,17 @@ def train(
         trainer.engine.steps_released = trainer.releases.charged  # a release cut short counts as well
     interrupted = interrupted or trainer.engine.steps_released < trainer.plan.steps
     from dpft.report import write_card
-    from dpft.subset import save_weights
 
     metrics = None
     try:
         metrics = trainer.evaluate() if evaluate and setup.validation is not None else None
     finally:  # what was paid for is kept, whatever happens to its evaluation
-        loading = save_weights(setup.model, output / "weights")
-        setup.task.tokenizer.save_pretrained(output / "weights")
+        loading, expected = saving.save(setup.model, output / "weights")
         write(output, recipe, trainer, loading, metrics, interrupted)
         _write_private(output, trainer, started)
         write_card(output)
         round_dates(output)
+    saving.check(output / "weights", loading, expected)
     return output
 
 
@@ -382,20 +386,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-class _quiet:
-    """Hugging Face's loading bars and advice, off while a checkpoint loads."""
-
-    def __enter__(self) -> None:
-        import transformers
-
-        self._level = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-
-    def __exit__(self, *_) -> None:
-        import transformers
-
-        transformers.logging.set_verbosity(self._level)
-        sys.stdout.flush()

@@ -112,8 +112,8 @@ class Dataset:
 
         Raises:
             BudgetError: not all of the plan fits; says what ε it would reach and the largest plan that fits.
-            GuaranteeError: the plan protects another unit, or under another adjacency, than the account is kept for; or the
-                account's δ is not below one over the plan's units.
+            GuaranteeError: the plan protects another unit, or under another adjacency, than the account is kept for; the
+                account's δ is not below one over the plan's units; or ``resumed`` was charged for other noise or another rate.
             LedgerError: the policy forbids it, or ``rows`` are other data.
         """
         policy = self.policy
@@ -136,6 +136,11 @@ class Dataset:
         if resumed is not None and resumed not in self.record.runs:
             raise LedgerError(
                 f"The account of {self.name!r} knows no run {resumed}: resume with the ledger it was started with."
+            )
+        if resumed is not None and set(self.record.runs[resumed].charged) - {event}:
+            raise GuaranteeError(
+                f"Run {resumed} of {self.name!r} was charged for other releases than this plan's, and what it gives back could be theirs: "
+                "resume it with the same noise and rate, or start another run."
             )
         # A run that goes on ends at the last block that fits; a new one is refused unless all of it does.
         if not self.fits([replace(event, count=left if resumed is None else min(left, 1))]):
@@ -166,9 +171,14 @@ class Dataset:
             )
         run = Run(self, uuid.uuid4().hex[:12], events[0], 0)
         run.opening = {"purpose": purpose, "recipe": "", "model": "", "steps": sum(event.count for event in events)}
-        for event in events:
-            run.event, run.steps = replace(event, count=1), event.count
-            run.charge(event.count)
+        try:
+            for event in events:
+                run.event, run.steps = replace(event, count=1), event.count
+                run.charge(event.count)
+        except BudgetError:  # somebody else spent meanwhile: nothing may be released, and nothing is charged
+            if run.reserved:
+                run.settle(0)
+            raise
         run.settle(sum(event.count for event in events))
         return self.spent()
 

@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime, timedelta
 import pytest
 
 from dpft.errors import BudgetError, GuaranteeError, LedgerError, PlanError
-from dpft.ledger import Ledger
+from dpft.ledger import Ledger, Run
 from dpft.ledger import ledger as ledger_module
 from dpft.ledger.verify import verify
 from dpft.privacy import composition
@@ -367,3 +367,30 @@ def test_figures_are_never_printed_below_what_was_computed(notes):
         notes.open(Plan(noise_multiplier=1.0, sample_rate=0.05, steps=3000, delta=1e-4))
     said = float(str(refused.value).split("from ε = ")[1].split()[0])
     assert spent <= said <= spent * 1.001
+
+
+def test_a_run_is_not_resumed_for_other_releases(notes):
+    """T15: what a weak kind gives back must not be taken from a strong one, of which all was released."""
+    run = notes.open(PLAN)
+    run.charge(10)
+    other = Plan(noise_multiplier=0.8, sample_rate=0.05, steps=100, delta=1e-4)
+    with pytest.raises(GuaranteeError, match="charged for other releases"):
+        notes.open(other, resumed=run.id, released=5)
+
+
+def test_releases_of_which_a_part_no_longer_fits_are_not_charged_at_all(ledger, notes, url, monkeypatch):
+    """Somebody else spends between two kinds of releases of one entry."""
+    other = Ledger(url).dataset("notes")
+    charge, calls = Run.charge, []
+
+    def meanwhile(self, count):
+        calls.append(count)
+        if len(calls) == 2:
+            other.spend([Event(1, epsilon=3.0, delta=0.0)], purpose="faster")
+        charge(self, count)
+
+    monkeypatch.setattr(Run, "charge", meanwhile)
+    with pytest.raises(BudgetError, match="do not fit"):
+        notes.spend([Event(1, epsilon=0.5, delta=0.0), Event(2, epsilon=1.4, delta=0.0)], purpose="slower")
+    ledger.refresh()
+    assert notes.spent() == pytest.approx(3.0, rel=1e-3) and verify(*ledger.store.after(0)).verified

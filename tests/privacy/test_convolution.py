@@ -39,16 +39,15 @@ def test_random_accounts_are_never_claimed_for_less():
     assert len(shares) > 200 and min(shares) >= 1.0 and max(shares) <= 1.003
 
 
-def test_rounding_is_allowed_for():
-    """T18: the allowance grows with the number of releases, and at 1e7 of them and δ = 1e-8 it shows."""
-    events, delta, grid = (Event(10**7, 2000.0, 1.0),), 1e-8, 1e-4
-    with_it = convolution.epsilon_on(events, delta, grid, adding=False)
-    loss = convolution._loss(Event(1, 2000.0, 1.0), grid, False, 9)
-    tilts = [convolution._Tilt(order, 10**7 * loss.log_moment(order)) for order in (1.0, 2.0, 4.0)]
-    for tilt in tilts:
-        one, many = (convolution._rounding([(n, loss)], tilt, 1 << 16, grid) for n in (1, 10**7))
-        assert many == pytest.approx(one * (10**7 + 1) / 2) and many > 10**7 * 2.0**-53 * 100
-    assert with_it >= closed_form(events, delta)
+def test_rounding_is_allowed_for(monkeypatch):
+    """T18: the allowance grows with the number of releases, is at least a unit for each, and is added to δ."""
+    events, loss = (Event(10**6, 1000.0, 1.0),), convolution._loss(Event(1, 1000.0, 1.0), 1e-4, False, 9)
+    tilt = convolution._Tilt(4.0, 10**6 * loss.log_moment(4.0))
+    one, many = (convolution._rounding([(n, loss)], tilt, 1 << 16, 1e-4) for n in (1, 10**6))
+    assert many == pytest.approx(one * (10**6 + 1) / 2) and many > 10**6 * 2.0**-53
+    before = convolution.epsilon_on(events, 1e-10, 1e-4, adding=False)
+    monkeypatch.setattr(convolution, "UNIT", 2.0**-40)
+    assert convolution.epsilon_on(events, 1e-10, 1e-4, adding=False) > 1.0005 * before
 
 
 @pytest.mark.parametrize("adding", [False, True])

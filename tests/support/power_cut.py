@@ -1,7 +1,4 @@
-"""What a power cut leaves, at worst: a process runs with its syncs recorded, and only what was synced is put back.
-
-A closing ``close(2)`` of SQLite would drop POSIX locks that other descriptors of the file hold; the child is alone, and stops at once.
-"""
+"""What a power cut leaves, at worst: a process runs with its syncs recorded, and only what was synced is put back."""
 
 import os
 import shutil

@@ -2,7 +2,7 @@
 
 A :class:`dp_accounting.DpEvent` says what was released; ε is always derived from it and never stored instead of it.
 The privacy loss distribution (PLD; Koskela et al. 2020, Doroshenko et al. 2022) gives the ε that dpft prints; Rényi
-DP (Mironov 2017) is the second opinion, and always the larger of the two.
+DP (Mironov 2017) is the second opinion, and the larger of the two wherever ε is below 100 and δ above 1e-12.
 
 dp-accounting cuts tails of 1e-15 at each composition and takes minutes where losses are hundreds. There, and where draws are so rare
 that it takes seconds, dpft's own arithmetic answers (:func:`own`).
@@ -38,7 +38,7 @@ SMALLEST_DELTA = 1e-12  # for dp-accounting, which leaves out 1e-15 of each comp
 SMALLEST_NOISE = 0.2  # for dp-accounting; below, one release's losses are hundreds
 LARGEST_EPSILON = 100.0  # for dp-accounting; beyond, its lists are long, and nobody is protected
 RAREST = 3e4  # for dp-accounting: one release's largest loss over its spread
-UNIT_FAILURE = 1e-13  # added to δ where a curve is bounded as if the draws were known
+CURVE_FAILURE = 1e-13  # added to δ where a curve is bounded as if the draws were known
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # RDP orders that do not converge are left out, which is sound
 
@@ -216,7 +216,7 @@ def deltas(event: dp_event.DpEvent, epsilons: list[float], adjacency: Adjacency 
         return [1.0] * len(epsilons)
     apart = 2.0 if adjacency == "replace-one" else 1.0
     releases = [(e.noise_multiplier / apart, e.sample_rate, e.count) for e in events]
-    mu, failure = gaussian.revealed_mu(releases, UNIT_FAILURE)
+    mu, failure = gaussian.revealed_mu(releases, CURVE_FAILURE)
     return [min(1.0, failure + gaussian.delta(value, mu)) for value in epsilons]
 
 

@@ -41,7 +41,7 @@ def reference(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "a
         for event in events:
             one = _reference_loss(event, adjacency, grid)
             total = one if total is None else total.compose(one)
-        return 0.0 if total is None else total.get_epsilon_for_delta(delta)
+        return 0.0 if total is None else float(total.get_epsilon_for_delta(delta))
 
     return accounting.refined(epsilon_on)
 

@@ -11,6 +11,7 @@ from dpft.ledger import Dataset, Ledger
 from dpft.ledger.verify import verify
 from dpft.privacy import accounting, composition
 from dpft.privacy.composition import Event
+from dpft.privacy.rounding import rounded_up
 
 AGREEMENT = 5e-3  # relative difference that grids explain
 PRV_ERROR = 0.01  # that PRV adds to ε
@@ -63,9 +64,12 @@ def audit_ledger(ledger: Ledger) -> list[Spending]:
 def _dataset(dataset: Dataset) -> Spending:
     policy, record = dataset.policy, dataset.record
     audit = _recomputed(dataset.name, dataset.spent(), record.events, policy["delta"], policy["adjacency"])
-    print_ = record.fingerprint
-    if print_ is not None and policy["unit"] == "example" and policy["delta"] >= 1 / max(1, print_["rows"]):
-        audit.problems.append(_delta_problem(policy["delta"], print_["rows"]))
+    declared = [run.facts.get("units") for run in record.runs.values()]
+    if policy["unit"] == "example" and record.fingerprint is not None:
+        declared.append(record.fingerprint.get("rows"))  # which 0.1.0 kept
+    units = max((one for one in declared if one), default=None)
+    if units is not None and policy["delta"] >= 1 / units:
+        audit.problems.append(_delta_problem(policy["delta"], units))
     return audit
 
 
@@ -81,12 +85,14 @@ def _recomputed(name: str, stated: float | None, events: Iterable[Event], delta:
         releases = [(event.noise_multiplier, event.sample_rate, event.count) for event in events]
         found["PRV (Opacus)"] = accounting.epsilon_prv(releases, delta, adjacency)
     known, prv = found["PLD (dp-accounting)"], found["PRV (Opacus)"]
+    if math.isinf(known):  # where it does not serve
+        known = found["PLD (dpft)"]
     audit = Spending(name, stated, delta, {k: v if math.isfinite(v) else None for k, v in found.items()})
     if stated is not None and stated < known * (1 - AGREEMENT):
-        audit.problems.append(f"It states ε = {stated:.4g}, and its events compose to {known:.4g}.")
+        audit.problems.append(f"It states ε = {stated:.4g}, and its events compose to {rounded_up(known, 4)}.")
     if math.isfinite(prv) and prv + AGREEMENT * known < known - PRV_ERROR:
         audit.problems.append(
-            f"Two accountants disagree: PLD gives ε = {known:.4g} and PRV {prv:.4g}; take the larger."
+            f"Two accountants disagree: PLD gives ε = {rounded_up(known, 4)} and PRV {rounded_up(prv, 4)}; take the larger."
         )
     return audit
 

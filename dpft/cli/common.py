@@ -5,6 +5,8 @@ import math
 
 import click
 
+from dpft.privacy.rounding import rounded_up
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 overrides = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe's key, such as privacy.epsilon=1."
@@ -37,6 +39,11 @@ def table(rows: list[dict]) -> None:
     click.echo(line({key: key for key in widths}))
     for text in texts:
         click.echo(line(text))
+
+
+def printed(epsilon: float | None) -> str | None:
+    """An ε as text, rounded up; None where there is none, or no finite one."""
+    return rounded_up(epsilon, 4) if epsilon is not None and math.isfinite(epsilon) else None
 
 
 def _finite(value):

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import click
 
-from dpft.cli.common import as_json, show, table
+from dpft.cli.common import as_json, printed, show, table
 from dpft.errors import RecipeError
+from dpft.privacy.rounding import rounded_up
 
 where = click.option(
     "--ledger", "url", metavar="URL", help="The ledger's file or URL; by default DPFT_LEDGER, or the user's own file."
@@ -65,7 +66,7 @@ def create(name, epsilon, delta, unit, adjacency, data, expires, spenders, url) 
     )
     for other, share in opened.shared(made.name):
         click.echo(
-            f"Warning: about {share:.0%} of the rows are in {other!r} too, and people in both are charged only where a run is charged: their privacy costs add up.",
+            f"Warning: about {share:.0%} of the rows or texts are in {other!r} too, and people in both are charged only where a run is charged: their privacy costs add up.",
             err=True,
         )
 
@@ -96,7 +97,7 @@ def list_(url, as_json) -> None:
     if as_json:
         show({"datasets": rows}, True)
     else:
-        table(rows)
+        table([{**row, "spent": printed(row["spent"])} for row in rows])
 
 
 @ledger.command("show")
@@ -117,11 +118,12 @@ def show_(name, url, as_json) -> None:
         **dataset.policy,
         "spent": dataset.spent(),
         "spent_rdp": dataset.second_opinion(),
-        "rows": dataset.record.fingerprint and dataset.record.fingerprint["rows"],
+        "knows_its_rows": dataset.record.fingerprint is not None,
     }
     if as_json:
         show({**facts, "runs": runs, "notes": dataset.record.notes}, True)
         return
+    facts |= {key: printed(facts[key]) for key in ("spent", "spent_rdp")}
     facts["spenders"] = ", ".join(facts["spenders"]) or "everyone"
     show(facts, False)
     if runs:
@@ -136,7 +138,7 @@ def show_(name, url, as_json) -> None:
                 "purpose": run["purpose"] or "-",
                 "releases": run["steps"],
                 "state": "settled" if run["settled"] else "open",
-                "epsilon": run["epsilon"],
+                "epsilon": printed(run["epsilon"]),
             }
             for run in runs
         ]
@@ -179,7 +181,7 @@ def spend(name, noise_multiplier, sample_rate, steps, epsilon, delta, purpose, u
     dataset = _open(url).dataset(name)
     spent = dataset.spend([event], purpose=purpose)
     click.echo(
-        f"{name!r} has spent ε = {spent:.4g} of {dataset.policy['epsilon']:g} at δ = {dataset.policy['delta']:g}."
+        f"{name!r} has spent ε = {rounded_up(spent, 4)} of {dataset.policy['epsilon']:g} at δ = {dataset.policy['delta']:g}."
     )
 
 
@@ -209,6 +211,8 @@ def fits(name, noise_multiplier, sample_rate, steps, url, as_json) -> None:
         "most_steps": dataset.most_steps(plan),
         "least_noise_multiplier": dataset.least_noise(plan),
     }
+    if not as_json:
+        facts |= {key: printed(facts[key]) for key in ("spent", "spent_after", "least_noise_multiplier")}
     show(facts, as_json)
 
 

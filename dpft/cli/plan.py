@@ -2,7 +2,7 @@
 
 import click
 
-from dpft.cli.common import as_json, show
+from dpft.cli.common import as_json, printed, show
 
 
 @click.command()
@@ -27,10 +27,11 @@ def plan(as_json: bool, **facts) -> None:
     from dpft.privacy.plan import Plan
 
     made = Plan.calibrate(**facts)
+    figure = (lambda value: value) if as_json else printed
     show(
         {
-            "epsilon": made.epsilon,
-            "epsilon_rdp": made.epsilon_rdp,
+            "epsilon": figure(made.epsilon),
+            "epsilon_rdp": figure(made.epsilon_rdp),
             "delta": made.delta,
             "noise_multiplier": made.noise_multiplier,
             "sample_rate": made.sample_rate,

@@ -21,10 +21,12 @@ from datetime import datetime
 
 from dpft.errors import LedgerError, PlanError
 from dpft.ledger.chain import GENESIS, End, Entry, hash_of, head_text, signed
-from dpft.ledger.fingerprint import overlap
+from dpft.ledger.fingerprint import Fingerprint
 from dpft.privacy import composition
 from dpft.privacy.accounting import ADJACENCY
 from dpft.privacy.composition import Event, merged
+
+AMENDABLE = frozenset({"epsilon", "expires", "spenders"})  # of a policy; what else it says is how releases are priced
 
 
 @dataclass
@@ -110,16 +112,12 @@ class Book:
                 "The signature of the ledger's end is not its key's: restore it from a backup or an export."
             )
 
-    def like(self, print_: dict | None) -> list[tuple[str, float]]:
-        """Every data set that was registered with rows, and its overlap with these."""
+    def like(self, print_: Fingerprint | None) -> list[tuple[str, float, bool]]:
+        """Every data set that was registered with rows: its name, the share that it has of these, and whether it is the same."""
         if print_ is None:
             return []
         known = ((name, dataset.fingerprint) for name, dataset in self.datasets.items())
-        return [(name, overlap(print_, other)) for name, other in known if other is not None]
-
-    def same(self, name: str, print_: dict) -> bool:
-        """Whether the data set was registered with just these rows; an estimated overlap of all of them is not that."""
-        return self.datasets[name].fingerprint["digest"] == print_["digest"]
+        return [(name, print_.share(other), print_.same(other)) for name, other in known if other is not None]
 
     def _check(self, row: Entry) -> None:
         if (row.seq, row.previous) != (self.seq + 1, self.hash):

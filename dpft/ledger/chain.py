@@ -76,6 +76,14 @@ class Key:
             file.write(raw + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if hasattr(
+            os, "O_DIRECTORY"
+        ):  # its name, too, is on disk before the first charge that it signs; Windows has no handle for that
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def sign(self, text: str) -> str:
         return self._private.sign(text.encode()).hex()

@@ -8,18 +8,19 @@ from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING
 
 from dpft.errors import BudgetError, GuaranteeError, LedgerError
-from dpft.ledger.book import DatasetRecord, checked_policy, who
-from dpft.ledger.fingerprint import fingerprint, overlap
+from dpft.ledger.book import AMENDABLE, DatasetRecord, checked_policy, who
+from dpft.ledger.fingerprint import SHARED, Fingerprint, in_tenths
 from dpft.privacy import composition
 from dpft.privacy.composition import Event, merged
 from dpft.privacy.plan import Plan
+from dpft.privacy.rounding import rounded_up
 
 if TYPE_CHECKING:
     from dpft.ledger.ledger import Ledger
 
 ACCOUNTANT = "dpft-fft"  # who computes the figures that are stored; `verify` asks another
-SHARED = 0.1  # overlap from which two sets have data in common
 CHANGED = "data_changed"
+SHARES = "data_shared"
 PRICED = (0.7, 1.0, 1.5, 2.0, 4.0)  # noise multipliers that a dashboard prices
 
 
@@ -111,7 +112,8 @@ class Dataset:
 
         Raises:
             BudgetError: not all of the plan fits; says what ε it would reach and the largest plan that fits.
-            GuaranteeError: the plan protects another unit, or under another adjacency, than the account is kept for.
+            GuaranteeError: the plan protects another unit, or under another adjacency, than the account is kept for; the
+                account's δ is not below one over the plan's units; or ``resumed`` was charged for other noise or another rate.
             LedgerError: the policy forbids it, or ``rows`` are other data.
         """
         policy = self.policy
@@ -121,6 +123,11 @@ class Dataset:
                     f"The plan's {name} is {getattr(plan, name)!r}, and the account of {self.name!r} is kept for {policy[name]!r}, so its budget "
                     "would not cover the run: use the same."
                 )
+        if plan.units is not None and policy["delta"] >= 1 / plan.units:
+            raise GuaranteeError(
+                f"The account of {self.name!r} is kept at delta = {policy['delta']:g} and the plan has {plan.units:,} units, so it permits "
+                "publishing one of them whole: open an account with a delta below one over the number of units."
+            )
         left = max(0, plan.steps - released)
         if left or resumed is None:
             self._check_policy()
@@ -130,13 +137,24 @@ class Dataset:
             raise LedgerError(
                 f"The account of {self.name!r} knows no run {resumed}: resume with the ledger it was started with."
             )
+        if resumed is not None and set(self.record.runs[resumed].charged) - {event}:
+            raise GuaranteeError(
+                f"Run {resumed} of {self.name!r} was charged for other releases than this plan's, and what it gives back could be theirs: "
+                "resume it with the same noise and rate, or start another run."
+            )
         # A run that goes on ends at the last block that fits; a new one is refused unless all of it does.
         if not self.fits([replace(event, count=left if resumed is None else min(left, 1))]):
             raise BudgetError(self._refusal(plan, left, resumed is not None))
         run = Run(self, resumed or uuid.uuid4().hex[:12], event, plan.steps)
         run.overlap = warning
         if resumed is None:
-            run.opening = {"purpose": purpose, "recipe": recipe, "model": model, "steps": plan.steps}
+            run.opening = {
+                "purpose": purpose,
+                "recipe": recipe,
+                "model": model,
+                "steps": plan.steps,
+                "units": plan.units,
+            }
         return run
 
     def spend(self, events: Iterable[Event], *, purpose: str) -> float:
@@ -149,22 +167,38 @@ class Dataset:
         events = merged(events)
         if not self.fits(events):
             raise BudgetError(
-                f"That would take {self.name!r} to ε = {self.after(events):.4g} of {self.policy['epsilon']:g} at δ = {self.policy['delta']:g}: spend less."
+                f"That would take {self.name!r} to ε = {rounded_up(self.after(events), 4)} of {self.policy['epsilon']:g} at δ = {self.policy['delta']:g}: spend less."
             )
         run = Run(self, uuid.uuid4().hex[:12], events[0], 0)
         run.opening = {"purpose": purpose, "recipe": "", "model": "", "steps": sum(event.count for event in events)}
-        for event in events:
-            run.event, run.steps = replace(event, count=1), event.count
-            run.charge(event.count)
+        try:
+            for event in events:
+                run.event, run.steps = replace(event, count=1), event.count
+                run.charge(event.count)
+        except BudgetError:  # somebody else spent meanwhile: nothing may be released, and nothing is charged
+            if run.reserved:
+                run.settle(0)
+            raise
         run.settle(sum(event.count for event in events))
         return self.spent()
 
     def amend(self, **changes) -> None:
-        """Change the policy (``epsilon``, ``expires``, ``spenders``); the entry says who did and when."""
+        """Change the policy's ``epsilon``, ``expires`` or ``spenders``; the entry says who did and when.
+
+        Raises:
+            LedgerError: another key, such as delta, which would give another price to what was released long ago.
+            BudgetError: the new ε is below what is spent.
+        """
+        fixed = sorted(set(changes) - AMENDABLE)
+        if fixed:
+            raise LedgerError(
+                f"The {', '.join(fixed)} of {self.name!r} cannot be amended, because all that was released was priced by them: open another account."
+            )
         policy = checked_policy(**{**self.policy, **changes})
-        if policy["epsilon"] < self.spent():
+        spent = self.spent()
+        if policy["epsilon"] < spent:
             raise BudgetError(
-                f"{self.name!r} has spent ε = {self.spent():.4g} already: a budget cannot be lowered below that."
+                f"{self.name!r} has spent ε = {rounded_up(spent)} already: a budget cannot be lowered below that."
             )
         self.ledger._append(self.name, "amend", lambda book: {"policy": changes})
 
@@ -194,30 +228,32 @@ class Dataset:
             )
 
     def _recognise(self, rows: Iterable[Mapping]) -> float | None:
-        """None if the rows are those that were registered; else the share that still is."""
+        """None if the rows are those that were registered; else about the share that still is, in tenths."""
         known = self.record.fingerprint
-        found = fingerprint(rows, self.ledger.key.secret)
-        for other, share in self.ledger._book.like(found):
-            if share == 1.0 and other != self.name and self.ledger._book.same(other, found):
-                raise LedgerError(f"These rows are the data set {other!r}, not {self.name!r}: name that one.")
-        if known is None or found["digest"] == known["digest"]:
+        found = Fingerprint(rows, self.ledger.key.secret)
+        if known is not None and found.same(known):
             return None
-        share = overlap(known, found)
+        for other, _, same in self.ledger._book.like(found):
+            if same and other != self.name:
+                raise LedgerError(f"These rows are the data set {other!r}, not {self.name!r}: name that one.")
+        if known is None:
+            return None
+        share = found.share(known)
         if share < SHARED:
             raise LedgerError(
-                f"These rows have nothing in common with those that {self.name!r} was created from ({known['rows']:,} rows): name another data set, or create one."
+                f"These rows have nothing in common with those that {self.name!r} was created from: name another data set, or create one."
             )
-        return share
+        return in_tenths(share)
 
     def _refusal(self, plan: Plan, left: int, resumed: bool) -> str:
         policy, most = self.policy, self._room(_event(plan), left)
         ways = [f"at most {most:,} of {left:,} steps fit" if most else "not one step fits"]
         noise = None if resumed else self.least_noise(replace(plan, steps=left))
         if noise is not None:
-            ways.append(f"all of them with a noise multiplier of {noise:.3f}")
+            ways.append(f"all of them with a noise multiplier of {rounded_up(noise, 4)}")
         would = self._epsilon((replace(_event(plan), count=left),))
         return (
-            f"The run would take {self.name!r} from ε = {self._epsilon(()):.4g} to {would:.4g}, above its budget of {policy['epsilon']:g} at "
+            f"The run would take {self.name!r} from ε = {rounded_up(self._epsilon(()), 4)} to {rounded_up(would, 4)}, above its budget of {policy['epsilon']:g} at "
             f"δ = {policy['delta']:g}: {', or '.join(ways)}."
         )
 

@@ -19,11 +19,13 @@ from pathlib import Path
 from dpft.errors import LedgerError, PlanError
 from dpft.ledger.book import Book, checked_policy, seconds_back, who
 from dpft.ledger.chain import End, Entry, Key, head_text
-from dpft.ledger.dataset import SHARED, Dataset
-from dpft.ledger.fingerprint import fingerprint
+from dpft.ledger.dataset import SHARES, Dataset
+from dpft.ledger.fingerprint import SHARED, Fingerprint, in_tenths, overlap
 from dpft.ledger.store import Store, data_folder, default_url
 
-CLOCK_SECONDS = 300.0  # by how much two machines' clocks may differ
+# By how much two machines' clocks may differ. Entries' times are rounded down to the hour, because the time between two charges is the
+# time that the data took; so a clock that is set back is noticed from the hour of the last entry on, and not within it.
+CLOCK_SECONDS = 300.0
 
 
 class Ledger:
@@ -118,30 +120,43 @@ class Ledger:
             expires=None if expires is None else expires.isoformat(),
             spenders=sorted(spenders),
         )
-        print_ = None if rows is None else fingerprint(rows, self.key.secret)
-        if print_ is not None and delta >= 1 / max(1, print_["rows"]) and unit == "example":
+        print_ = None if rows is None else Fingerprint(rows, self.key.secret)
+        if print_ is not None and delta >= 1 / max(1, print_.rows) and unit == "example":
             raise PlanError(
-                f"delta is {delta:g} for {print_['rows']:,} rows, and a delta of 1/rows or more permits publishing one whole: choose a smaller one."
+                f"delta is {delta:g}, not below one over the number of rows, which permits publishing one whole: choose a smaller one."
             )
+        shared: list[tuple[str, float]] = []
 
         def facts(book: Book) -> dict:
             if name in book.datasets:
                 raise LedgerError(f"The ledger has a data set {name!r} already: choose another name.")
-            for other, share in book.like(print_):
-                if share == 1.0 and book.same(other, print_):
+            like = book.like(print_)
+            for other, _, same in like:
+                if same:
                     raise LedgerError(
                         f"These rows are the data set {other!r} already, and two accounts would spend one budget twice: use that name."
                     )
-            return {"policy": policy, "fingerprint": print_}
+            shared[:] = [(other, share) for other, share, _ in like if share >= SHARED]
+            return {"policy": policy, "fingerprint": print_ and print_.stored}
 
         self._append(name, "dataset", facts)
+        for other, share in shared:
+            self._append(
+                name, "note", lambda book, o=other, s=share: {"about": SHARES, "with": o, "overlap": in_tenths(s)}
+            )
         return Dataset(self, name)
 
     def shared(self, name: str) -> list[tuple[str, float]]:
-        """Other data sets that seem to hold some of the same rows, with the share of rows in common."""
-        book = self.refresh()
-        mine = book.datasets[name].fingerprint
-        return [(other, share) for other, share in book.like(mine) if other != name and share >= SHARED]
+        """Other data sets that seem to hold some of the same rows or texts, with the share of them in common, in tenths."""
+        datasets = self.refresh().datasets
+        found = {note["with"]: note["overlap"] for note in datasets[name].notes if note["about"] == SHARES}
+        mine = datasets[name].fingerprint
+        for other, record in datasets.items():
+            if mine is not None and record.fingerprint is not None and other not in (name, *found):
+                share = overlap(mine, record.fingerprint)
+                if share >= SHARED:
+                    found[other] = in_tenths(share)
+        return list(found.items())
 
     # -- entries -------------------------------------------------------------------------------------------------
 
@@ -189,7 +204,8 @@ class Ledger:
                 raise LedgerError(
                     f"This machine's clock says {now[:16]}, {behind:,.0f} seconds before the ledger's last entry: set it right, so that who spent what when stays true."
                 )
-            facts = {**facts, "at": max(now, self._book.last_time), "by": who()}
+            at = now if kind == "dataset" else f"{now[:13]}:00:00+00:00"
+            facts = {**facts, "at": max(at, self._book.last_time), "by": who()}
             entry = key.entry(self._book.seq + 1, dataset, kind, facts, self._book.hash)
             return entry, key.sign(head_text(entry.seq, entry.hash))
 

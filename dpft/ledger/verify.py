@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpft.errors import LedgerError
-from dpft.ledger.book import Book, DatasetRecord
+from dpft.ledger.book import AMENDABLE, Book, DatasetRecord
 from dpft.ledger.chain import End, Entry, canonical, signed
 from dpft.ledger.store import Store
 from dpft.privacy import composition
+from dpft.privacy.rounding import rounded_up
 
 FORMAT = "dpft-ledger"
 AGREEMENT = 5e-3  # relative difference of two accountants' ε that grids explain
@@ -61,6 +62,8 @@ def verify(
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             found.problems.append(f"Entry {row.seq} cannot be read ({type(error).__name__}: {error}).")
             return found
+        if row.kind == "amend":
+            found.problems += _amendment(row)
         if figures and row.kind == "settle":
             found.problems += _figure(book.datasets[row.dataset], row)
             found.figures += 1
@@ -77,14 +80,26 @@ def verify(
     return found
 
 
+def _amendment(row: Entry) -> list[str]:
+    """Nobody changes by what the releases so far are priced."""
+    fixed = sorted(set(row.facts["policy"]) - AMENDABLE)
+    if not fixed:
+        return []
+    return [
+        f"Entry {row.seq} amends the {', '.join(fixed)} of {row.dataset!r}, which re-prices what was released before."
+    ]
+
+
 def _figure(dataset: DatasetRecord, row: Entry) -> list[str]:
     """A settlement's ε against another accountant's."""
     policy, stored = dataset.policy, row.facts["epsilon"]
     known = composition.reference(dataset.events, policy["delta"], policy["adjacency"])
+    if math.isinf(known):  # dp-accounting does not serve so small a δ, so little noise or so large an ε
+        known = dataset.epsilon(dataset.events)
     if math.isclose(stored, known, rel_tol=AGREEMENT, abs_tol=1e-4):
         return []
     return [
-        f"Entry {row.seq} says that {dataset.name!r} had spent ε = {stored:.5g}; its events compose to {known:.5g}."
+        f"Entry {row.seq} says that {dataset.name!r} had spent ε = {stored:.5g}; its events compose to {rounded_up(known, 5)}."
     ]
 
 
@@ -92,7 +107,7 @@ def _policy_kept(dataset: DatasetRecord) -> list[str]:
     spent = dataset.epsilon(dataset.events)
     if spent <= dataset.policy["epsilon"]:
         return []
-    return [f"{dataset.name!r} has spent ε = {spent:.4g} of {dataset.policy['epsilon']:g}."]
+    return [f"{dataset.name!r} has spent ε = {rounded_up(spent, 4)} of {dataset.policy['epsilon']:g}."]
 
 
 def export(store: Store, path: Path) -> int:

@@ -7,22 +7,21 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from dp_accounting import dp_event
-from scipy.optimize import brentq
-from scipy.special import log_ndtr, ndtr
 
 from dpft.errors import PlanError
-from dpft.privacy import accounting, composition
+from dpft.privacy import accounting, composition, gaussian
 from dpft.privacy.accounting import ADJACENCY, Adjacency
 from dpft.privacy.clipping import Clip, FlatClip
+from dpft.privacy.rounding import rounded_up
 from dpft.privacy.sampling import PoissonSampler
 
 if TYPE_CHECKING:
     from dpft.privacy.noise import Randomness
 
+MIN_NOISE_MULTIPLIER = 1e-3  # the least that a search finds
 MAX_NOISE_MULTIPLIER = 1e6
 MAX_STEPS = 10_000_000
 LARGEST_EPSILON = 500.0  # beyond it e to its power leaves the range of numbers
-COARSE = 0.1  # a grid for losses of hundreds, which protect nobody
 TOLERANCE = 1e-3  # of ε: how far below its target a calibrated plan may stay
 
 
@@ -126,17 +125,17 @@ class Plan:
         """ε spent by the first ``steps`` releases.
 
         Args:
-            exact: by dp-accounting, as it is stated. If not, in hundredths of a second by dpft's own arithmetic
-                (:mod:`dpft.privacy.composition`), an upper bound as well: for what is shown and what is searched.
+            exact: as it is stated, by dp-accounting wherever that serves. If not, in hundredths of a second by dpft's own
+                arithmetic, an upper bound as well: for what is shown and what is searched.
+
+        Where noise is so little that ε is in the hundreds, the bound is true and may be loose; it is infinite only without noise.
         """
         if steps == 0:
             return 0.0
         if not exact:
             event = composition.Event(steps, self.noise_multiplier, self.sample_rate)
-            found = composition.epsilon((event,), self.delta, self.adjacency)
-            if math.isfinite(found):
-                return found
-        return accounting.epsilon(self.event_after(steps), self.delta, self.adjacency, grid=None if exact else COARSE)
+            return composition.epsilon((event,), self.delta, self.adjacency)
+        return accounting.epsilon(self.event_after(steps), self.delta, self.adjacency)
 
     @cached_property
     def epsilon_rdp(self) -> float:
@@ -159,7 +158,7 @@ class Plan:
         if math.isinf(spent):
             return f"NOT PRIVATE: {done:,} steps without noise."
         return (
-            f"(ε = {spent:.3g}, δ = {self.delta:g})-differential privacy; unit: {self.unit}; adjacency: {self.adjacency}; "
+            f"(ε = {rounded_up(spent)}, δ = {self.delta:g})-differential privacy; unit: {self.unit}; adjacency: {self.adjacency}; "
             f"sampler: Poisson, rate {self.sample_rate:.4g} per step; mechanism: {done:,} Gaussian releases, "
             f"noise multiplier {self.noise_multiplier:.4g}, {type(self.clip).__name__} at {self.clip.sensitivity:g}."
         )
@@ -187,7 +186,7 @@ class Plan:
             **fields: the other fields of :class:`Plan`.
 
         Returns:
-            A plan with ``plan.epsilon <= epsilon`` where a target was given (and within 0.1 % of it for noise).
+            A plan with ``plan.epsilon <= epsilon`` where a target was given (and within 0.1 % of it for noise, where ε is below 100).
 
         Raises:
             PlanError: too few or too many facts, or no noise or number of steps reaches the target.
@@ -227,8 +226,10 @@ def _noise_for(plan: Plan, target: float) -> Plan:
     def epsilon(log_noise: float, exact: bool) -> float:
         return replace(plan, noise_multiplier=math.exp(log_noise)).epsilon_after(plan.steps, exact=exact)
 
+    if epsilon(math.log(MIN_NOISE_MULTIPLIER), True) <= target:  # so few draws that δ covers them all
+        return replace(plan, noise_multiplier=MIN_NOISE_MULTIPLIER)
     # The central limit theorem of DP-SGD (Bu et al. 2020, equation 5), solved for the noise, says where to look.
-    mu = _gaussian_mu(target, plan.delta) / plan.sample_rate
+    mu = gaussian.mu_for(target, plan.delta) / plan.sample_rate
     guess = -0.5 * math.log(math.log1p(mu**2 / plan.steps))
     found = _search(epsilon, target, guess, math.inf, math.log(MAX_NOISE_MULTIPLIER), slope=-2.0)
     if found is None:
@@ -245,10 +246,10 @@ def _steps_for(plan: Plan, target: float) -> Plan:
     spent = cache(plan.epsilon_after)
     if spent(1) > target:
         raise PlanError(
-            f"One step at noise multiplier {plan.noise_multiplier:g} already spends epsilon = {spent(1):.3g}, "
+            f"One step at noise multiplier {plan.noise_multiplier:g} already spends epsilon = {rounded_up(spent(1))}, "
             f"above {target:g}: use more noise."
         )
-    mu = _gaussian_mu(target, plan.delta) / plan.sample_rate
+    mu = gaussian.mu_for(target, plan.delta) / plan.sample_rate
     guess = max(0.0, math.log(mu**2 / math.expm1(plan.noise_multiplier**-2)))
     found = _search(
         lambda x, exact: spent(int(math.exp(x)), exact=exact), target, guess, 0.0, math.log(MAX_STEPS), slope=0.6
@@ -291,16 +292,6 @@ def _search(
 
 def _log_ratio(epsilon: float, target: float) -> float:
     return math.log(epsilon / target) if epsilon > 0 else -math.inf
-
-
-def _gaussian_mu(epsilon: float, delta: float) -> float:
-    """μ of the Gaussian mechanism that is exactly (ε, δ)-DP (Dong et al. 2022, Corollary 2.13)."""
-
-    def excess(log_mu: float) -> float:
-        mu = math.exp(log_mu)
-        return ndtr(mu / 2 - epsilon / mu) - math.exp(epsilon + log_ndtr(-mu / 2 - epsilon / mu)) - delta
-
-    return math.exp(brentq(excess, math.log(1e-8), math.log(1e3)))
 
 
 def _sample_rate(sample_rate: float | None, units: int | None, batch_size: int | None) -> float:

@@ -9,6 +9,7 @@ from dpft.errors import RecipeError
 from dpft.ledger import Ledger
 from dpft.privacy import composition
 from dpft.privacy.composition import Event
+from dpft.privacy.plan import Plan
 from dpft.recipe import Recipe
 from dpft.training.run import train
 
@@ -91,3 +92,25 @@ def test_what_only_an_epsilon_is_known_of_has_no_prv(tmp_path):
     assert found.epsilon["PRV (Opacus)"] is None and found.epsilon["PLD (dp-accounting)"] == pytest.approx(
         1.0, rel=1e-2
     )
+
+
+def test_a_delta_that_a_run_of_an_account_is_too_large_for_is_a_violation(tmp_path):
+    """T17: by the units that its run declared; 0.1.0 never compared them with the account's δ."""
+    ledger = Ledger(str(tmp_path / "ledger.sqlite"))
+    account = ledger.create("notes", epsilon=8, delta=0.01, unit="patient")
+    account.open(Plan(noise_multiplier=9.0, sample_rate=0.1, steps=1, delta=1e-6, units=99, unit="patient")).charge(1)
+    assert audit_ledger(ledger)[0].verdict == "consistent"
+    record = account.record.runs[next(iter(account.record.runs))]
+    facts = {**record.facts, "run": "forged", "units": 100_000}
+    ledger._append("notes", "run", lambda book: facts)
+    assert "δ = 0.01 for 100,000 units permits" in audit_ledger(ledger)[0].problems[0]
+
+
+@pytest.mark.parametrize(("noise", "delta"), [(0.05, 1e-6), (5.0, 1e-15)])
+def test_what_dp_accounting_does_not_serve_is_audited_as_well(tmp_path, noise, delta):
+    ledger = Ledger(str(tmp_path / "ledger.sqlite"))
+    account = ledger.create("notes", epsilon=900, delta=delta)
+    account.spend([Event(2, noise, 0.5)], purpose="little noise, or a tiny delta")
+    (found,) = audit_ledger(ledger)
+    assert found.verdict == "consistent" and found.epsilon["PLD (dp-accounting)"] is None
+    assert found.stated == found.epsilon["PLD (dpft)"] > 0

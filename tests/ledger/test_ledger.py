@@ -7,12 +7,13 @@ from datetime import UTC, date, datetime, timedelta
 import pytest
 
 from dpft.errors import BudgetError, GuaranteeError, LedgerError, PlanError
-from dpft.ledger import Ledger
+from dpft.ledger import Ledger, Run
 from dpft.ledger import ledger as ledger_module
 from dpft.ledger.verify import verify
 from dpft.privacy import composition
 from dpft.privacy.composition import Event, reference
 from dpft.privacy.plan import Plan
+from dpft.privacy.rounding import rounded_up
 
 PLAN = Plan(noise_multiplier=1.0, sample_rate=0.05, steps=100, delta=1e-4)
 
@@ -130,7 +131,7 @@ def test_what_does_not_fit_is_refused_with_what_does(notes):
     most, noise = notes.most_steps(plan), notes.least_noise(plan)
     with pytest.raises(
         BudgetError,
-        match=rf"at most {most:,} of 3,000 steps fit, or all of them with a noise multiplier of {noise:.3f}",
+        match=rf"at most {most:,} of 3,000 steps fit, or all of them with a noise multiplier of {rounded_up(noise, 4)}",
     ):
         notes.open(plan)
     assert not notes.curve()
@@ -227,8 +228,11 @@ def test_data_are_recognised_by_their_rows(ledger, rows, monkeypatch):
     assert ledger.shared("more")[0][0] == "notes"
     with pytest.raises(LedgerError, match="are the data set 'notes', not 'more'"):
         more.open(PLAN, rows=rows)
-    monkeypatch.setattr("dpft.ledger.book.overlap", lambda *_: 1.0)  # an estimate, which a few new rows may not change
+    monkeypatch.setattr(
+        "dpft.ledger.fingerprint.overlap", lambda *_: 1.0
+    )  # an estimate, which a few new rows may not change
     ledger.create("y2025", epsilon=5.0, delta=1e-4, rows=[*rows, {"text": "new", "patient": "new"}])
+    assert ledger.shared("y2025") == [("notes", 0.9), ("more", 0.9)]
     text = str([vars(row) for row in ledger.store.after(0)[0]])
     assert "note 7" not in text and "p7" not in text
 
@@ -303,3 +307,90 @@ def test_a_reader_sees_entries_and_end_of_one_moment(ledger, notes, url):
         reader.refresh()
     writer.join()
     assert reader.dataset("notes").record.runs[run.id].steps == 100
+
+
+def test_times_are_told_to_the_hour(ledger, notes, monkeypatch):
+    """T24: what lies between two charges is the time that the data took; the opening's time is nobody's."""
+    moment = [datetime(2099, 3, 1, 13, 47, 12, 5, tzinfo=UTC)]
+
+    class Now(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return moment[0]
+
+    monkeypatch.setattr(ledger_module, "datetime", Now)
+    run = notes.open(PLAN)
+    for minutes in (0, 3, 9, 20):
+        moment[0] += timedelta(minutes=minutes, seconds=1, microseconds=7)
+        run.charge(1)
+    run.settle(4)
+    letters = ledger.create("letters", epsilon=1.0, delta=1e-6)
+    letters.spend([Event(1, 9.0, 0.1)], purpose="counts")
+    at = [row.facts["at"] for row in ledger.store.after(0)[0]]
+    assert at[2:8] == ["2099-03-01T13:00:00+00:00"] * 4 + ["2099-03-01T14:00:00+00:00"] * 2
+    assert at[8] == moment[0].isoformat(timespec="microseconds") and at[1:] == sorted(at[1:])
+    moment[0] -= timedelta(hours=2)
+    with pytest.raises(LedgerError, match="clock says 2099-03-01T12"):
+        letters.spend([Event(1, 9.0, 0.1)], purpose="counts")
+
+
+def test_a_plan_for_more_units_than_delta_allows_is_refused(ledger):
+    """T17: δ = 0.01 for 100,000 units permits publishing a thousand of them."""
+    loose = ledger.create("loose", epsilon=5.0, delta=0.01)
+    before = ledger.refresh().seq
+    plan = lambda units: Plan(noise_multiplier=1.0, sample_rate=0.05, steps=100, delta=1e-6, units=units)
+    with pytest.raises(GuaranteeError, match="delta = 0.01 and the plan has 100 units"):
+        loose.open(plan(100))
+    assert ledger.refresh().seq == before
+    run = loose.open(plan(99))
+    run.charge(1)
+    assert loose.record.runs[run.id].facts["units"] == 99
+
+
+@pytest.mark.parametrize("change", [{"delta": 1e-2}, {"adjacency": "zero-out"}, {"unit": "patient", "epsilon": 6.0}])
+def test_by_what_releases_are_priced_is_never_amended(ledger, notes, change):
+    """T15: ε = 3.21 became 2.13 by another δ."""
+    notes.spend([Event(100, 1.0, 0.05)], purpose="one")
+    before, seq = notes.spent(), ledger.refresh().seq
+    with pytest.raises(LedgerError, match="cannot be amended"):
+        notes.amend(**change)
+    assert (notes.spent(), ledger.refresh().seq) == (before, seq)
+    ledger._append("notes", "amend", lambda book: {"policy": change})  # by somebody with the key
+    problems = verify(*ledger.store.after(0), figures=False).problems
+    assert any("re-prices what was released" in problem for problem in problems)
+
+
+def test_figures_are_never_printed_below_what_was_computed(notes):
+    notes.spend([Event(100, 1.0, 0.05)], purpose="one")
+    spent = notes.spent()
+    with pytest.raises(BudgetError) as refused:
+        notes.open(Plan(noise_multiplier=1.0, sample_rate=0.05, steps=3000, delta=1e-4))
+    said = float(str(refused.value).split("from ε = ")[1].split()[0])
+    assert spent <= said <= spent * 1.001
+
+
+def test_a_run_is_not_resumed_for_other_releases(notes):
+    """T15: what a weak kind gives back must not be taken from a strong one, of which all was released."""
+    run = notes.open(PLAN)
+    run.charge(10)
+    other = Plan(noise_multiplier=0.8, sample_rate=0.05, steps=100, delta=1e-4)
+    with pytest.raises(GuaranteeError, match="charged for other releases"):
+        notes.open(other, resumed=run.id, released=5)
+
+
+def test_releases_of_which_a_part_no_longer_fits_are_not_charged_at_all(ledger, notes, url, monkeypatch):
+    """Somebody else spends between two kinds of releases of one entry."""
+    other = Ledger(url).dataset("notes")
+    charge, calls = Run.charge, []
+
+    def meanwhile(self, count):
+        calls.append(count)
+        if len(calls) == 2:
+            other.spend([Event(1, epsilon=3.0, delta=0.0)], purpose="faster")
+        charge(self, count)
+
+    monkeypatch.setattr(Run, "charge", meanwhile)
+    with pytest.raises(BudgetError, match="do not fit"):
+        notes.spend([Event(1, epsilon=0.5, delta=0.0), Event(2, epsilon=1.4, delta=0.0)], purpose="slower")
+    ledger.refresh()
+    assert notes.spent() == pytest.approx(3.0, rel=1e-3) and verify(*ledger.store.after(0)).verified

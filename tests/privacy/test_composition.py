@@ -6,7 +6,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from dpft.privacy import composition
+from dpft.privacy import gaussian
 from dpft.privacy.composition import Event, epsilon, epsilon_rdp, merged, reference
 
 RUN = Event(586, 0.6878, 0.00512)
@@ -79,11 +79,16 @@ def test_composition_is_not_addition():
     assert one < epsilon((Event(2 * 586, 0.6878, 0.00512),), 1e-6) < 1.5 * one
 
 
-def test_a_finer_grid_only_lowers_epsilon():
-    events = merged((RUN, Event(7, 1.0, 0.2)))
-    found = [composition._epsilon(events, 1e-6, grid, False) for grid in (1e-2, 3e-3, 1e-3, 3e-4)]
-    assert found == sorted(found, reverse=True)
-
-
 def test_other_adjacencies_take_the_reference():
-    assert epsilon((ALONE,), 1e-5, "replace-one") == reference((ALONE,), 1e-5, "replace-one") > epsilon((ALONE,), 1e-5)
+    sampled = (Event(10, 1.0, 0.1),)
+    assert epsilon(sampled, 1e-5, "replace-one") == reference(sampled, 1e-5, "replace-one") > epsilon(sampled, 1e-5)
+    assert epsilon(sampled, 1e-5, "zero-out") == epsilon(sampled, 1e-5)
+    assert epsilon(sampled, 1e-5) == pytest.approx(reference(sampled, 1e-5, "zero-out"), rel=2e-3)
+
+
+@pytest.mark.parametrize(("adjacency", "apart"), [("add-or-remove-one", 1), ("zero-out", 1), ("replace-one", 2)])
+def test_without_sampling_all_releases_are_one_gaussian(adjacency, apart):
+    events = (Event(7, 2.0, 1.0), Event(40, 9.0, 1.0))
+    mu = apart * math.sqrt(7 / 2.0**2 + 40 / 9.0**2)
+    assert epsilon(events, 1e-5, adjacency) == pytest.approx(gaussian.epsilon(mu, 1e-5), rel=1e-9)
+    assert reference(events, 1e-5, adjacency) == pytest.approx(gaussian.epsilon(mu, 1e-5), rel=2e-3)

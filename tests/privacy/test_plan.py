@@ -1,6 +1,7 @@
 """The plan: its checks, its calibration and its claim."""
 
 import math
+import re
 
 import pytest
 
@@ -108,8 +109,17 @@ def test_noise_follows_the_clip_that_bounds_the_gradient():
 
 def test_the_claim_states_its_five_parts():
     sentence = Plan(**BASE, unit="patient_id").guarantee()
-    for part in ("ε = 2.77", "δ = 1e-05", "patient_id", "add-or-remove-one", "Poisson", "500 Gaussian releases"):
+    for part in ("ε = 2.78", "δ = 1e-05", "patient_id", "add-or-remove-one", "Poisson", "500 Gaussian releases"):
         assert part in sentence
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.02, 0.7, 1.0, 1.3, 50.0])
+def test_no_claim_is_below_what_was_computed(noise_multiplier):
+    """ε = 2.773 is printed as 2.78 and not as 2.77."""
+    plan = Plan(**BASE | dict(noise_multiplier=noise_multiplier))
+    for steps in (1, 10, 499):
+        said = float(re.search(r"ε = ([0-9.e+-]+)", plan.guarantee(steps))[1])
+        assert plan.epsilon_after(steps) <= said <= plan.epsilon_after(steps) * 1.01
 
 
 def test_without_noise_the_claim_is_not_private():

@@ -219,20 +219,17 @@ def logits_of(tokens):
 
 def test_weights_above_the_limit_and_copies_beyond_memory_are_left_to_the_end(load, monkeypatch):
     model = Subset("lora + norms").apply(load())
-    monkeypatch.setattr(saved, "_free_memory", lambda model: 1000)
-    assert not check_savable(model, logits)
+    assert not check_savable(model, logits, free=1000)
     monkeypatch.setattr(saved, "LARGEST", 100)
-    monkeypatch.setattr(saved, "_free_memory", lambda model: 1 << 30)
-    assert not check_savable(model, logits)
+    assert not check_savable(model, logits, free=1 << 30)
 
 
 def test_a_base_beyond_memory_is_taken_from_the_model_itself(load, monkeypatch):
     model, calls = Subset("lora").apply(load()), []
-    monkeypatch.setattr(saved, "_free_memory", lambda model: 1000)
-    assert check_savable(model, logits, lambda: calls.append(1)) and not calls
+    assert check_savable(model, logits, lambda: calls.append(1), free=1000) and not calls
     monkeypatch.setattr("dpft.subset.weights.new_tensors", lambda model: [])  # the classifier is not saved
     with pytest.raises(GuaranteeError, match="another model"):
-        check_savable(model, logits)
+        check_savable(model, logits, free=1000)
 
 
 Usage = namedtuple("Usage", "total used free")

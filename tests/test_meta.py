@@ -15,6 +15,7 @@ import dpft
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "errors",
+    "toml",
     "privacy",
     "ledger",
     "recipe",

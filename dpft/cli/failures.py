@@ -36,7 +36,7 @@ def pipe_is_closed(error: BaseException) -> bool:
 
 def _explained(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, KeyboardInterrupt):
-        return "Stopped.", 130
+        return "Stopped. What was released before stays charged.", 130
     if isinstance(error, DPFTError):
         return f"Error: {error}", 3 if isinstance(error, BudgetError) else 1
     if isinstance(error, UnicodeError):

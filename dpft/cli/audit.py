@@ -73,6 +73,7 @@ def step(recipe, steps, overrides, as_json) -> None:
     with progress() as bar:
         bar.announce("auditing")
         found = audit_step(plan, steps=steps, progress=lambda done, of: bar.update(total=of, completed=done))
+        bar.update(total=steps, completed=steps)
     if as_json:
         show(asdict(found), True)
     else:

@@ -10,7 +10,7 @@ import click
 from dpft.cli.common import as_json, overrides, recipe_file, show, table
 from dpft.privacy.rounding import rounded_up
 
-NON_PRIVATE = "non-private"  # as dpft.sweep calls the setting, which would import torch for --help
+NON_PRIVATE = "non-private"  # the setting of dpft.sweep, whose import would slow --help
 
 
 @click.command()
@@ -177,7 +177,9 @@ def _says_what_is_left(output: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         released = _released(output)
-        charged = f"{output} has released {released:,} steps, which stay charged"
+        charged = (
+            f"{output} has released {released:,} step{'s, which stay' if released > 1 else ', which stays'} charged"
+        )
         if released > before and last_checkpoint(output):
             error.add_note(f"{charged}: go on with --resume.")
         elif released > before:
@@ -213,7 +215,7 @@ def _show_run(folder: Path, as_json: bool) -> None:
     if account and "spent" in account:
         click.echo(
             f"{account['dataset']!r} has spent ε = {rounded_up(account['spent'])} of {account['budget']:g} "
-            f"at δ = {rounded_up(account['delta'], 6)}, over {account['runs']:,} runs."
+            f"at δ = {rounded_up(account['delta'], 6)}, over {account['runs']:,} run{'s' if account['runs'] != 1 else ''}."
         )
     marked = " (PRIVATE: computed without noise, do not publish)" if record["metrics_are_private"] else ""
     shown = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}

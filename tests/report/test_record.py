@@ -54,7 +54,7 @@ def test_every_item_of_the_card_is_an_item_of_its_own(folder, ledger, overlap, m
 
 def test_the_card_of_an_old_run_is_made_again(folder):
     text = write_card(folder)[0].read_text(encoding="utf-8")
-    assert "**ε = 2 at δ = 0.001**" in text and "had spent ε = 2 of 8 at δ = 0.001 over 1 runs" in text
+    assert "**ε = 2 at δ = 0.001**" in text and "had spent ε = 2 of 8 at δ = 0.001 over 1 run when" in text
     assert of_run(folder).epsilon == pytest.approx(1.99983, rel=1e-4)
 
 

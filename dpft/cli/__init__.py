@@ -1,13 +1,14 @@
 """The ``dpft`` command: parse, call, print. Results go to stdout, progress to stderr."""
 
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 import click
 
 from dpft import __version__
 from dpft.cli.failures import explained, pipe_is_closed
 from dpft.cli.libraries import only_our_messages
-from dpft.cli.streams import spell_out
+from dpft.cli.streams import drop_unwritten, spell_out
 
 COMMANDS = {
     "init": "dpft.cli.recipe",
@@ -39,18 +40,30 @@ class _Lazy(click.Group):
     def main(self, *args, **kwargs) -> Any:
         spell_out()
         with only_our_messages():
-            return super().main(*args, **kwargs)
+            try:
+                return super().main(*args, **kwargs)
+            except Exception as error:
+                _end(error)
 
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (Exception, KeyboardInterrupt) as error:
-            found = None if pipe_is_closed(error) else explained(error)  # click ends silently where a pipe is closed
-            if found is None:
-                raise
-            sentence, code = found
-            click.echo(sentence, err=True)
-            ctx.exit(code)
+        except KeyboardInterrupt as error:  # click itself would exit with 1
+            _end(error)
+
+
+def _end(error: BaseException) -> NoReturn:
+    """Exit with one sentence, and silently where the reader of the output left; a bug is raised again."""
+    if pipe_is_closed(error):
+        sentence, code = "", 1
+    elif found := explained(error):
+        sentence, code = found
+    else:
+        raise error
+    if sentence:
+        click.echo(sentence, err=True)
+    drop_unwritten()
+    sys.exit(code)
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

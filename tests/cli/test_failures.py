@@ -104,6 +104,15 @@ def test_a_reader_that_leaves_ends_a_command_silently(tmp_path):
     assert done.stderr == b""
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize("words", [["plan", "--help"], ["audit", "bounds", "--help"]])
+def test_a_full_disk_below_the_output_is_one_sentence(words):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*DPFT, *words], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Error: A file cannot be read or written (No space left")
+    assert done.stderr.count("\n") == 1
+
+
 def test_an_error_says_whether_the_folder_can_be_used_again(in_folder, monkeypatch):
     """Before its first release a run costs nothing, and its folder is free; afterwards it goes on where it can."""
     charge, allowed = Releases.charge, 0

@@ -1,6 +1,5 @@
 """Generate docs/cli.md, docs/recipe.md and docs/pitfalls.md; with --check, say which are out of date (exit 1)."""
 
-import re
 import sys
 import tomllib
 from pathlib import Path
@@ -64,10 +63,10 @@ def recipe() -> str:
 def pitfalls() -> str:
     """The T-rows with their defences, tests and mutants."""
     mutants: dict[str, list[str]] = {}
-    for patch in sorted(MUTANTS.glob("*.patch")):
-        row, text = re.search(r"^# (T\d+): (.*)$", patch.read_text(), re.MULTILINE).groups()
-        seen = ", which `dpft audit step` sees" if "\n# audit: " in patch.read_text() else ""
-        mutants.setdefault(row, []).append(f"{text}{seen} (`{patch.name}`)")
+    for path in sorted(MUTANTS.glob("*.toml")):
+        mutant = tomllib.loads(path.read_text(encoding="utf-8"))
+        seen = ", which `dpft audit step` sees" if "audit" in mutant else ""
+        mutants.setdefault(mutant["row"], []).append(f"{mutant['break']}{seen} (`{path.name}`)")
     lines = [
         "# Pitfalls",
         "",

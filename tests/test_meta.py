@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 import dpft
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "mutants"))
+mutants = import_module("run")
 LAYERS = [
     "errors",
     "toml",
@@ -115,12 +118,26 @@ def test_every_pitfall_names_tests_that_exist_and_every_mutant_a_pitfall():
         for test in row["tests"]:
             file, name = test.split("::")
             assert f"def {name}(" in (ROOT / file).read_text(), test
-    mutated = {
-        re.search(r"^# (T\d+): ", p.read_text(), re.MULTILINE)[1] for p in (ROOT / "tests" / "mutants").glob("*.patch")
-    }
+    mutated = {mutants.read(path)["row"] for path in (ROOT / "tests" / "mutants").glob("*.toml")}
     assert mutated <= set(rows)
     required = {f"T{i}" for i in (*range(1, 10), 12, 16, 17, 19)}
     assert required <= mutated
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "mutants").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_mutant_still_applies(path):
+    mutant = mutants.read(path)
+    assert path.stem.startswith(mutant["row"] + "-") and mutant["break"] and mutant["edit"]
+    for test in mutant["tests"].split():
+        assert (ROOT / test.split("::")[0]).exists(), test
+    texts = {}
+    for edit in mutant["edit"]:
+        file = edit["file"]
+        texts[file] = mutants.mutated(texts.get(file) or (ROOT / file).read_text(encoding="utf-8"), edit)
+    for file, text in texts.items():
+        assert text != (ROOT / file).read_text(encoding="utf-8")
+        if file.endswith(".py"):
+            ast.parse(text)
 
 
 def test_links_in_documents_lead_somewhere():

@@ -148,7 +148,7 @@ class _Arena:
         """A micro-batch of one long gradient along each coordinate."""
         inputs = torch.zeros(len(coordinates), self.model.in_features)
         inputs[torch.arange(len(coordinates)), torch.as_tensor(coordinates)] = self._length * length
-        self.engine.accumulate(self.model(inputs).squeeze(1), units)
+        self.engine.accumulate(self.model(inputs).squeeze(1), list(coordinates) if units is None else units)
 
     def release(self) -> Tensor:
         """``(width,)``, in units of the clip."""
@@ -191,12 +191,11 @@ def _replayed(arena: _Arena, there: bool) -> Tensor:
     """The attacker knows the seed of PyTorch's generator, makes the noise again and subtracts it."""
     releases = []
     for inside in (False, there):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            arena.put([0])
-            if inside:
-                arena.put([-1])
-            releases.append(arena.release())
+        arena.put([0])
+        if inside:
+            arena.put([-1])
+        torch.manual_seed(0)  # the engine's generators are secret again when it has released
+        releases.append(arena.release())
     return releases[1] - releases[0]
 
 

@@ -151,7 +151,9 @@ class Capture(Arrangement):
 
     def _fresh_workspace(self, examples: int) -> Tensor:
         if self._workspace is None or len(self._workspace) < examples:
-            self._workspace = torch.empty(examples, self.narrow, device=self.slots[0].parameter.device)
+            self._workspace = torch.empty(
+                examples, self.narrow, dtype=torch.float32, device=self.slots[0].parameter.device
+            )
         return self._workspace[:examples]
 
     def _record(

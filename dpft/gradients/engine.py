@@ -13,14 +13,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dpft.errors import BudgetError, BypassError, GuaranteeError, SubsetError
+from dpft.errors import BudgetError, GuaranteeError, SubsetError
 from dpft.gradients.capture import Capture
 from dpft.gradients.gradients import Gradients
+from dpft.gradients.guard import Guard
+from dpft.gradients.precision import summing_device
+from dpft.privacy.chance import StepChance
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.privacy.plan import Plan
+from dpft.privacy.units import unit_ids
 
 WORKSPACE_BYTES = 1 << 28  # more makes no example faster on a CPU
 
@@ -29,7 +31,8 @@ class Engine:
     """Turns per-example losses into DP gradients for every parameter of ``model`` that requires one.
 
     Attach it with ``with Engine(...) as engine:`` or :meth:`attach`; the model stays what it was, and after
-    :meth:`detach` nothing of dpft is left on it.
+    :meth:`detach` nothing of dpft is left on it. While it is attached the global random generators of Python, numpy and torch are its
+    own, so that dropout, collators and tasks draw what no published seed tells; afterwards they are what they were.
 
     Args:
         model: its trainable parameters (``requires_grad``) are the subset; everything else is frozen.
@@ -44,7 +47,8 @@ class Engine:
     Guarantee:
         Between :meth:`release` calls nothing computed from the losses reaches a parameter or a ``.grad``. Each
         release has sensitivity ``plan.clip.sensitivity`` per unit before division, and gets exactly one draw of
-        noise with standard deviation ``plan.noise_std``, empty draws included. At most ``plan.steps`` releases.
+        noise with standard deviation ``plan.noise_std``, empty draws included. At most ``plan.steps`` releases. A draw whose
+        release fails is forgotten, and counts as released once it was charged.
 
     Raises:
         SubsetError: nothing in the model is trainable, or no gradient can pass it.
@@ -72,15 +76,13 @@ class Engine:
         self.workspace_bytes = WORKSPACE_BYTES
         self.steps_released = 0
         self._nonfinite: Tensor | int = 0
+        self._unproven = 0  # releases before a preflight had proven the gradients
         self._before_release = before_release
-        self._model_parameters = {id(p): name for name, p in model.named_parameters()}
-        self._watched: list[tuple[str, nn.Parameter, bool]] = []  # all of the model's, and which of them train
+        self._guard = Guard(model, [slot.parameter for slot in self.capture.slots])
+        self._chance = StepChance(self.randomness)
         self._total: Tensor | None = None
         self._closed: set = set()
         self._open: tuple[object, Tensor, int] | None = None  # the unit that the next micro-batch may continue
-        self._released: dict[int, tuple[Tensor, int]] = {}  # by parameter: the gradient made and its version then
-        self._unstepped: set[int] = set()  # parameters whose released gradient no optimizer has used yet
-        self._guard = None
 
     def __enter__(self) -> "Engine":
         self.attach()
@@ -90,15 +92,20 @@ class Engine:
         self.detach()
 
     def attach(self) -> None:
-        if self._guard is None:
+        if not self._guard.attached:
             self.capture.attach()
-            self._guard = register_optimizer_step_pre_hook(self._check_step)
+            self._guard.attach()
+            self._chance.__enter__()
 
     def detach(self) -> None:
-        if self._guard is not None:
+        if self._guard.attached:
+            self._chance.__exit__()
+            self._guard.detach()
             self.capture.detach()
-            self._guard.remove()
-            self._guard = None
+
+    def renew_chance(self) -> None:
+        """Give the step's dropout, masks and crops a secret of their own, before its first forward pass; :meth:`release` does so for the next."""
+        self._chance.renew()
 
     def max_examples(self, tokens: int) -> int:
         """How many examples of so many tokens a micro-batch may hold, by the gradients that must be made of each at once."""
@@ -119,30 +126,32 @@ class Engine:
 
         Args:
             losses: ``(B,)``, the loss of each example by itself.
-            units: ``(B,)`` hashable identifiers; by default each example is a unit. A unit's examples may spread over
-                consecutive micro-batches: its gradient is complete before its norm is taken.
+            units: ``(B,)`` identifiers, such as a column of the batch; needed where the plan's unit is not ``"example"``, and by default each
+                example is a unit. A unit's examples may spread over consecutive micro-batches: its gradient is complete
+                before its norm is taken.
 
         Raises:
-            GuaranteeError: losses are not ``(B,)`` or more than :meth:`max_examples` allows where each has a backward pass of its own, the
-                trainable parameters changed, or a unit came back after its gradient had been clipped.
+            GuaranteeError: losses are not ``(B,)`` or more than :meth:`max_examples` allows where each has a backward pass of its own, units
+                are missing, the trainable parameters changed, somebody seeded torch's generator during the step, or a unit
+                came back after its gradient had been clipped.
             ExactnessError, BypassError: see :mod:`dpft.errors`.
         """
-        self._check_ready(losses, units)
-        if self._total is None:
-            self._refuse_strangers(losses)
         try:
+            ids = self._checked(losses, units)
+            foreign = self._guard.foreign_leaves(losses)
             # Autocast would round norms to half precision, but not the sum, whose bound they are.
             with torch.autocast(losses.device.type, enabled=False):
-                self._accumulate(losses, units)
+                self._accumulate(losses, ids)
+            for leaf in foreign:
+                leaf.grad = None  # neither clipped nor noised
         except BaseException:
             self.discard()  # a part may have been added already, which another try would add again
             raise
 
-    def _accumulate(self, losses: Tensor, units: Sequence | None) -> None:
+    def _accumulate(self, losses: Tensor, units: list | None) -> None:
         gradients = self.capture.gradients(losses)
         if units is None:
             return self._add(gradients)
-        units = list(units)
         whole = self.plan.examples_per_unit == 1 and len(set(units)) == len(units)
         if whole and self._open is None:  # an open unit might go on here
             self._refuse_returned(units)
@@ -156,30 +165,31 @@ class Engine:
         Raises:
             BudgetError: the plan's number of steps has been released.
         """
-        if self.steps_released >= self.plan.steps:
-            raise BudgetError(
-                f"All {self.plan.steps:,} planned steps have been released, and one more would exceed the stated epsilon: "
-                "make a plan with more steps."
-            )
-        if self._before_release is not None:
-            self._before_release(self.steps_released + 1)
-        self._close_open_unit()
-        flat = self._sum()
+        try:
+            if self.steps_released >= self.plan.steps:
+                raise BudgetError(
+                    f"All {self.plan.steps:,} planned steps have been released, and one more would exceed the stated epsilon: "
+                    "make a plan with more steps."
+                )
+            if self._before_release is not None:
+                self._before_release(self.steps_released + 1)
+            self.steps_released += 1  # it was charged, so it counts whatever happens from here on
+            self._unproven += not self.capture.settled
+            self._close_open_unit()
+            self._guard.release(self._noisy_gradients())
+        finally:
+            self.discard()  # a draw whose release failed must not join the next
+        self.renew_chance()
+
+    def _noisy_gradients(self) -> dict[nn.Parameter, Tensor]:
+        """What is released. Noise is added in float64, and only the noisy mean is rounded to what a parameter holds."""
+        total, start = self._sum(), 0
         if self.plan.noise_multiplier > 0:
-            start = 0
-            for noise in self.randomness.gaussians(self.capture.size, flat.device):
-                part = flat[start : start + len(noise)]
-                part.copy_(part.double() + noise.to(part.device) * self.plan.noise_std)
+            for noise in self.randomness.gaussians(self.capture.size, total.device):
+                total[start : start + len(noise)].add_(noise, alpha=self.plan.noise_std)
                 start += len(noise)
-        flat /= self.plan.expected_batch_size
-        self._released.clear()
-        for slot in self.capture.slots:
-            gradient = slot.view(flat).to(slot.parameter.dtype)
-            slot.parameter.grad = gradient
-            self._released[id(slot.parameter)] = (gradient, gradient._version)
-        self._unstepped = set(self._released)
-        self.steps_released += 1
-        self.discard()
+        total /= self.plan.expected_batch_size
+        return {p: slot.view(total).to(p.dtype).to(p.device) for slot in self.capture.slots for p in [slot.parameter]}
 
     def discard(self) -> None:
         """Forget what was accumulated since the last release; nothing of it was released."""
@@ -193,18 +203,24 @@ class Engine:
 
     @property
     def guarantee(self) -> str:
-        """The claim after the steps released so far, or NOT PRIVATE and why."""
+        """The claim after the steps released so far, or NOT PRIVATE or NOT PROVEN and why."""
         if not self.randomness.private:
             return f"NOT PRIVATE: {self.steps_released:,} steps with noise from a seed, which anyone can subtract."
         if self.steps_released == 0:
             return "Nothing was released."
+        if self._unproven:
+            return (
+                f"NOT PROVEN: {self._unproven:,} of {self.steps_released:,} steps were released before a preflight had compared the gradients with "
+                "those of one example at a time: call dpft.preflight before the first release."
+            )
         return self.plan.guarantee(self.steps_released)
 
     # -- units ---------------------------------------------------------------------------------------------------
 
     def _accumulate_units(self, rows: Tensor, units: list) -> None:
         order = list(dict.fromkeys(units))
-        index = torch.tensor([order.index(unit) for unit in units], device=rows.device)
+        place = {unit: i for i, unit in enumerate(order)}
+        index = torch.tensor([place[unit] for unit in units], device=rows.device)
         counts = torch.bincount(index, minlength=len(order)).to(rows.dtype)
         if len(order) < len(units):
             rows = rows.new_zeros(len(order), rows.shape[1]).index_add_(0, index, rows)
@@ -251,14 +267,17 @@ class Engine:
         gradients.add_to(self._sum(), self.plan.clip.factors(norms))
 
     def _sum(self) -> Tensor:
+        """``(P,)``, the clipped gradients added so far. In float32 a unit that leaves could move it by more than the clip."""
         if self._total is None:
-            self._total = torch.zeros(self.capture.size, device=self.capture.slots[0].parameter.device)
+            device = summing_device(self.capture.slots[0].parameter.device)
+            self._total = torch.zeros(self.capture.size, dtype=torch.float64, device=device)
         return self._total
 
     # -- defences ------------------------------------------------------------------------------------------------
 
-    def _check_ready(self, losses: Tensor, units: Sequence | None) -> None:
-        if self._guard is None:
+    def _checked(self, losses: Tensor, units: Sequence | None) -> list | None:
+        """The micro-batch's unit identifiers, if all is as it must be."""
+        if not self._guard.attached:
             raise GuaranteeError(
                 "The engine is not attached to its model: use it as a context, or call engine.attach()."
             )
@@ -272,59 +291,20 @@ class Engine:
                 f"{len(losses)} losses of one forward pass were given, but each example has a backward pass of its own ({self.capture.one_by_one}), in "
                 "which a neighbour's value that is not finite would silence it: give one example at a time, as engine.max_examples says."
             )
-        if units is not None and len(units) != len(losses):
+        if units is None and self.plan.unit != "example":
             raise GuaranteeError(
-                f"{len(units)} units were given for {len(losses)} losses: pass one unit for each example."
+                f"The plan protects units of {self.plan.unit!r}, and no units were given, so each row would count as a unit of its own: pass "
+                "engine.accumulate the column that names them."
             )
-        if self._total is None:  # a large model's parameters are not looked up again for every micro-batch
-            known = {id(slot.parameter) for slot in self.capture.slots}
-            self._watched = [(n, p, id(p) in known) for n, p in self.capture.model.named_parameters()]
-        for name, parameter, trains in self._watched:
-            if parameter.requires_grad != trains:
-                change = "became trainable" if parameter.requires_grad else "was frozen"
-                raise GuaranteeError(
-                    f"{name} {change} after the engine was made, so the engine would miss it: make a new engine."
-                )
-            if parameter.grad is not None and not self._is_released(parameter) and parameter.grad.any():
-                raise BypassError(
-                    f"{name} has a gradient that the engine did not make: remove the stray backward pass before engine.accumulate."
-                )
-            if trains:
-                parameter.grad = None
-        self._released.clear()
-
-    def _refuse_strangers(self, losses: Tensor) -> None:
-        """Raises BypassError: the losses come from trainable parameters of another model, whose gradients nothing would clip."""
-        own = {parameter.untyped_storage().data_ptr() for parameter in self.capture.model.parameters()}
-        waiting, seen = [losses.grad_fn], set()
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            # What shares memory with a parameter is a view of it, as PEFT transposes a frozen weight.
-            if isinstance(leaf, nn.Parameter) and leaf.untyped_storage().data_ptr() not in own:
-                raise BypassError(
-                    f"The losses depend on a trainable parameter of shape {tuple(leaf.shape)} that is not the engine's model's, so its gradient "
-                    "would be neither clipped nor noised: make the engine of the whole model that the losses come from."
-                )
-            waiting += [function for function, _ in node.next_functions]
-
-    def _is_released(self, parameter: nn.Parameter) -> bool:
-        gradient, version = self._released.get(id(parameter), (None, None))
-        return parameter.grad is gradient and gradient is not None and gradient._version == version
-
-    def _check_step(self, optimizer: Optimizer, *_) -> None:
-        """Before any optimizer steps: every gradient on this model is one that the engine released for this step."""
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                name = self._model_parameters.get(id(parameter))
-                if name is None or parameter.grad is None:
-                    continue
-                if not self._is_released(parameter) or id(parameter) not in self._unstepped:
-                    raise BypassError(
-                        f"An optimizer is about to step {name} with a gradient that the engine did not release for this "
-                        "step, so it may be neither clipped nor noised: call engine.accumulate and engine.release first."
-                    )
-                self._unstepped.discard(id(parameter))
+        ids = None if units is None else unit_ids(units)
+        if ids is not None and len(ids) != len(losses):
+            raise GuaranteeError(
+                f"{len(ids)} units were given for {len(losses)} losses: pass one unit for each example."
+            )
+        if not self._chance.is_kept:
+            raise GuaranteeError(
+                "Somebody seeded torch's generator during the step, and masks that follow from a known seed are no secret: remove that call of "
+                "manual_seed or set_seed."
+            )
+        self._guard.check_parameters(new_step=self._total is None)
+        return ids

@@ -9,7 +9,7 @@ cheaper (:mod:`dpft.gradients.rules.linear`), an embedding's is the rows of the 
 import torch
 from torch import Tensor
 
-from dpft.gradients.precision import full_precision
+from dpft.gradients.precision import add_rows, full_precision
 from dpft.gradients.rules.tied import add
 from dpft.gradients.rules.unmade import Unmade, made, write
 from dpft.gradients.sites import Slot
@@ -75,14 +75,15 @@ class Gradients:
                 one.gradient[lost] = 0
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
-        """``total`` ``(P,)`` ``+= Σ_i factors[i] · g_i``"""
+        """``total`` ``(P,)`` float64 ``+= Σ_i factors[i] · g_i``; what is added of an example is rounded by itself alone."""
+        factors = factors.to(total)
         with full_precision():
-            total[: self.narrow.shape[1]].addmv_(self.narrow.T, factors)
+            add_rows(total[: self.narrow.shape[1]], self.narrow, factors)
             for one in self.large.values():
                 if isinstance(one.gradient, Unmade):
                     one.gradient.add_to(one.slot.view(total), factors)
                 else:
-                    total[one.slot.slice].addmv_(one.gradient.flatten(1).T, factors)
+                    add_rows(total[one.slot.slice], one.gradient.flatten(1), factors)
 
 
 class Large:

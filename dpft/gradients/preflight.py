@@ -4,9 +4,10 @@ Three checks, all before any budget is spent (no number of the data leaves them 
 
 exact      per-example gradients of the whole batch, as the engine makes them, equal a loop of plain backward passes
 isolated   an example's loss and gradient are the same alone and beside others, padding included, as far as the longest
-covered    the forward pass changes no buffer and no parameter, and every module that the engine taps was seen at work
+covered    the forward pass leaves nothing of the examples in buffers and parameters, and every module that the engine taps was at work
 
-The structure is proven in float32, whatever the run computes in: rounding would hide a coupling that is as small.
+Chance is held still meanwhile, at values as large as it takes (:mod:`dpft.gradients.stand_ins`), and where a model takes any the
+examples are compared twice, at different ones. The structure is proven in float32, whatever the run computes in: rounding would hide a coupling that is as small.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,16 +20,18 @@ from torch import Tensor, nn
 
 from dpft.errors import ExactnessError, GuaranteeError, IsolationError, first_line
 from dpft.gradients.capture import HALF, Capture
-from dpft.gradients.effects import keeps_its_weights, without_side_effects
+from dpft.gradients.determinism import NoRandomness, deterministic, in_precision
 from dpft.gradients.engine import Engine
 from dpft.gradients.gradients import row_norms
 from dpft.gradients.precision import full_precision
+from dpft.gradients.side_effects import leaves_no_data, without_side_effects
 from dpft.gradients.sites import Slot
-from dpft.gradients.steady import deterministic, in_precision
+from dpft.gradients.stand_ins import DRAWS
 
 TOLERANCE = 1e-4  # relative error that float32 arithmetic explains
 HALF_TOLERANCE = 0.1  # and that of half precision, where a run uses it: only gross errors show
 VERSIONED = ("dpft", "torch", "transformers", "peft", "opacus", "accelerate", "tokenizers")
+SHARES = (1.0, -2.0, 0.5, 2.0, -1.0, -0.5, 2.0, 1.0, -2.0, -0.5)  # of a sum, of one example after another
 FLOOR = 1e-2  # a parameter's error is measured against at least this share of the whole gradient's norm
 
 
@@ -82,34 +85,17 @@ def preflight(
         raise GuaranteeError(
             f"The preflight was given {len(examples)} example, and isolation shows only beside others: give two or more."
         )
-    capture = engine.capture
+    capture, precise = engine.capture, precise_losses or losses
     with deterministic(capture), full_precision():
-        floating = [t for t in (*capture.model.parameters(), *capture.model.buffers()) if t.is_floating_point()]
-        half = [tensor for tensor in floating if tensor.dtype in HALF]
-        precise = precise_losses or losses
-        beside_longest = lambda: _beside(capture, precise, examples[-1], longest)
-        with in_precision(half, torch.float32):
-            keeps_its_weights(capture, precise, examples)
-            isolated, norms, references = _isolation(capture, precise, examples)
-            beside = 0.0 if longest is None else beside_longest()
-        # A coupling, or float32 rounding, which deep models amplify a thousandfold?
-        isolated = _in_double(isolated, lambda: _isolation(capture, precise, examples)[0], floating)
-        beside = _in_double(beside, beside_longest, floating)
-        isolated = isolated if beside <= isolated else beside  # a NaN is an error
-        if not isolated <= TOLERANCE:
+        with NoRandomness.of(capture, DRAWS[0]) as chance:
+            half = [tensor for tensor in _floating(capture.model) if tensor.dtype in HALF]
             with in_precision(half, torch.float32):
-                raise IsolationError(
-                    f"An example's gradient changes by {isolated:.1e} (relative) when others share its batch, so clipping it would not bound "
-                    f"its influence: {_coupling_layer(capture.model, precise, [*examples, *([] if longest is None else [longest])])}."
-                )
-        while True:
-            with in_precision(half, torch.float32):
-                error = max(isolated, _exactness(capture, precise, examples, norms, references, TOLERANCE))
-            proven = capture.state()
-            if half or precise_losses:
-                _exactness(capture, losses, examples, norms, {}, HALF_TOLERANCE)
-            if capture.state() == proven:  # else half precision needed another arrangement, which is to be proven too
-                break
+                leaves_no_data(capture, precise, [*examples, longest or examples[-1]])
+            isolated, norms, references = _isolated(capture, precise, examples, longest)
+            error = _exact(capture, losses, precise, examples, (isolated, norms, references))
+        if chance.taken:  # what one set of stand-ins could hide by chance, two do not
+            with NoRandomness.of(capture, DRAWS[1]):
+                _isolated(capture, precise, examples, longest)
         capture.settled = True
     techniques: dict[str, int] = {}
     for slot in capture.slots:
@@ -149,6 +135,49 @@ def _described(part) -> str:
     """Its text, unless that is no more than an address."""
     text = repr(part)
     return "" if " at 0x" in text else text
+
+
+def _floating(model: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+
+
+def _isolated(capture: Capture, losses: Callable, examples: list, longest) -> tuple[float, Tensor, dict]:
+    """What :func:`_isolation` finds in at least float32.
+
+    Raises:
+        IsolationError: it is more than rounding explains, or an example changes beside the longest.
+    """
+    floating = _floating(capture.model)
+    half = [tensor for tensor in floating if tensor.dtype in HALF]
+    beside_longest = lambda: _beside(capture, losses, examples[-1], longest)
+    with in_precision(half, torch.float32):
+        isolated, norms, references = _isolation(capture, losses, examples)
+        beside = 0.0 if longest is None else beside_longest()
+    # A coupling, or float32 rounding, which deep models amplify a thousandfold?
+    isolated = _in_double(isolated, lambda: _isolation(capture, losses, examples)[0], floating)
+    beside = _in_double(beside, beside_longest, floating)
+    isolated = isolated if beside <= isolated else beside  # a NaN is an error
+    if not isolated <= TOLERANCE:
+        with in_precision(half, torch.float32):
+            raise IsolationError(
+                f"An example's gradient changes by {isolated:.1e} (relative) when others share its batch, so clipping it would not bound "
+                f"its influence: {_coupling_layer(capture.model, losses, [*examples, *([] if longest is None else [longest])])}."
+            )
+    return isolated, norms, references
+
+
+def _exact(capture: Capture, losses: Callable, precise: Callable, examples: list, isolation: tuple) -> float:
+    """The largest relative error of the engine's gradients, in float32 and as far as half precision tells in what the run computes in."""
+    isolated, norms, references = isolation
+    half = [tensor for tensor in _floating(capture.model) if tensor.dtype in HALF]
+    while True:
+        with in_precision(half, torch.float32):
+            error = max(isolated, _exactness(capture, precise, examples, norms, references, TOLERANCE))
+        proven = capture.state()
+        if half or precise is not losses:
+            _exactness(capture, losses, examples, norms, {}, HALF_TOLERANCE)
+        if capture.state() == proven:  # else half precision needed another arrangement, which is to be proven too
+            return error
 
 
 def _isolation(capture: Capture, losses: Callable, examples: list) -> tuple[float, Tensor, dict]:
@@ -191,11 +220,9 @@ def _weights(norms: Tensor) -> Tensor:
     They are ±½, ±1 or ±2 over the norm, under which no coupling has a reason to cancel, and powers of two, so that each
     example's part of a backward pass is rounded as it is by itself: deep models amplify rounding a thousandfold.
     """
-    generator = torch.Generator().manual_seed(1)
-    shares = 2.0 ** torch.randint(-1, 2, (len(norms),), generator=generator)
-    signs = torch.randint(2, (len(norms),), generator=generator) * 2 - 1
+    shares = torch.tensor([SHARES[i % len(SHARES)] for i in range(len(norms))])
     norms = norms.clamp_min(1e-3 * norms.max()).clamp_min(1e-30)
-    return (shares * signs).to(norms) * 2.0 ** -norms.log2().round()
+    return shares.to(norms) * 2.0 ** -norms.log2().round()
 
 
 def _beside(capture: Capture, losses: Callable, example, longest) -> float:
@@ -306,7 +333,7 @@ def _gradient(capture: Capture, loss: Tensor) -> Tensor:
         slot.parameter.grad = None
     if loss.requires_grad:
         loss.backward(retain_graph=True)
-    flat = torch.zeros(capture.size, device=loss.device)
+    flat = torch.zeros(capture.size, dtype=torch.float32, device=loss.device)
     capture.take(flat)
     return flat
 

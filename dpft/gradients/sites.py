@@ -100,6 +100,7 @@ class Arrangement:
         sites: the modules to tap.
         size: P, the number of trainable scalars.
         narrow: of these the first so many, which belong to parameters that are not large.
+        caches: buffers that a forward pass may make, because they come out the same for all examples.
         one_by_one: why nothing is tapped and each example has a backward pass of its own; None if it need not be.
     """
 
@@ -109,6 +110,7 @@ class Arrangement:
         self.sites: list[Site] = []
         self.size = self.narrow = 0
         self.one_by_one: str | None = None
+        self.caches: set[str] = set()
         self.settled = False  # whether the preflight has seen every form of call
         self._parents: dict[int, list[nn.Module]] = {}
         owners: dict[int, list[nn.Module]] = {}
@@ -179,6 +181,7 @@ class Arrangement:
         """What the preflight decided, as plain values: :meth:`load_state` of the same model's capture takes it up."""
         return {
             "one_by_one": self.one_by_one,
+            "caches": sorted(self.caches),
             "lifts": {slot.name: slot.lifts for slot in self.slots if slot.lifts},
             "batched": {site.name: dict(site.batched) for site in self.sites},
         }
@@ -191,6 +194,7 @@ class Arrangement:
             self.go_one_by_one(state["one_by_one"])
         for site in self.sites:
             site.batched = state["batched"].get(site.name, {})
+        self.caches = set(state["caches"])
         self.settled = True
 
 

@@ -40,6 +40,10 @@ class Randomness(ABC):
     def _key(self) -> bytes:
         """32 bytes of key and 12 of nonce, never the same twice."""
 
+    def _chance_key(self) -> bytes:
+        """A key for :meth:`words`."""
+        return self._key()
+
     def _stream(self, device: torch.device = _CPU):
         """A fresh key's stream of uniform numbers; its blocks are counted from 0, so that none ends before 2**32 of them."""
         key = self._key()
@@ -50,6 +54,12 @@ class Randomness(ABC):
         numbers = torch.empty(n, dtype=torch.float64)
         self._stream().fill(numbers)
         return numbers.numpy()
+
+    def words(self, n: int) -> np.ndarray:
+        """``(n,)`` uniform uint32, for the state of another generator."""
+        key = self._chance_key()
+        cipher = Cipher(algorithms.ChaCha20(key[:32], bytes(4) + key[32:]), mode=None).encryptor()
+        return np.frombuffer(cipher.update(bytes(4 * n)), dtype=np.uint32)
 
     def bernoulli(self, n: int, probability: float) -> np.ndarray:
         """``(n,)`` independent coins, each True with ``probability`` (to 2**-53)."""
@@ -98,11 +108,19 @@ class SeededRandomness(Randomness):
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._draws = 0
+        self._draws = self._chances = 0
 
     def _key(self) -> bytes:
         self._draws += 1
-        return hashlib.sha512(f"{self._seed}/{self._draws}".encode()).digest()[:44]
+        return self._derived(str(self._draws))
+
+    def _chance_key(self) -> bytes:
+        """Counted apart, so that a test's noise is the same however often its dropout is renewed."""
+        self._chances += 1
+        return self._derived(f"chance {self._chances}")
+
+    def _derived(self, number: str) -> bytes:
+        return hashlib.sha512(f"{self._seed}/{number}".encode()).digest()[:44]
 
 
 class _Stream:

@@ -42,12 +42,18 @@ def token_sums(given: Tensor, labels: Tensor, *, shift: bool, head: nn.Linear | 
     """``(B, T, V)`` logits and ``(B, T)`` labels to each example's summed loss and token count, both ``(B,)``.
 
     Args:
-        shift: the logits at t predict the label at t + 1 (causal models) rather than at t (encoder-decoders).
+        shift: the logits at t predict the label at t + 1 (causal models) rather than at t (encoder-decoders). What a prompt tuner
+            puts before the text has no labels, and its last place predicts the first one.
         head: if there is one, the logits are what it makes of ``given``, ``(B, T, D)``.
     """
-    given = given[:, -labels.shape[1] :].flatten(0, 1)  # what a prompt tuner puts before the text has no labels
-    if shift:
+    before = given.shape[1] - labels.shape[1]
+    if shift and before:
+        given = given[:, before - 1 : -1]
+    elif shift:
         labels = pad(labels[:, 1:], (0, 1), value=IGNORED)
+    else:
+        given = given[:, before:]
+    given = given.flatten(0, 1)
     if head is None:
         each = cross_entropies(given, labels.flatten(), IGNORED)
     else:

@@ -129,8 +129,8 @@ class FrozenPrefix:
         return 4 * int(self.numbers[0] * examples.lengths.sum() + self.numbers[1] * len(examples))
 
     def fits(self, examples: Examples, folder: Path) -> bool:
-        """Whether half of the free space of the disk suffices."""
-        return self.bytes(examples) < shutil.disk_usage(folder).free / 2
+        """Whether half of the free space of the disk suffices; how much is needed is rounded up, so that no one example decides it."""
+        return 1 << self.bytes(examples).bit_length() < shutil.disk_usage(folder).free / 2
 
     def lengths(self, examples: Examples) -> np.ndarray:
         """What an example costs from now on, in tokens."""

@@ -2,22 +2,30 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
+
+from filelock import FileLock, Timeout
 
 from dpft.errors import GuaranteeError
 from dpft.privacy.noise import Randomness
 from dpft.privacy.plan import Plan
+
+FILE = "releases.json"
 
 
 class Releases:
     """A counter that is written and flushed *before* the release it counts, so a crash over-counts, never under-counts.
 
     It outlives checkpoints: a run that is resumed from an older checkpoint has still released the steps after it, and
-    they stay charged. It also keeps what each of them was, so that a run cannot be resumed under another plan.
+    they stay charged. It also keeps what each of them was, so that a run cannot be resumed under another plan. A copy lies in every
+    checkpoint, so that a run that goes on in another folder, or whose counter was lost, forgets nothing.
     """
 
     def __init__(self, folder: Path | str, plan: Plan, randomness: Randomness) -> None:
-        self.path = Path(folder) / "releases.json"
+        self.path = Path(folder) / FILE
         self._mechanism = {
             "noise_multiplier": plan.noise_multiplier,
             "sample_rate": plan.sample_rate,
@@ -29,13 +37,11 @@ class Releases:
 
     @property
     def charged(self) -> int:
-        return json.loads(self.path.read_text(encoding="utf-8"))["charged"] if self.path.exists() else 0
+        return _read(self.path).get("charged", 0)
 
     def check(self) -> None:
         """Raises GuaranteeError: the releases so far were made under another plan, so one claim cannot cover all."""
-        before = (
-            json.loads(self.path.read_text(encoding="utf-8"))["mechanism"] if self.path.exists() else self._mechanism
-        )
+        before = _read(self.path).get("mechanism", self._mechanism)
         for name, value in self._mechanism.items():
             if before[name] != value:
                 raise GuaranteeError(
@@ -43,11 +49,78 @@ class Releases:
                     f"{value}, so one claim would not cover both: resume with the same settings, or start another run."
                 )
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Raises GuaranteeError: another process trains in the folder, and of two that count only one would be counted."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path.with_suffix(".lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise GuaranteeError(
+                f"Another process trains in {self.path.parent}, and the releases of both would be counted once: wait for it, or choose another folder."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def take_up(self, checkpoint: Path | str) -> None:
+        """Count what the checkpoint's run has released, also where it lies in another folder.
+
+        Raises:
+            GuaranteeError: it is another run than the folder's, or its steps were not counted.
+        """
+        here, saved = _read(self.path), _read(Path(checkpoint) / FILE)
+        if here and saved and here.get("run") != saved.get("run"):
+            raise GuaranteeError(
+                f"{checkpoint} is of another run than the one in {self.path.parent}, and one claim would not cover both: resume it in a folder of its own."
+            )
+        step = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        counted = max(here.get("charged", 0), saved.get("charged", 0))
+        if counted < step:
+            raise GuaranteeError(
+                f"{checkpoint} was made at step {step:,}, and only {counted:,} releases were counted, so its claim would leave some out: resume in the "
+                f"folder that it was made in, or copy that folder's {FILE} beside it."
+            )
+        if counted > here.get("charged", 0):
+            self._write({**(here or saved), "charged": counted})
+
     def charge(self, number: int) -> None:
+        """Count release ``number``, the next one.
+
+        Raises:
+            GuaranteeError: another was to come, so somebody else counts here too.
+        """
+        known = _read(self.path)
+        if number != known.get("charged", 0) + 1:
+            raise GuaranteeError(
+                f"Release {number:,} was to be counted in {self.path.parent}, where {known.get('charged', 0):,} were counted, so two runs count in one "
+                "folder: give each its own."
+            )
+        self._write({"run": known.get("run") or token_hex(8), "charged": number, "mechanism": self._mechanism})
+
+    def save(self, checkpoint: Path) -> None:
+        """A copy for a checkpoint."""
+        if self.path.exists():
+            (checkpoint / FILE).write_bytes(self.path.read_bytes())
+
+    def _write(self, facts: dict) -> None:
+        """The file, its name and its content are on disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "w") as file:
-            json.dump({"charged": number, "mechanism": self._mechanism}, file)
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(facts, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
+        if hasattr(os, "O_DIRECTORY"):  # Windows has no handle for it
+            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -9,28 +9,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from dpft.errors import BudgetError, GuaranteeError, LedgerError, RecipeError
 from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import Preflight, fingerprint, preflight
+from dpft.gradients.side_effects import FrozenState
 from dpft.ledger import Dataset
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.privacy.plan import Plan
+from dpft.tasks.own_loss import check_own_loss
 from dpft.tasks.task import LabelledTask, Task
 from dpft.training.account import Account
 from dpft.training.arguments import check_arguments
 from dpft.training.batches import EVALUATION_TOKENS, Examples, LogicalBatch, LogicalBatches, plain_batches
+from dpft.training.checks import check_evaluation, check_optimizer, refuse_unused
 from dpft.training.heap import kept_heap
-from dpft.training.prefix import WORTH, FrozenPrefix
 from dpft.training.releases import Releases
-from dpft.training.tuning import Budget, fastest_budget, free_memory, workspace
+from dpft.training.speed import kept_prefix, timed_budget
+from dpft.training.tuning import Budget, free_memory, workspace
 
 TRAINABLE = "trainable.safetensors"  # in a checkpoint: the whole subset
+PUBLIC_LOGS = ("epoch", "step", "learning_rate", "epsilon")  # and figures on evaluation data that are declared public
 TOKEN_BUDGET = 1024  # padded tokens of a micro-batch until a better budget is known
 
 
@@ -55,10 +59,11 @@ class DPTrainerMixin:
 
     Guarantee:
         ``trainer.guarantee`` is true at every moment, after a crash and a resume included: every release is counted on
-        disk before it happens, and training ends when the plan's number has been released.
+        disk before it happens, and training ends when the plan's number has been released. What can fail is tried before the first
+        charge: the proof, the loss against the model's own, the optimizer, the first rows of the evaluation.
 
     Raises:
-        GuaranteeError: an argument would break the guarantee; named.
+        GuaranteeError: an argument would break the guarantee, or would be ignored; named.
     """
 
     def __init__(
@@ -87,12 +92,14 @@ class DPTrainerMixin:
         self.engine: Engine | None = None
         self.preflight: Preflight | None = None
         self._task = task
+        self._frozen: FrozenState | None = None  # what does not train, as it was when training began
         self._train_examples: Examples | None = None
         arguments = kwargs.get("args") or next((a for a in args if isinstance(a, TrainingArguments)), None)
         if arguments is not None:
             check_arguments(arguments, plan, evaluation_is_public)
         super().__init__(*args, **kwargs)
         check_arguments(self.args, plan, evaluation_is_public)
+        refuse_unused(self)
         if self.model_init is not None:
             raise GuaranteeError(
                 "model_init makes another model when training begins, which nothing would clip or noise: pass the model itself."
@@ -129,10 +136,23 @@ class DPTrainerMixin:
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        """Preflight, then train; see :meth:`transformers.Trainer.train`. The returned training loss is NaN: it is private."""
+    def train(self, resume_from_checkpoint=None, *, from_start: bool = False, **kwargs):
+        """Preflight, then train; see :meth:`transformers.Trainer.train`. The returned training loss is NaN: it is private.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, also of a run elsewhere, whose releases then count here; or True for the last.
+            from_start: go on with a run that left no checkpoint: the weights begin anew, and what was released stays counted.
+        """
+        with self.releases.held():
+            return self._train(resume_from_checkpoint, from_start, **kwargs)
+
+    def _train(self, checkpoint, from_start: bool, **kwargs):
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        if checkpoint:
+            self.releases.take_up(checkpoint)
         charged = self.releases.charged
-        if charged and not resume_from_checkpoint:
+        if charged and not checkpoint and not from_start:
             raise BudgetError(
                 f"{self.args.output_dir} holds a run that has released {charged:,} steps, and starting over would spend its "
                 "budget again unseen: resume_from_checkpoint, or choose another output_dir."
@@ -144,23 +164,33 @@ class DPTrainerMixin:
         self.account = self._opened_account(charged)
         self._tell("watch", self.engine)
         with kept_heap(), self.engine:
-            self.preflight = self._preflight()
+            self._check_before_charge()
             with self.engine.capture.paused():
-                self.prefix = self._kept_prefix()
+                self.prefix = kept_prefix(self)
             memory = free_memory(self.args.device) if self.memory is None else self.memory
             self.engine.workspace_bytes = workspace(self.args.device, memory)
             if self._tune:
-                self.budget = self._fastest_budget(memory)
+                self.budget = timed_budget(self, memory)
+            self._frozen = FrozenState(self.model, [p for p in self.model.parameters() if not p.requires_grad])
             try:
                 if self.account is not None:
                     self.account.charge_block()
-                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                self._frozen.check(self.engine.capture.caches)
             finally:
                 if self.prefix is not None:
                     self.prefix.close()
                 if self.account is not None:
                     self.halted = self.account.settle() or self.halted
         return output._replace(training_loss=math.nan, metrics=self._shown(output.metrics))
+
+    def _check_before_charge(self) -> None:
+        """All that could fail, or make the run worthless, is found here, where nothing was paid for."""
+        self.preflight = self._preflight()
+        with self.engine.capture.paused():
+            check_own_loss(self.task, self.model, self._collated, self._examples().spread())
+            check_evaluation(self)
+        check_optimizer(self)
 
     def _opened_account(self, released: int) -> Account | None:
         """All that can be refused is refused here, before the preflight; nothing is charged yet."""
@@ -215,62 +245,6 @@ class DPTrainerMixin:
         with self.compute_loss_context_manager() if autocast else nullcontext():
             return self.task.losses(self.model, batch)
 
-    def _kept_prefix(self) -> FrozenPrefix | None:
-        """The frozen prefix of every example, if it pays or was asked for."""
-        if self.frozen_prefix == "off":
-            return None
-        examples, asked = self._examples(), self.frozen_prefix == "on"
-        uses = examples.expected(self.plan) * (self.plan.steps - self.engine.steps_released) / len(examples)
-        if uses < WORTH and not asked:
-            return None
-        prefix = FrozenPrefix.find(self.model, self._losses, self._collated(examples.spread()))
-        folder = Path(self.args.output_dir) / "private"
-        folder.mkdir(parents=True, exist_ok=True)
-        if asked and prefix is None:
-            raise RecipeError(
-                "frozen_prefix is on, but nothing before what trains can be kept: the first block trains already, or pads texts in its own way; switch it off."
-            )
-        if prefix is None or (not asked and (prefix.random or not prefix.fits(examples, folder))):
-            return None
-        self._tell("say", f"keeping the output of {prefix.name}")
-        collate = lambda places: self._collated([examples.features[place] for place in places])
-        try:
-            prefix.fill(examples, collate, self._losses, folder, EVALUATION_TOKENS)
-        except Exception:  # a model may raise anything when its beginning is replayed
-            prefix.close()
-            if asked:
-                raise
-            return None
-        return prefix
-
-    def _fastest_budget(self, memory: int) -> Budget:
-        """Nothing of it is released; the budget stays in this process, because times of private examples made it."""
-        examples = self._step_examples()
-        place = examples.spread_places()[-1]
-
-        def losses(n: int) -> Tensor:
-            batch = self._collated([examples.features[place]] * n)
-            if self.prefix is not None:
-                self.prefix.select(np.full(n, place), batch)
-            return self._losses(batch)
-
-        def accumulate(found: Tensor) -> None:
-            self.engine.accumulate(found)  # which forgets all of it by itself if it fails
-            self.engine.discard()
-
-        tokens = max(1, int(examples.lengths[place]))
-        self.model.train()
-        with self.prefix or nullcontext():
-            return fastest_budget(
-                losses,
-                accumulate,
-                model=self.model,
-                tokens=tokens,
-                most=self.engine.max_examples(tokens),
-                memory=memory,
-                draw=examples.expected(self.plan) * float(examples.lengths.mean()),
-            )
-
     def _step_examples(self) -> Examples:
         """The examples, as long as they are to what a step computes."""
         examples = self._examples()
@@ -303,6 +277,7 @@ class DPTrainerMixin:
                 "The trainer's model was exchanged after the preflight, so nothing would clip or noise the new one: make a new trainer."
             )
         model.train()
+        self.engine.renew_chance()
         with self.prefix or nullcontext():
             for batch, units in inputs:
                 losses = self._losses(self._prepare_inputs(batch))
@@ -313,10 +288,26 @@ class DPTrainerMixin:
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        """Beside PEFT's adapter, save what trains in place, which PEFT leaves out."""
+        """Beside PEFT's adapter, save what trains in place, which PEFT leaves out, and how much was released."""
+        if self._frozen is not None:
+            self._frozen.check(self.engine.capture.caches)
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         save_file({name: p.detach().contiguous() for name, p in trainable(self.model)}, folder / TRAINABLE)
+        if folder != self.releases.path.parent:
+            self.releases.save(folder)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Nothing: the generators' states tell how much chance a step took, and so who was drawn."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: a step's chance is fresh, resumed or not."""
+
+    def push_to_hub(self, *args, **kwargs):
+        """Raises GuaranteeError: it would upload the whole output folder, what is private included."""
+        raise GuaranteeError(
+            "push_to_hub uploads the whole output folder, private/ included: save the finished weights (dpft.save_weights) and upload their folder."
+        )
 
     def load(self, checkpoint: str) -> None:
         """Take up a checkpoint's weights after all of the plan was released; the claim is for all of it."""
@@ -338,8 +329,9 @@ class DPTrainerMixin:
         super().log(self._shown(logs), *args, **kwargs)
 
     def _shown(self, logs: dict[str, float]) -> dict[str, float]:
-        private = ("loss", "grad_norm", "total_flos", "train_", "init_mem", "before_init_mem")
-        logs = {name: value for name, value in logs.items() if not name.startswith(private)}
+        """What of the logs is computed from the plan, from released weights, or from data declared public."""
+        public = (*PUBLIC_LOGS, *(name for name in logs if name.startswith("eval_") and self.evaluation_is_public))
+        logs = {name: value for name, value in logs.items() if name in public}
         if self.engine is not None and self.engine.steps_released and self.randomness.private:
             logs["epsilon"] = self.plan.epsilon_after(self.engine.steps_released, exact=False)
         return logs
@@ -355,8 +347,13 @@ class DPTrainerMixin:
         return None
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, Any]:
-        """The task's metrics on ``eval_dataset``, un-noised: logged only if ``evaluation_is_public``."""
+        """The task's metrics on ``eval_dataset``, or on each of several by name, un-noised: logged only if ``evaluation_is_public``."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, Mapping):
+            parts = {
+                name: self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in rows.items()
+            }
+            return {name: value for found in parts.values() for name, value in found.items()}
         if rows is None:
             raise RecipeError("There is no eval_dataset to evaluate on: pass one.")
         examples = rows if isinstance(rows, Examples) else Examples.encode(rows, self.task)

@@ -1,27 +1,33 @@
 """Apply each mutant to a copy of the tree and demand that the tests catch it.
 
-A mutant is a patch that re-introduces one known way of breaking ε (docs/pitfalls.md). Its first lines say which, and
-which tests are to find it:
+A mutant is a TOML file that re-introduces one known way of breaking ε (docs/pitfalls.md) by replacing text, so that it survives
+whatever moves around it:
 
-    # T6: the noise ignores the clip
-    # tests: tests/privacy/test_plan.py
-    # audit: VIOLATION
+    row = "T6"
+    break = "the noise ignores the clip"
+    tests = "tests/privacy/test_plan.py"    # which of them must fail
+    audit = "VIOLATION"                     # where the break shows from outside: what `dpft audit step` must say
 
-The third line stands where the break shows from outside: there `dpft audit step` must say so, too.
+    [[edit]]
+    file = "dpft/privacy/plan.py"
+    symbol = "Plan.noise_std"               # the function, class or method in which the old text stands once; "" for the file
+    old = '''self.noise_multiplier * self.clip.sensitivity'''
+    new = '''self.noise_multiplier'''
 
 Usage: python tests/mutants/run.py [NAME ...]     (exit 1 if a mutant survives or no longer applies)
 """
 
+import ast
 import contextlib
 import io
 import multiprocessing
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -51,12 +57,37 @@ class FirstFailure:
             self.name = report.nodeid
 
 
-def header(patch: Path, key: str) -> str:
-    found = re.search(rf"^# {key}: (.*)$", patch.read_text(), re.MULTILINE)
-    return found[1] if found else ""
+def read(path: Path) -> dict:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
-def hunt(patch: Path) -> tuple[bool, str]:
+def mutated(text: str, edit: dict) -> str:
+    """The file's ``text`` after an edit.
+
+    Raises:
+        ValueError: the file lacks the symbol, or the symbol does not hold the old text exactly once.
+    """
+    start, end = _span(text, edit["symbol"])
+    count = text[start:end].count(edit["old"])
+    if count != 1:
+        raise ValueError(f"{edit['file']} {edit['symbol']} holds the old text {count} times")
+    return text[:start] + text[start:end].replace(edit["old"], edit["new"]) + text[end:]
+
+
+def _span(text: str, symbol: str) -> tuple[int, int]:
+    """Where the symbol's source begins and ends, decorators included."""
+    lines = text.splitlines(keepends=True)
+    first, last, body = 1, len(lines), ast.parse(text).body if symbol else []
+    for part in symbol.split(".") if symbol else ():
+        node = next((node for node in body if getattr(node, "name", None) == part), None)
+        if node is None:
+            raise ValueError(f"there is no {symbol}")
+        first = min(inner.lineno for inner in (node, *node.decorator_list))
+        last, body = node.end_lineno, node.body
+    return len("".join(lines[: first - 1])), len("".join(lines[:last]))
+
+
+def hunt(path: Path) -> tuple[bool, str]:
     """Whether a test fails with the mutant applied, and which one does; and what the audit says, where it can see.
 
     To be called in a process of its own: it imports the mutated tree.
@@ -66,18 +97,22 @@ def hunt(patch: Path) -> tuple[bool, str]:
         for part in ("dpft", "tests", "benchmarks", "pyproject.toml"):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             copy(ROOT / part, Path(folder) / part)
-        applied = subprocess.run(["git", "apply", "--verbose", str(patch)], cwd=folder, capture_output=True, text=True)
-        if applied.returncode:
-            return False, f"does not apply: {applied.stderr.strip().splitlines()[-1]}"
+        mutant = read(path)
+        try:
+            for edit in mutant["edit"]:
+                file = Path(folder) / edit["file"]
+                file.write_text(mutated(file.read_text(encoding="utf-8"), edit), encoding="utf-8")
+        except (ValueError, OSError) as error:
+            return False, f"does not apply: {error}"
         os.chdir(folder)
         os.environ["PYTHONPATH"] = folder  # of what the tests start
         sys.path.insert(0, folder)
         failure, said = FirstFailure(), io.StringIO()
         with contextlib.redirect_stdout(said):
-            ended = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *header(patch, "tests").split()], [failure])
+            ended = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *mutant["tests"].split()], [failure])
         if (taken := sys.modules.get("dpft")) is not None and not taken.__file__.startswith(folder):
             return False, f"the tests took {taken.__file__}"
-        wanted = header(patch, "audit")
+        wanted = mutant.get("audit")
         if wanted:
             Path("audit.toml").write_text(RECIPE)
             verdict = subprocess.run(AUDIT, capture_output=True, text=True).stdout
@@ -89,26 +124,26 @@ def hunt(patch: Path) -> tuple[bool, str]:
     return False, "survived" if ended == pytest.ExitCode.OK else f"pytest ended with {ended}: {said.getvalue()[-300:]}"
 
 
-def timed_hunt(patch: Path) -> tuple[bool, str, float]:
+def timed_hunt(path: Path) -> tuple[bool, str, float]:
     since = time.perf_counter()
-    return *hunt(patch), time.perf_counter() - since
+    return *hunt(path), time.perf_counter() - since
 
 
 def main(names: list[str]) -> int:
-    patches = sorted(patch for patch in HERE.glob("*.patch") if not names or patch.stem in names)
+    paths = sorted(path for path in HERE.glob("*.toml") if not names or path.stem in names)
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     survivors = 0
     with ProcessPoolExecutor(os.cpu_count() or 2, context, max_tasks_per_child=1) as pool:
-        for patch, (caught, by, seconds) in zip(patches, pool.map(timed_hunt, patches), strict=True):
-            row = re.search(r"^# (T\d+): (.*)$", patch.read_text(), re.MULTILINE)
+        for path, (caught, by, seconds) in zip(paths, pool.map(timed_hunt, paths), strict=True):
             survivors += not caught
             print(
-                f"{row[1]:<4} {'caught  ' if caught else 'SURVIVED'} {seconds:3.0f} s {patch.stem:<34} {by}", flush=True
+                f"{read(path)['row']:<4} {'caught  ' if caught else 'SURVIVED'} {seconds:3.0f} s {path.stem:<34} {by}",
+                flush=True,
             )
-    print(f"{len(patches) - survivors} of {len(patches)} mutants caught")
-    return 1 if survivors or not patches else 0
+    print(f"{len(paths) - survivors} of {len(paths)} mutants caught")
+    return 1 if survivors or not paths else 0
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_what_a_failed_trial_added_up_is_never_released(make, monkeypatch):
     class Reached(Exception):
         pass
 
-    monkeypatch.setattr("dpft.training.trainer.fastest_budget", fails)
+    monkeypatch.setattr("dpft.training.speed.fastest_budget", fails)
     with pytest.raises(Reached):
         trainer.train()
 

@@ -54,7 +54,8 @@ class Rows(Unmade):
         return squares.new_zeros(self.examples).index_add_(0, self._example(), squares).to(self.rows.dtype)
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
-        total.index_add_(0, self.places % self.height, self.rows * factors[self._example()].unsqueeze(1))
+        places = (self.places % self.height).to(total.device)
+        total.index_add_(0, places, self.rows.to(total) * factors[self._example().to(total.device)].unsqueeze(1))
 
     def without(self, examples: Tensor) -> "Rows":
         rows = self.rows.masked_fill(examples[self._example()].unsqueeze(1), 0)

@@ -8,13 +8,21 @@ from opacus.grad_sample import register_grad_sampler
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dpft.gradients.precision import at_least_float32, full_precision, precise, precise_bmm
+from dpft.gradients.precision import (
+    DEVICE_TOGETHER,
+    TOGETHER,
+    at_least_float32,
+    full_precision,
+    precise,
+    precise_bmm,
+)
 from dpft.gradients.rules.unmade import Unmade, made
 
 # Making a gradient (m, n), taking its norm and adding it up moves about 3 numbers of each weight through memory, while the norm
 # alone costs 2 T² (m + n) operations. Memory is taken to move one number in the time of so many operations: an estimate,
 # which changes speed alone; benchmarks/speed.py shows what comes of it on either side.
 OPERATIONS_PER_NUMBER = 40
+FEW_TOKENS = 24  # below it a product in float64 costs less than to add up each example's by itself
 ROUNDING = 2.0**-21  # of sums of products in float32, relative to the sum of their absolute values
 
 
@@ -73,13 +81,27 @@ class Product(Unmade):
         return (precise(self.left).norm(dim=2) * precise(self.right).norm(dim=2)).sum(1)
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
-        """One matrix product (book-keeping; Bu, Wang, Zha, Karypis 2023)."""
-        left, right, factors = precise(self.left), precise(self.right), factors.view(-1, 1, 1)
-        if left.shape[2] < right.shape[2]:  # the smaller is scaled
-            left = left * factors
+        """One matrix product for all examples would round each of them as the others are, unless it is in float64."""
+        if self.tokens < FEW_TOKENS:
+            left, right = self.left.to(total) * factors.view(-1, 1, 1), self.right.to(total)
+            total.addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
+        elif self.left.is_cuda:
+            some = max(1, DEVICE_TOGETHER // total.numel())
+            parts = zip(self.left.split(some), self.right.split(some), factors.split(some), strict=True)
+            for left, right, factor in parts:
+                products = precise_bmm(left.mT, right).mul_(factor.view(-1, 1, 1))
+                total.add_(products.sum(0, dtype=total.dtype))
         else:
-            right = right * factors
-        total.addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
+            self._add_one_by_one(total, factors.tolist())
+
+    def _add_one_by_one(self, total: Tensor, factors: list[float]) -> None:
+        rows = max(1, TOGETHER // total.shape[1])
+        product = torch.empty(total.shape, dtype=at_least_float32(self.left), device=self.left.device)
+        for left, right, factor in zip(self.left, self.right, factors, strict=True):
+            torch.mm(precise(left).T, precise(right), out=product)
+            for start in range(0, len(total), rows):
+                part = slice(start, start + rows)
+                total[part].add_(product[part].to(total.device), alpha=factor)
 
     def without(self, examples: Tensor) -> "Product":
         lost = examples.view(-1, 1, 1)

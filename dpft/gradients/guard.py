@@ -1,0 +1,126 @@
+"""No optimizer steps a model but with the gradients that the engine released for this step."""
+
+import weakref
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from dpft.errors import BypassError, GuaranteeError
+
+
+class Guard:
+    """Watches the parameters of ``model`` and every PyTorch optimizer while attached.
+
+    Args:
+        trainable: the parameters whose gradients the engine makes.
+    """
+
+    def __init__(self, model: nn.Module, trainable: list[nn.Parameter]) -> None:
+        self._model, self._trainable = model, trainable
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._watched: list[tuple[str, nn.Parameter, bool]] = []  # all of the model's, and which of them train
+        self._released: dict[int, tuple[Tensor, int]] = {}  # by parameter: the gradient released and its version then
+        self._unstepped: set[int] = set()  # parameters whose released gradient no optimizer has used yet
+        self._foreign: dict[int, weakref.ref] = {}  # leaves that losses came from and that are not the model's
+        self._hook = None
+
+    @property
+    def attached(self) -> bool:
+        return self._hook is not None
+
+    def attach(self) -> None:
+        self._hook = register_optimizer_step_pre_hook(self._check_step)
+
+    def detach(self) -> None:
+        self._hook.remove()
+        self._hook = None
+
+    def release(self, gradients: dict[nn.Parameter, Tensor]) -> None:
+        """Write each ``.grad``: from now on an optimizer may use it, once."""
+        self._released.clear()
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+            self._released[id(parameter)] = (gradient, gradient._version)
+        self._unstepped = set(self._released)
+
+    def check_parameters(self, *, new_step: bool) -> None:
+        """Before a micro-batch: the same parameters train, and none has a gradient from elsewhere.
+
+        Raises:
+            GuaranteeError, BypassError: see :meth:`Engine.accumulate`.
+        """
+        if new_step:  # a large model's parameters are not looked up again for every micro-batch
+            known = set(map(id, self._trainable))
+            self._watched = [(n, p, id(p) in known) for n, p in self._model.named_parameters()]
+        for name, parameter, trains in self._watched:
+            if parameter.requires_grad != trains:
+                change = "became trainable" if parameter.requires_grad else "was frozen"
+                raise GuaranteeError(
+                    f"{name} {change} after the engine was made, so the engine would miss it: make a new engine."
+                )
+            if parameter.grad is not None and not self._is_released(parameter) and parameter.grad.any():
+                raise BypassError(
+                    f"{name} has a gradient that the engine did not make: remove the stray backward pass before engine.accumulate."
+                )
+            if trains:
+                parameter.grad = None
+        self._released.clear()
+
+    def foreign_leaves(self, losses: Tensor) -> list[Tensor]:
+        """Tensors that the losses depend on, require a gradient and are not the model's; they are remembered.
+
+        Raises:
+            BypassError: one of them is a parameter, of another model.
+        """
+        own = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
+        waiting, seen, found = [losses.grad_fn], set(), []
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            # What shares memory with a parameter is a view of it, as PEFT transposes a frozen weight.
+            if leaf is not None and leaf.untyped_storage().data_ptr() not in own:
+                if isinstance(leaf, nn.Parameter):
+                    raise BypassError(
+                        f"The losses depend on a trainable parameter of shape {tuple(leaf.shape)} that is not the engine's model's, so its gradient "
+                        "would be neither clipped nor noised: make the engine of the whole model that the losses come from."
+                    )
+                found.append(leaf)
+            waiting += [function for function, _ in node.next_functions]
+        self._foreign = {key: leaf for key, leaf in self._foreign.items() if leaf() is not None}
+        self._foreign |= {id(leaf): weakref.ref(leaf) for leaf in found}
+        return found
+
+    def _is_released(self, parameter: nn.Parameter) -> bool:
+        gradient, version = self._released.get(id(parameter), (None, None))
+        return parameter.grad is gradient and gradient is not None and gradient._version == version
+
+    def _check_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        """Before any optimizer steps: every gradient on this model is one that the engine released for this step."""
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter in held:
+            foreign = self._foreign.get(id(parameter))
+            if foreign is not None and foreign() is parameter:
+                raise BypassError(
+                    f"An optimizer holds a tensor of shape {tuple(parameter.shape)} that the losses depend on and the model lacks, so it would "
+                    "train without noise: register it as a parameter of the model before the engine is made."
+                )
+        held = [parameter for parameter in held if id(parameter) in self._names]
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if held and closure is not None:
+            raise BypassError(
+                "optimizer.step was given a closure, which may make gradients after the engine's were checked: step without one, "
+                "and choose an optimizer that needs none."
+            )
+        for parameter in held:
+            if parameter.grad is None:
+                continue
+            if not self._is_released(parameter) or id(parameter) not in self._unstepped:
+                raise BypassError(
+                    f"An optimizer is about to step {self._names[id(parameter)]} with a gradient that the engine did not release for this "
+                    "step, so it may be neither clipped nor noised: call engine.accumulate and engine.release first."
+                )
+            self._unstepped.discard(id(parameter))

@@ -1,0 +1,146 @@
+"""What a forward pass leaves behind in the model: nothing that data could be read from."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dpft.errors import GuaranteeError, IsolationError
+from dpft.gradients.capture import Capture
+
+START = 1e-3  # of weights that a forward pass changes, to see whether they come out alike whatever it was given
+
+
+def without_side_effects(model: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
+    """The losses, if making them changed no buffer that was there before."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    result = forward()
+    if result.dim() != 1:
+        raise GuaranteeError(
+            f"The task returned losses of shape {tuple(result.shape)}: return one loss per example, (B,)."
+        )
+    for name, buffer in model.named_buffers():
+        if name in before and before[name].shape == buffer.shape and not torch.equal(before[name], buffer):
+            layer = model.get_submodule(name.rpartition(".")[0])
+            raise IsolationError(
+                f"Layer {name.rpartition('.')[0]} ({type(layer).__name__}) changes its buffer {name} in the forward pass, where data "
+                "would stay un-noised: put it in eval mode, or replace it (subset.replace_batchnorm puts GroupNorm for BatchNorm)."
+            )
+    return result
+
+
+def leaves_no_data(capture: Capture, losses: Callable, examples: list) -> None:
+    """A forward pass may make buffers, and change weights, only in a way that is the same for other examples.
+
+    A cache of positions is, and so is a projection, which follows from the weight alone.
+
+    Args:
+        examples: the last is as long as any of them.
+
+    Raises:
+        IsolationError: it writes data into a weight or a buffer; named.
+    """
+    model = capture.model
+    for name, module in model.named_modules():
+        if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            raise IsolationError(
+                f"Layer {name} ({type(module).__name__}) has max_norm={module.max_norm:g}, which shrinks the rows of the words that occur in "
+                "each forward pass, so its weights would say un-noised which do: set max_norm to None."
+            )
+    modules, state = _ModuleState(model), FrozenState(model, model.parameters())
+    with capture.paused(), torch.no_grad():
+        without_side_effects(model, lambda: losses(examples))
+        weights, buffers = state.changed()
+        if not weights and not buffers:
+            return
+        kept = {name: w.detach().clone() for name, w in model.named_parameters() if name in weights}
+        *others, longest = examples
+        for companions in ([[longest, one] for one in others], [[one, longest] for one in others]):
+            outcomes = []
+            for batch in [*companions, [longest, longest]]:
+                modules.restore()
+                for name, weight in model.named_parameters():
+                    if name in weights:
+                        weight.fill_(START)
+                losses(batch)
+                outcomes.append({**dict(model.named_parameters()), **dict(model.named_buffers())})
+                outcomes[-1] = {n: t.detach().clone() for n, t in outcomes[-1].items() if n in weights | buffers}
+            for name in sorted(weights | buffers):
+                if not all(_alike(outcomes[0].get(name), outcome.get(name)) for outcome in outcomes):
+                    kind = "changes the parameter" if name in weights else "keeps in the buffer"
+                    raise IsolationError(
+                        f"The forward pass {kind} {name}, which comes out another for other examples, so that data would stay there "
+                        "un-noised: let no forward pass write what it was given."
+                    )
+        modules.restore()
+        for name, weight in model.named_parameters():
+            if name in kept:
+                weight.copy_(kept[name])
+    capture.caches = buffers
+
+
+class FrozenState:
+    """Everything in the model but some parameters, so that a change shows.
+
+    Args:
+        watched: the parameters to watch, beside all buffers.
+    """
+
+    def __init__(self, model: nn.Module, watched: Iterable[nn.Parameter]) -> None:
+        self._model, watched = model, {id(p) for p in watched}
+        self._trainable = {id(p) for p in model.parameters()} - watched
+        self._before = self._sums()
+
+    def changed(self) -> tuple[set[str], set[str]]:
+        """Names of the parameters, and of the buffers, that are new, resized or changed."""
+        now, buffers = self._sums(), {name for name, _ in self._model.named_buffers()}
+        names = {name for name in now if self._before.get(name) != now[name]}
+        return names - buffers, names & buffers
+
+    def check(self, allowed: Iterable[str] = ()) -> None:
+        """Raises GuaranteeError: what does not train has changed since, other than the buffers ``allowed``."""
+        weights, buffers = self.changed()
+        changed = sorted((weights | buffers) - set(allowed))
+        if changed:
+            raise GuaranteeError(
+                f"{changed[0]} changed in training although it is not in the subset, so it was never noised: nothing of it is saved; let nothing "
+                "but the released gradients change the model."
+            )
+
+    def _sums(self) -> dict[str, str]:
+        frozen = [(name, p) for name, p in self._model.named_parameters() if id(p) not in self._trainable]
+        return {name: _sum(tensor) for name, tensor in (*frozen, *self._model.named_buffers())}
+
+
+class _ModuleState:
+    """The flags, buffers and containers of all modules, to be put back; the tensors in them are as they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
+        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def restore(self) -> None:
+        for module, attributes, contents in self._modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, content in contents.items():
+                container = attributes[name]
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+
+
+def _contents(module: nn.Module) -> dict[str, list | dict | set]:
+    return {name: value.copy() for name, value in vars(module).items() if isinstance(value, (dict, list, set))}
+
+
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and one.shape == other.shape and torch.equal(one, other)
+
+
+def _sum(tensor: Tensor) -> str:
+    """By which a change shows; of a quantised weight, which may know no sum, its shape alone."""
+    plain = type(tensor) in (nn.Parameter, Tensor)
+    number = tensor.detach().sum(dtype=torch.float64).item() if plain and not tensor.is_complex() else ""
+    return f"{tuple(tensor.shape)} {number!r}"

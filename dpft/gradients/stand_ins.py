@@ -1,0 +1,179 @@
+"""Constants in the place of chance, as large as what they stand for.
+
+Chance is each example's own, but differs from pass to pass, so that a batch could not be compared with its examples. A constant of
+another scale would hide what that scale depends on: noise times the deviation of the batch is a coupling. So a normal
+number stands one deviation from its mean, a uniform one a quarter from the end of its range, and a dropout keeps all and
+multiplies as it would. Two sets of constants, on either side of the mean, leave little room for chance to be special.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What every draw comes to: ``normal`` deviations from the mean, or the share ``uniform`` of a range."""
+
+    normal: float
+    uniform: float
+
+
+DRAWS = (Draw(1.0, 0.75), Draw(-1.0, 0.25))
+
+
+def stand_in(name: str, given: Mapping[str, Any], draw: Draw) -> Tensor | float | int | None:
+    """What PyTorch's random operation ``name`` comes to with these arguments; None if it is not known."""
+    rule = _TORCH.get(name.rstrip("_").removesuffix("_like").removesuffix("_functional"))
+    return None if rule is None else rule(given, draw)
+
+
+def _bernoulli(given: Mapping, draw: Draw) -> Tensor | float:
+    p = given.get("p", given["self"])
+    p = given["self"] if p is None else p
+    if draw.normal < 0:
+        return p
+    return (p > 0).to(p.dtype) if isinstance(p, Tensor) else float(p > 0)
+
+
+def _integer(given: Mapping, draw: Draw) -> int:
+    low, high = given.get("low", given.get("from")) or 0, given.get("high", given.get("to"))
+    return low + int(draw.uniform * ((1 << 24) - low if high is None else high - low))
+
+
+def _permutation(given: Mapping, draw: Draw) -> Tensor:
+    found = torch.arange(given["n"])
+    return found if draw.normal > 0 else found.flip(0)
+
+
+def _multinomial(given: Mapping, draw: Draw) -> Tensor:
+    weights, number = given["self"], given["num_samples"]
+    places = weights.argsort(-1, descending=True, stable=True)
+    some = places[..., torch.arange(number, device=places.device) % places.shape[-1]]
+    return some if draw.normal > 0 else some.flip(-1)
+
+
+_TORCH: dict[str, Callable[[Mapping, Draw], Tensor | float | int]] = {
+    "normal": lambda given, draw: given["mean"] + draw.normal * given["std"],
+    "log_normal": lambda given, draw: math.exp(given["mean"] + draw.normal * given["std"]),
+    "randn": lambda given, draw: draw.normal,
+    "rand": lambda given, draw: draw.uniform,
+    "uniform": lambda given, draw: given["from"] + draw.uniform * (given["to"] - given["from"]),
+    "randint": _integer,
+    "random": _integer,
+    "randperm": _permutation,
+    "bernoulli": _bernoulli,
+    "exponential": lambda given, draw: -math.log1p(-draw.uniform) / given["lambd"],
+    "geometric": lambda given, draw: math.ceil(math.log1p(-draw.uniform) / math.log1p(-min(given["p"], 1 - 1e-9))),
+    "cauchy": lambda given, draw: given["median"] + given["sigma"] * math.tan(math.pi * (draw.uniform - 0.5)),
+    "poisson": lambda given, draw: given["self"],
+    "binomial": lambda given, draw: given["count"] * given["prob"],
+    "standard_gamma": lambda given, draw: given["self"],
+    "sample_dirichlet": lambda given, draw: given["self"] / given["self"].sum(-1, keepdim=True),
+    "multinomial": _multinomial,
+}
+_TORCH |= {f"_{name}": _TORCH[name] for name in ("standard_gamma", "sample_dirichlet")}
+
+
+class _Python(random.Random):
+    """Python's own generator, whose every number is the same; what is made of numbers is made as always."""
+
+    def __init__(self, draw: Draw) -> None:
+        super().__init__()
+        self._uniform = draw.uniform
+
+    def random(self) -> float:
+        return self._uniform
+
+    def gauss(self, mu: float = 0.0, sigma: float = 1.0) -> float:
+        return mu + sigma * (1.0 if self._uniform > 0.5 else -1.0)
+
+    def shuffle(self, x) -> None:
+        if self._uniform < 0.5:
+            x.reverse()
+
+    normalvariate = gauss
+
+
+class _Numpy:
+    """The functions of ``numpy.random``, and the methods of its generators, that models and collators use."""
+
+    def __init__(self, draw: Draw) -> None:
+        self._draw = draw
+
+    def uniform(self, low=0.0, high=1.0, size=None):
+        return self._filled(low + self._draw.uniform * (np.asarray(high) - low), size)
+
+    def normal(self, loc=0.0, scale=1.0, size=None):
+        return self._filled(loc + self._draw.normal * np.asarray(scale), size)
+
+    def random(self, size=None, **_):
+        return self.uniform(size=size)
+
+    def standard_normal(self, size=None, **_):
+        return self.normal(size=size)
+
+    def rand(self, *size):
+        return self.uniform(size=size or None)
+
+    def randn(self, *size):
+        return self.normal(size=size or None)
+
+    def integers(self, low, high=None, size=None, dtype=np.int64, endpoint=False):
+        low, high = (0, low) if high is None else (low, high)
+        return self._filled(low + (self._draw.uniform * (np.asarray(high) + endpoint - low)).astype(dtype), size)
+
+    def randint(self, low, high=None, size=None, dtype=np.int64):
+        return self.integers(low, high, size, dtype)
+
+    def binomial(self, n, p, size=None):
+        return self._filled((n * np.asarray(p)).astype(np.int64), size)
+
+    def permutation(self, x):
+        found = np.arange(x) if isinstance(x, (int, np.integer)) else np.array(x)
+        return found if self._draw.normal > 0 else found[::-1].copy()
+
+    def shuffle(self, x) -> None:
+        if self._draw.normal < 0:
+            x[:] = x[::-1]
+
+    def choice(self, a, size=None, replace=True, p=None, **_):
+        places = self.permutation(a)
+        if size is None:
+            return places[0]
+        return places[np.arange(math.prod(np.atleast_1d(size))) % len(places)].reshape(size)
+
+    random_sample = ranf = sample = random
+
+    @staticmethod
+    def _filled(value, size):
+        found = np.asarray(value) if size is None else np.broadcast_to(value, size).copy()
+        return found.item() if size is None and found.ndim == 0 else found
+
+
+@contextmanager
+def python_and_numpy(draw: Draw, taken: Callable[[], None]) -> Iterator[None]:
+    """Their global generators come to constants; ``taken`` is called whenever one is asked."""
+
+    def watched(function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            taken()
+            return function(*args, **kwargs)
+
+        return call
+
+    python, numpy = _Python(draw), _Numpy(draw)
+    names = [name for name in random.__all__ if callable(getattr(python, name, None)) and name[0].islower()]
+    kept = {name: watched(getattr(python, name)) for name in names if name not in ("seed", "getstate", "setstate")}
+    methods = [name for name in dir(numpy) if not name.startswith("_") and hasattr(np.random, name)]
+    numpys = {name: watched(getattr(numpy, name)) for name in methods} | {"default_rng": lambda *seed: numpy}
+    with patch.multiple(random, **kept), patch.multiple(np.random, **numpys):
+        yield

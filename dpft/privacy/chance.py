@@ -1,0 +1,88 @@
+"""The chance inside a step: dropout, masks, crops, noise that a model adds while it trains.
+
+Models and collators draw from the global generators of Python, numpy and torch. If these followed from a published seed, a unit that
+leaves the batch would shift everybody's masks, and the clipped sum would move by many times the clip. So their states are secret,
+fresh in every step, and saved nowhere. Masks are then independent of who else is drawn, the bound holds for each of them,
+and so for their mixture.
+"""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from dpft.privacy.noise import Randomness
+
+_WORDS = 624  # 32-bit words in the state of a Mersenne Twister, which Python, numpy and torch (on the processor) share
+_SEED, _LEFT, _NEXT = (
+    0,
+    2,
+    4,
+)  # where torch's saved state keeps its seed, the numbers left and the next place, in 32-bit words
+_STATE = 6  # and from where the twister's words stand, each in 64 bits
+
+
+class StepChance:
+    """Holds the global generators while entered; puts back what they were when left."""
+
+    def __init__(self, randomness: Randomness) -> None:
+        self._randomness = randomness
+        self._before: tuple | None = None
+        self._seed = 0
+
+    def __enter__(self) -> "StepChance":
+        self._before = (random.getstate(), np.random.get_state(), torch.get_rng_state(), _device_states())
+        self.renew()
+        return self
+
+    def __exit__(self, *_) -> None:
+        python, numpy, processor, devices = self._before
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(processor)
+        for device, state in devices.items():
+            _all(torch.get_device_module(device), "set_rng_state")(state)
+        self._before = None
+
+    def renew(self) -> None:
+        """Give every generator a state that nobody knows, of full length: a seed of 32 bits could be searched."""
+        words = self._randomness.words(3 * _WORDS + 2)
+        python, numpy, processor = words[: 3 * _WORDS].reshape(3, _WORDS)
+        random.setstate((3, (*python.tolist(), _WORDS), None))
+        np.random.set_state(("MT19937", numpy, _WORDS))
+        self._seed = int(words[-2]) << 31 | int(words[-1]) >> 1
+        torch.set_rng_state(_torch_state(processor, self._seed))
+        for device in _device_states():
+            _all(torch.get_device_module(device), "manual_seed")(self._seed)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether nobody has seeded torch since, from whose seed the step's masks would follow."""
+        return torch.initial_seed() == self._seed
+
+
+def _torch_state(words: np.ndarray, seed: int) -> torch.Tensor:
+    """The state of torch's generator on the processor, with these words for its twister."""
+    state = torch.Generator().get_state()
+    numbers = state.numpy().view(np.uint32)
+    numbers[_SEED : _SEED + 2] = seed & 0xFFFFFFFF, seed >> 32
+    numbers[_LEFT], numbers[_NEXT : _NEXT + 2] = 1, 0  # the next draw makes new numbers of these words
+    numbers[_STATE : _STATE + 2 * _WORDS : 2] = words
+    return state
+
+
+def _device_states() -> dict[str, object]:
+    """The generators' states of the accelerator in use, if one is; others have drawn nothing."""
+    states = {}
+    for device in ("cuda", "xpu", "mps"):
+        module = getattr(torch, device, None)
+        ready = getattr(module, "is_initialized", getattr(module, "is_available", lambda: False))
+        if ready():
+            states[device] = _all(module, "get_rng_state")()
+    return states
+
+
+def _all(module, name: str) -> Callable:
+    """The function for all devices of a kind; MPS has one device and no such function."""
+    return getattr(module, f"{name}_all", None) or getattr(module, name)

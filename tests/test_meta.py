@@ -51,7 +51,11 @@ def modules():
 def test_text_files_are_utf8_on_every_system():
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+            if not isinstance(node, ast.Call):
+                continue
+            binary = any(isinstance(a, ast.Constant) and a.value in ("rb", "wb", "ab", "xb") for a in node.args[1:2])
+            opens = getattr(node.func, "id", "") == "open" and not binary
+            if opens or getattr(node.func, "attr", "") in ("read_text", "write_text"):
                 assert any(keyword.arg == "encoding" for keyword in node.keywords), f"{path}:{node.lineno}"
 
 

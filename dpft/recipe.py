@@ -344,4 +344,4 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "value_error":
         text = str(first["ctx"]["error"])
         return text if text.endswith(".") else text + "."
-    return f"The recipe's {place} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}: mend it."
+    return f"The recipe's {place} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}: fix it."

@@ -1,6 +1,5 @@
 """The privacy card: what a run claims, what it released and what must stay private, for people who sign for it."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from dpft.privacy.plan import Plan
 from dpft.privacy.rounding import percent_up, rounded_down, rounded_up
 from dpft.report.meaning import Meaning, meaning
 from dpft.report.plots import line, roc, trade_off
-from dpft.report.record import read_record
+from dpft.report.record import read_json, read_record
 
 TEMPLATES = Path(__file__).parent / "templates"
 ADJACENCY_WORDS = {
@@ -33,14 +32,13 @@ def write_card(folder: Path | str) -> tuple[Path, Path]:
     """Make ``card.md`` and ``card.html`` from the run's ``run.json``; ε is derived from its events again.
 
     Raises:
-        RecipeError: the folder holds no run, or its record is damaged.
+        RecipeError: the folder holds no run, or what it holds is damaged.
     """
     folder = Path(folder)
     run = read_record(folder)
     facts, templates = _facts(run), environment()
-    facts["audit"] = (
-        json.loads((folder / "audit.json").read_text(encoding="utf-8")) if (folder / "audit.json").exists() else None
-    )
+    audited = folder / "audit.json"
+    facts["audit"] = read_json(audited) if audited.exists() else None
     facts["roc"] = _roc(facts["audit"], facts["meaning"]) if facts["audit"] else None
     written = []
     for name in ("card.md", "card.html"):

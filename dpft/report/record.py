@@ -30,11 +30,23 @@ def read_record(folder: Path | str) -> Record:
         raise RecipeError(
             f"{folder} holds no finished run (no run.json): give the folder that `dpft train --output` made."
         )
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in REQUIRED if key not in record]
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"{path} is not JSON ({error}): restore it from a backup, or train again.") from error
+    record = read_json(path)
+    missing = [key for key in REQUIRED if key not in record]
     if missing:
         raise RecipeError(f"{path} lacks {', '.join(missing)}: it is not the record of a run of dpft.")
     return Record(record)
+
+
+def read_json(path: Path) -> dict:
+    """The object in the file.
+
+    Raises:
+        RecipeError: it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path} is not JSON ({error}): restore it from a backup, or make it again.") from error
+    if not isinstance(found, dict):
+        raise RecipeError(f"{path} holds no JSON object: restore it from a backup, or make it again.")
+    return found

@@ -89,9 +89,9 @@ def test_an_account_may_keep_facts_to_itself(folder, key):
     ("content", "said"),
     [
         ("{", "is not JSON"),
-        ("[]", "lacks guarantee"),
+        ("[]", "no JSON object"),
         ('{"private": true}', "lacks guarantee, delta"),
-        ("7", "not JSON"),
+        ("7", "no JSON object"),
     ],
 )
 def test_a_damaged_record_is_one_sentence(folder, content, said):
@@ -99,3 +99,9 @@ def test_a_damaged_record_is_one_sentence(folder, content, said):
     for read in (write_card, of_run):
         with pytest.raises(RecipeError, match=said):
             read(folder)
+
+
+def test_a_damaged_audit_is_one_sentence(folder):
+    (folder / "audit.json").write_text("{")
+    with pytest.raises(RecipeError, match="audit.json is not JSON"):
+        write_card(folder)

@@ -8,7 +8,7 @@ import click
 from dpft import __version__
 from dpft.cli.failures import explained, pipe_is_closed
 from dpft.cli.libraries import only_our_messages
-from dpft.cli.streams import drop_unwritten, spell_out
+from dpft.cli.streams import spell_out
 
 COMMANDS = {
     "init": "dpft.cli.recipe",
@@ -55,15 +55,12 @@ class _Lazy(click.Group):
 def _end(error: BaseException) -> NoReturn:
     """Exit with one sentence, and silently where the reader of the output left; a bug is raised again."""
     if pipe_is_closed(error):
-        sentence, code = "", 1
-    elif found := explained(error):
-        sentence, code = found
-    else:
+        sys.exit(1)
+    found = explained(error)
+    if found is None:
         raise error
-    if sentence:
-        click.echo(sentence, err=True)
-    drop_unwritten()
-    sys.exit(code)
+    click.echo(found[0], err=True)
+    sys.exit(found[1])
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -1,7 +1,6 @@
 """Whatever dpft prints reaches every terminal, pipe and file: what a stream cannot encode is spelled out in ASCII."""
 
 import codecs
-import os
 import sys
 import unicodedata
 
@@ -20,16 +19,6 @@ def spell_out() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # None without a console, and whatever stands in for a stream elsewhere
             stream.reconfigure(errors=_spelled.__name__)
-
-
-def drop_unwritten() -> None:
-    """Forget what a full disk or a closed pipe did not take, which Python would write again, and fail to, at its exit."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _spelled(error: UnicodeError) -> tuple[str, int]:

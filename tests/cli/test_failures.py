@@ -135,10 +135,17 @@ def test_an_error_says_whether_the_folder_can_be_used_again(in_folder, monkeypat
     )
 
 
-def test_the_interrupt_key_is_one_sentence(monkeypatch):
-    def interrupted(**_):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "Stopped. What was released before stays charged.\n"),
+        (OSError(errno.EINVAL, "Invalid argument"), 1, ""),  # Windows, where the reader of the output left
+    ],
+)
+def test_what_ends_a_command_from_outside_leaves_no_traceback(monkeypatch, error, code, said):
+    def ended(**_):
+        raise error
 
-    monkeypatch.setattr(Plan, "calibrate", interrupted)
+    monkeypatch.setattr(Plan, "calibrate", ended)
     result = run("plan", "--delta", "1e-5")
-    assert (result.exit_code, result.stderr) == (130, "Stopped. What was released before stays charged.\n")
+    assert (result.exit_code, result.stderr) == (code, said)

@@ -38,11 +38,15 @@ class ModelTable(_Table):
 class TaskTable(_Table):
     name: Literal["sequence_classification", "causal_lm"] = Field(description="What is learned.")
     text: str = Field("text", description="The column with the text.")
-    label: str = Field("label", description="Classification: the column with the label.")
+    label: str = Field("label", description="Classification: the column with the label, a text or a whole number.")
     labels: list[str] = Field([], description="Classification: every label there is, declared and public.")
     prompt: str | None = Field(None, description="Language modelling on pairs: the column with the prompt.")
     response: str | None = Field(None, description="Language modelling on pairs: the column with the response.")
-    max_length: int = Field(128, ge=4, description="Longer examples are cut after so many tokens.")
+    max_length: int | None = Field(
+        None,
+        ge=4,
+        description="Examples are cut after this many tokens; by default 128, or the model's positions if fewer.",
+    )
 
     @model_validator(mode="after")
     def _fits(self):
@@ -67,7 +71,8 @@ class TaskTable(_Table):
 
 class DataTable(_Table):
     train: str | list[str] = Field(
-        description="The private data: CSV, JSON lines, Parquet, or a folder saved by `datasets`."
+        description="The private data: CSV, TSV, JSON lines, Parquet, or a folder saved by `datasets`. "
+        "A CSV cell is a text: 01 is not 1, and NA is not missing."
     )
     validation: str | list[str] | None = Field(None, description="Held-out data for evaluation.")
     validation_rows: int | None = Field(
@@ -80,7 +85,9 @@ class DataTable(_Table):
         None, description="Data declared public, with the same columns: what sparse(choose='gradient') looks at."
     )
     units: int = Field(ge=1, description="The declared, public number of units in the training data.")
-    unit: str = Field("example", description="The column whose value names a row's unit, such as patient_id.")
+    unit: str = Field(
+        "example", description="The column whose text or whole number names a row's unit, such as patient_id."
+    )
     examples_per_unit: int = Field(1, ge=1, description="How many examples of a unit one step uses at most.")
     unit_gradient: Literal["mean", "sum"] = Field("mean", description="How a unit's examples make its gradient.")
 

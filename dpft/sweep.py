@@ -8,7 +8,9 @@ from pathlib import Path
 
 from dpft.privacy import accounting
 from dpft.recipe import Recipe
+from dpft.training.published import PRIVATE, round_dates
 
+NON_PRIVATE = "non-private"
 HEADLINE = ("accuracy", "macro_f1", "perplexity")  # the metric that a table shows, first that exists
 
 
@@ -42,8 +44,11 @@ def sweep(
     announce: Callable[[str], None] = lambda text: None,
     callbacks: Callable[[], Sequence] = lambda: (),
 ) -> list[Row]:
-    """Train every setting with every seed, each in a folder of its own below ``output``; writes ``sweep.json``, to
-    ``private/`` unless the validation data are public.
+    """Train every setting with every seed, each in a folder of its own below ``output``; writes ``sweep.json``.
+
+    The run without privacy lies below ``private/``, and so does all of the comparison that knows of it: whoever sees a figure of a model that
+    was trained without noise learns of the training data, though the validation data are public. Where these are not,
+    everything is private.
 
     Args:
         epsilons: the budgets; by default the recipe's own.
@@ -64,7 +69,7 @@ def sweep(
     output = Path(output)
     settings: list[tuple[str, float | None, Recipe]] = []
     if non_private:
-        settings.append(("non-private", None, recipe.without_privacy()))
+        settings.append((NON_PRIVATE, None, recipe.without_privacy()))
     for epsilon in epsilons or [recipe.privacy.epsilon]:
         privacy = recipe.privacy.model_copy(
             update=dict(epsilon=epsilon, noise_multiplier=None if epsilon else recipe.privacy.noise_multiplier)
@@ -78,23 +83,27 @@ def sweep(
             announce(f"{name}, seed {seed}" if len(seeds) > 1 else name)
             seeded = setting.model_copy(update=dict(run=setting.run.model_copy(update=dict(seed=seed))))
             label = name.replace(" = ", "-").replace("ε", "epsilon")
-            folder = output / (f"{label}-seed-{seed}" if len(seeds) > 1 else label)
+            place = output / PRIVATE if name == NON_PRIVATE else output
+            folder = place / (f"{label}-seed-{seed}" if len(seeds) > 1 else label)
             if not _finished(folder, seeded):
                 train(seeded, folder, callbacks=callbacks(), resume=last_checkpoint(folder) is not None)
                 go_on_unless_interrupted(folder)
             metrics.append(read_metrics(folder))
             folders.append(str(folder))
         rows.append(_row(name, epsilon, metrics, folders))
-    folder = output if recipe.data.validation_is_public else output / "private"
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {
-        "rows": [asdict(row) for row in rows],
-        "composed_epsilon": composed_epsilon(rows),
-        "delta": recipe.privacy.delta,
-    }
+    found = {"composed_epsilon": composed_epsilon(rows), "delta": recipe.privacy.delta}
     found |= {"recipe": recipe.model_dump(), "versions": versions()}
-    (folder / "sweep.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
+    (output / PRIVATE).mkdir(parents=True, exist_ok=True)
+    _write(output / PRIVATE, rows, found)
+    if recipe.data.validation_is_public:
+        _write(output, [row for row in rows if row.setting != NON_PRIVATE], found)
+    round_dates(output)
     return rows
+
+
+def _write(folder: Path, rows: Sequence[Row], found: dict) -> None:
+    text = json.dumps({"rows": [asdict(row) for row in rows], **found}, indent=2)
+    (folder / "sweep.json").write_text(text, encoding="utf-8")
 
 
 def composed_epsilon(rows: Sequence[Row]) -> float | None:

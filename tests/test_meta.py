@@ -19,6 +19,7 @@ mutants = import_module("run")
 LAYERS = [
     "errors",
     "toml",
+    "values",
     "privacy",
     "ledger",
     "recipe",

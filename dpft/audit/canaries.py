@@ -24,6 +24,7 @@ from dpft.errors import RecipeError
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.recipe import Recipe
 from dpft.training.data import column_of
+from dpft.values import class_number
 
 KINDS = ("random-tokens", "secret", "new-token", "mislabelled")
 TEMPLATE = "The access code of patient {number} is {secret}."
@@ -77,7 +78,7 @@ class Canaries:
         import datasets
 
         some, unit = rows[0], recipe.data.unit
-        values = {str(value): value for value in rows.unique(recipe.task.label)} if _labelled(recipe) else {}
+        values = _as_written(rows, recipe) if _labelled(recipe) else {}
         owners = iter(_owners(rows, unit, self.repetitions * len(self)))
         found = []
         for canary, inside in zip(self.canaries, self.included, strict=True):
@@ -173,7 +174,7 @@ def features(canaries: Sequence[Canary], recipe: Recipe, task) -> list[dict[str,
             shown = task.tokenizer.decode([token for token in one["labels"] if token != IGNORED])
             if not shown.strip() or canary.secret not in shown.replace(" ", ""):
                 raise RecipeError(
-                    f"task.max_length is {recipe.task.max_length} tokens, which cuts off what a canary is judged by: raise it to {len(task.tokenizer(canary.text)['input_ids']) + 1} or more."
+                    f"task.max_length is {task.max_length} tokens, which cuts off what a canary is judged by: raise it to {len(task.tokenizer(canary.text)['input_ids']) + 1} or more."
                 )
     return encoded
 
@@ -187,8 +188,18 @@ def columns(canary: Canary, recipe: Recipe, values: Mapping[str, Any] | None = N
     if _labelled(recipe):
         known = values or {}
         kind = type(next(iter(known.values()), ""))
-        found[task.label] = known.get(canary.label, canary.label if kind is bool else kind(canary.label))
+        other = canary.label.lower() == "true" if kind is bool else kind(canary.label)
+        found[task.label] = known.get(canary.label, other)
     return found
+
+
+def _as_written(rows, recipe: Recipe) -> dict[str, Any]:
+    """How the data write each declared label that they have."""
+    return {recipe.task.labels[_class_of(value, recipe)]: value for value in column_of(rows, recipe.task.label)}
+
+
+def _class_of(value: Any, recipe: Recipe) -> int | None:
+    return class_number(value, {label: i for i, label in enumerate(recipe.task.labels)})
 
 
 def _labelled(recipe: Recipe) -> bool:
@@ -236,7 +247,7 @@ def _mislabelled(number: int, recipe: Recipe, public, randomness: Randomness) ->
     found = []
     for place in shuffled(len(public), randomness)[:number].tolist():
         row = public[place]
-        others = [label for label in recipe.task.labels if label != str(row[recipe.task.label])]
+        others = [label for i, label in enumerate(recipe.task.labels) if i != _class_of(row[recipe.task.label], recipe)]
         found.append(Canary(row[recipe.task.text], _choice(others, randomness)))
     return found
 

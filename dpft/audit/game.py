@@ -145,16 +145,17 @@ def audit_command(
     seen.mkdir(mode=0o700)
     left.mkdir()
     whole = planted.planted(rows, recipe)
-    whole.to_csv(data) if csv else whole.to_json(data)
     announce(outlook(canaries, claimed, delta, significance, repetitions))
     words = [word.replace("{data}", str(data)).replace("{out}", str(left)) for word in command]
-    with open(output / "command.log", "wb") as log:
-        try:
-            code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
-        except OSError as error:
-            raise RecipeError(f"The command {words[0]} cannot be run ({error.strerror}): mend its name.") from error
-        finally:
-            data.unlink()
+    try:
+        whole.to_csv(data) if csv else whole.to_json(data)
+        with open(output / "command.log", "wb") as log:
+            try:
+                code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
+            except OSError as error:
+                raise RecipeError(f"The command {words[0]} cannot be run ({error.strerror}): mend its name.") from error
+    finally:
+        data.unlink(missing_ok=True)
     if code:
         said = (output / "command.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise RecipeError(

@@ -100,14 +100,13 @@ class NoRandomness(TorchDispatchMode):
                 if name.endswith("_")
                 else given["self"] * given["noise"]
             )
-        value = stand_in(name, given, self._draw)
-        if value is None:
+        found = stand_in(name, given, self._draw, func(*args, **kwargs))
+        if found is None:
             raise GuaranteeError(
                 f"A forward pass or the collator draws random numbers by {name}, which the preflight cannot hold still to compare an example alone "
                 "with itself in a batch: draw them by another function."
             )
-        found = func(*args, **kwargs)
-        return found.copy_(value) if isinstance(value, Tensor) else found.fill_(value)
+        return found
 
     def _take(self, chance: bool = True) -> None:
         self.taken = self.taken or chance

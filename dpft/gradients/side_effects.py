@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dpft.errors import GuaranteeError, IsolationError
 from dpft.gradients.capture import Capture
 
+SMALL = 1 << 16  # numbers of a parameter up to which it is put back as it was; larger ones are not kept twice
 START = 1e-3  # of weights that a forward pass changes, to see whether they come out alike whatever it was given
 
 
@@ -48,35 +49,50 @@ def leaves_no_data(capture: Capture, losses: Callable, examples: list) -> None:
                 "each forward pass, so its weights would say un-noised which do: set max_norm to None."
             )
     modules, state = _ModuleState(model), FrozenState(model, model.parameters())
-    with capture.paused(), torch.no_grad():
-        without_side_effects(model, lambda: losses(examples))
-        weights, buffers = state.changed()
-        if not weights and not buffers:
-            return
-        kept = {name: w.detach().clone() for name, w in model.named_parameters() if name in weights}
-        *others, longest = examples
-        for companions in ([[longest, one] for one in others], [[one, longest] for one in others]):
-            outcomes = []
-            for batch in [*companions, [longest, longest]]:
-                modules.restore()
-                for name, weight in model.named_parameters():
-                    if name in weights:
-                        weight.fill_(START)
-                losses(batch)
-                outcomes.append({**dict(model.named_parameters()), **dict(model.named_buffers())})
-                outcomes[-1] = {n: t.detach().clone() for n, t in outcomes[-1].items() if n in weights | buffers}
-            for name in sorted(weights | buffers):
-                if not all(_alike(outcomes[0].get(name), outcome.get(name)) for outcome in outcomes):
-                    kind = "changes the parameter" if name in weights else "keeps in the buffer"
-                    raise IsolationError(
-                        f"The forward pass {kind} {name}, which comes out another for other examples, so that data would stay there "
-                        "un-noised: let no forward pass write what it was given."
-                    )
+    small = [(p, p.detach().clone()) for p in model.parameters() if p.numel() <= SMALL]
+    try:
+        with capture.paused(), torch.no_grad():
+            without_side_effects(model, lambda: losses(examples))
+            weights, buffers = state.changed()
+            if weights or buffers:
+                _come_out_alike(model, losses, examples, weights, buffers, modules)
+            capture.caches = buffers
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in small:
+                parameter.copy_(value)
+        raise
+    finally:
         modules.restore()
-        for name, weight in model.named_parameters():
-            if name in kept:
-                weight.copy_(kept[name])
-    capture.caches = buffers
+
+
+def _come_out_alike(
+    model: nn.Module, losses: Callable, examples: list, weights: set[str], buffers: set[str], modules: "_ModuleState"
+) -> None:
+    """Raises IsolationError: a changed weight or new buffer is another for other examples of the same lengths."""
+    kept = {name: w.detach().clone() for name, w in model.named_parameters() if name in weights}
+    *others, longest = examples
+    for companions in ([[longest, one] for one in others], [[one, longest] for one in others]):
+        outcomes = []
+        for batch in [*companions, [longest, longest]]:
+            modules.restore()
+            for name, weight in model.named_parameters():
+                if name in weights:
+                    weight.fill_(START)
+            losses(batch)
+            tensors = (*model.named_parameters(), *model.named_buffers())
+            outcomes.append({name: t.detach().clone() for name, t in tensors if name in weights | buffers})
+        for name in sorted(weights | buffers):
+            if not all(_alike(outcomes[0].get(name), outcome.get(name)) for outcome in outcomes):
+                kind = "changes the parameter" if name in weights else "keeps data in the buffer"
+                raise IsolationError(
+                    f"The forward pass {kind} {name}, which comes out another for other examples, so that data would stay there "
+                    "un-noised: let no forward pass write what it was given."
+                )
+    modules.restore()
+    for name, weight in model.named_parameters():
+        if name in kept:
+            weight.copy_(kept[name])
 
 
 class FrozenState:

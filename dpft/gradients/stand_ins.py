@@ -3,7 +3,8 @@
 Chance is each example's own, but differs from pass to pass, so that a batch could not be compared with its examples. A constant of
 another scale would hide what that scale depends on: noise times the deviation of the batch is a coupling. So a normal
 number stands one deviation from its mean, a uniform one a quarter from the end of its range, and a dropout keeps all and
-multiplies as it would. Two sets of constants, on either side of the mean, leave little room for chance to be special.
+multiplies as it would. Along the last dimension they stand on either side, since a normalisation would take off what all features
+share. Two sets of constants, each the other's opposite, leave little room for chance to be special.
 """
 
 import math
@@ -28,12 +29,27 @@ class Draw:
 
 
 DRAWS = (Draw(1.0, 0.75), Draw(-1.0, 0.25))
+SIDES = (True, False, True, True, False, False, True, False)  # of the features, again and again
 
 
-def stand_in(name: str, given: Mapping[str, Any], draw: Draw) -> Tensor | float | int | None:
-    """What PyTorch's random operation ``name`` comes to with these arguments; None if it is not known."""
-    rule = _TORCH.get(name.rstrip("_").removesuffix("_like").removesuffix("_functional"))
-    return None if rule is None else rule(given, draw)
+def stand_in(name: str, given: Mapping[str, Any], draw: Draw, found: Tensor) -> Tensor | None:
+    """``found``, which PyTorch's random operation ``name`` made, filled with what stands for it; None if that is not known.
+
+    Args:
+        given: the operation's arguments by name.
+    """
+    name = name.rstrip("_").removesuffix("_like").removesuffix("_functional")
+    rule = _TORCH.get(name)
+    if rule is None:
+        return None
+    value = torch.as_tensor(rule(given, draw), device=found.device)
+    if found.dim() > 1 and found.shape[-1] > 1 and name not in _INDICES:
+        other = torch.as_tensor(rule(given, DRAWS[draw == DRAWS[0]]), device=found.device)
+        sides = torch.tensor(SIDES, device=found.device)[
+            torch.arange(found.shape[-1], device=found.device) % len(SIDES)
+        ]
+        value = torch.where(sides, value, other)
+    return found.copy_(value)
 
 
 def _bernoulli(given: Mapping, draw: Draw) -> Tensor | float:
@@ -56,7 +72,7 @@ def _permutation(given: Mapping, draw: Draw) -> Tensor:
 
 def _multinomial(given: Mapping, draw: Draw) -> Tensor:
     weights, number = given["self"], given["num_samples"]
-    places = weights.argsort(-1, descending=True, stable=True)
+    places = weights.sort(-1, descending=True).indices
     some = places[..., torch.arange(number, device=places.device) % places.shape[-1]]
     return some if draw.normal > 0 else some.flip(-1)
 
@@ -80,6 +96,7 @@ _TORCH: dict[str, Callable[[Mapping, Draw], Tensor | float | int]] = {
     "sample_dirichlet": lambda given, draw: given["self"] / given["self"].sum(-1, keepdim=True),
     "multinomial": _multinomial,
 }
+_INDICES = ("randperm", "multinomial")  # which must stay different from one another
 _TORCH |= {f"_{name}": _TORCH[name] for name in ("standard_gamma", "sample_dirichlet")}
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Iterable
 
 from dpft.errors import GuaranteeError
+from dpft.values import kind, plain
 
 
 def unit_ids(values: Iterable) -> list[Hashable]:
@@ -13,27 +14,14 @@ def unit_ids(values: Iterable) -> list[Hashable]:
     Raises:
         GuaranteeError: an identifier is missing (None, NaN), or is no single value.
     """
-    ids = []
-    for place, value in enumerate(_plain(values)):
-        value = _plain(value)
-        parts = value if isinstance(value, tuple) else (value,)
-        if any(part is None or part != part for part in parts):
+    ids = plain(values)
+    for place, value in enumerate(ids):
+        if any(part is None or part != part for part in (value if isinstance(value, tuple) else (value,))):
             raise GuaranteeError(
                 f"Unit {value!r} at place {place} names nobody, and rows of nobody cannot be grouped: give every row its unit."
             )
-        try:
-            hash(value)
-        except TypeError:
+        if not isinstance(value, Hashable):
             raise GuaranteeError(
-                f"The unit at place {place} is a {type(value).__name__}, and a row has one owner: give a number or a text."
-            ) from None
-        ids.append(value)
+                f"The unit at place {place} is {kind(value)}, and a row has one owner: give a number or a text."
+            )
     return ids
-
-
-def _plain(value):
-    """Python's own value of what torch, numpy, pandas or Arrow hold."""
-    for method in ("tolist", "as_py", "to_pylist"):
-        if hasattr(value, method):
-            return getattr(value, method)()
-    return value

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dpft.errors import RecipeError
 from dpft.tasks.task import _without_labels, class_losses, pad_features
+from dpft.values import class_number, label_fault, plain
 
 
 class SequenceClassification:
@@ -16,7 +17,8 @@ class SequenceClassification:
     Args:
         tokenizer: a Hugging Face tokenizer.
         labels: every label there is. It is declared and never collected from the data, because a label that only
-            one person has would reveal that person.
+            one person has would reveal that person. A row's label is a text, a whole number that is declared by its
+            digits, or true or false.
         text, label: the columns to read.
         max_length: texts are cut after so many tokens.
     """
@@ -29,12 +31,13 @@ class SequenceClassification:
         self._index = {value: i for i, value in enumerate(self.labels)}
 
     def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
-        """Raises RecipeError: a label is not a declared one."""
-        labels = [self._index.get(str(value)) for value in rows[self.label]]
+        """Raises RecipeError: a label is missing, a float, or not declared; the row is counted among those given."""
+        values = plain(rows[self.label])
+        labels = [class_number(value, self._index) for value in values]
         if None in labels:
-            found = rows[self.label][labels.index(None)]
+            row = labels.index(None)
             raise RecipeError(
-                f"The label {found!r} is not among the {len(self.labels)} declared ones: add it to the labels or mend the row."
+                f"Row {row + 1:,} of {len(values):,} {label_fault(values[row], self.label, len(self.labels))}"
             )
         texts = self.tokenizer(list(rows[self.text]), truncation=True, max_length=self.max_length)["input_ids"]
         return [{"input_ids": ids, "labels": label} for ids, label in zip(texts, labels, strict=True)]
@@ -46,7 +49,14 @@ class SequenceClassification:
         return len(features["input_ids"])
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return class_losses(model(**_without_labels(batch)).logits, batch["labels"])
+        """Raises RecipeError: the model has fewer classes than the task."""
+        logits = model(**_without_labels(batch)).logits
+        if logits.shape[-1] < len(self.labels):
+            raise RecipeError(
+                f"The model tells {logits.shape[-1]} classes apart, but {len(self.labels)} labels are declared: "
+                f"load the model with num_labels={len(self.labels)}."
+            )
+        return class_losses(logits, batch["labels"])
 
     def evaluate(self, model: nn.Module, batches) -> dict[str, Any]:
         """Accuracy, macro-F1 over the labels that occur, and each label's F1 and count."""

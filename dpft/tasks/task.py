@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from dpft.tasks.cross_entropy import cross_entropies, head_cross_entropies
+from dpft.tasks.encoded import Encoded
 from dpft.tasks.head import before_head
 
 IGNORED = -100  # label of a token that has no loss, as everywhere in Hugging Face
@@ -20,8 +21,8 @@ class Task(Protocol):
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """``(B,)`` losses, each from its own example alone: never divided by a count over the batch."""
 
-    def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
-        """Columns of some rows to each row's features; a row's features depend on that row alone."""
+    def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]] | Encoded:
+        """Columns of some rows to one feature a row, from that row alone; any other number as :class:`Encoded`."""
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Pad features to one batch, with an attention mask."""

@@ -5,15 +5,19 @@ as much as so many tokens more, so that it holds at most ``token_budget`` padded
 the sum of clipped gradients: a unit's examples stay consecutive, and the engine completes a unit before it clips.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
 
+from dpft.errors import RecipeError
 from dpft.privacy.plan import Plan
 from dpft.privacy.sampling import PoissonSampler
+from dpft.tasks.encoded import Encoded
 from dpft.tasks.task import Task
+from dpft.training.units import check_count, unit_ids
+from dpft.values import kind, plain
 
 CHUNK = 1000  # rows given to the tokenizer at a time
 EVALUATION_TOKENS = 4096  # padded tokens of a batch that keeps nothing for a backward pass
@@ -30,23 +34,35 @@ class Examples:
 
     @classmethod
     def encode(cls, rows, task: Task, unit: str = "example") -> "Examples":
-        """Encode a ``datasets.Dataset`` or a list of rows; ``unit`` is ``"example"`` or the column that names the unit."""
-        features, owners = [], []
+        """Encode a ``datasets.Dataset`` or any sequence of rows.
+
+        Args:
+            unit: ``"example"``, or the column that names a row's unit (:func:`dpft.training.units.unit_ids`).
+
+        Raises:
+            RecipeError: there are no rows, a column is missing, an id names no unit, or the task made other than one
+                feature a row and did not return :class:`dpft.tasks.Encoded`.
+        """
+        features, places, ids = [], [], []
         for start in range(0, len(rows), CHUNK):
-            columns = rows[start : start + CHUNK]
-            if isinstance(columns, list):
-                columns = {key: [row[key] for row in columns] for key in columns[0]}
-            features += task.encode(columns)
-            owners += columns[unit] if unit != "example" else []
+            columns = _columns(rows, start, min(start + CHUNK, len(rows)))
+            if unit != "example":
+                if unit not in columns:
+                    raise RecipeError(f"The data have no column {unit!r}: they have {', '.join(columns)}.")
+                ids += plain(columns[unit])
+            encoded, owners = _with_rows(task.encode(columns), min(CHUNK, len(rows) - start))
+            features += encoded
+            places += [start + owner for owner in owners]
+        if not features:
+            raise RecipeError("The data are empty: there is nothing to learn from.")
         lengths = np.array([task.length(feature) for feature in features], dtype=np.int64)
-        if unit == "example":
-            members = np.arange(len(features)).reshape(-1, 1)
-        else:
-            groups: dict = {}
-            for i, owner in enumerate(owners):
-                groups.setdefault(owner, []).append(i)
-            members = [np.array(group) for group in groups.values()]
-        return cls(features, lengths, members)
+        units = range(len(rows)) if unit == "example" else unit_ids(ids, unit)
+        if unit == "example" and places == list(units):
+            return cls(features, lengths, np.arange(len(features)).reshape(-1, 1))
+        groups: dict = {}
+        for i, place in enumerate(places):
+            groups.setdefault(units[place], []).append(i)
+        return cls(features, lengths, [np.array(group) for group in groups.values()])
 
     def __len__(self) -> int:
         return len(self.features)
@@ -73,6 +89,46 @@ class Examples:
         last = min(max(n - 1, len(lengths) // 16), len(lengths) - 1)
         found = places[np.unique(np.linspace(0, last, n).round().astype(int))].tolist() if len(lengths) else []
         return found + [i for i in range(min(n, len(self))) if i not in found][: n - len(found)]
+
+
+def _columns(rows, start: int, end: int) -> dict:
+    """Some rows as columns. Of a data set that is none of ``datasets``', single rows are all that can be asked for."""
+    if hasattr(rows, "column_names"):
+        return rows[start:end]
+    some = [rows[i] for i in range(start, end)]
+    for i, row in enumerate(some, start + 1):
+        if not isinstance(row, Mapping):
+            raise RecipeError(f"The data's row {i:,} is {kind(row)}, but a row maps columns to values: make it a dict.")
+        if row.keys() != some[0].keys():
+            raise RecipeError(f"The data's row {i:,} has other columns than those before it: give all rows the same.")
+    return {key: [row[key] for row in some] for key in some[0]}
+
+
+def _with_rows(encoded: Sequence | Encoded, rows: int) -> tuple[Sequence, Sequence[int]]:
+    """Features, and for each the position of its row among so many ``rows``."""
+    if not isinstance(encoded, Encoded):
+        if len(encoded) != rows:
+            raise RecipeError(
+                f"The task made {len(encoded):,} features of {rows:,} rows, so it is unknown whose each is: "
+                "make one of each row, or return dpft.tasks.Encoded, which names the rows."
+            )
+        return encoded, range(rows)
+    owners = plain(encoded.rows)
+    if len(owners) != len(encoded.features) or any(type(i) is not int or not 0 <= i < rows for i in owners):
+        raise RecipeError(
+            f"The task named {len(owners):,} rows for {len(encoded.features):,} features of {rows:,} rows: "
+            "name one row, counted from 0, for each feature."
+        )
+    return encoded.features, owners
+
+
+def check_units(examples: Examples, plan: Plan) -> None:
+    """Refuse a plan whose declared number of units is not meant for these examples.
+
+    Raises:
+        RecipeError: the plan's number of units is more than twice, or less than half, that of the examples.
+    """
+    check_count(len(examples.members), plan.units)
 
 
 def cut(

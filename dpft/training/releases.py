@@ -52,8 +52,9 @@ class Releases:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Raises GuaranteeError: another process trains in the folder, and of two that count only one would be counted."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path.with_suffix(".lock"), timeout=0)
+        private = self.path.parent / "private"
+        private.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(private / "lock", timeout=0)
         try:
             lock.acquire()
         except Timeout:

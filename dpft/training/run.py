@@ -1,11 +1,11 @@
 """One run: from a recipe to a folder that can be signed, published in part, and re-read.
 
 DIR/recipe.toml       the recipe as resolved                        public
-DIR/run.json          guarantee, events, versions, techniques       public
+DIR/run.json          guarantee, events, versions                   public: dpft.training.published lists all of it
 DIR/releases.json     how many releases were charged                public
 DIR/weights/          the adapter or the model                      public: what the guarantee is for
 DIR/card.md, .html    the privacy card                              public
-DIR/private/          un-noised metrics, the preflight's findings   PRIVATE: never publish
+DIR/private/          un-noised metrics, times, techniques          PRIVATE: never publish
 """
 
 import json
@@ -18,11 +18,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dpft.errors import RecipeError, first_line
+from dpft.errors import BudgetError, RecipeError, first_line
 from dpft.privacy.noise import Randomness
 from dpft.privacy.plan import Plan
 from dpft.recipe import ModelTable, Recipe, expand
 from dpft.training.data import load, load_public
+from dpft.training.positions import fitting_length
+from dpft.training.published import PRIVATE, published, round_dates, today
 
 PACKAGES = ("dpft", "torch", "opacus", "transformers", "peft", "dp-accounting", "numpy", "datasets")
 
@@ -54,11 +56,16 @@ def set_up(recipe: Recipe, *, with_validation: bool = True) -> Setup:
     subset = Subset(recipe.subset)
     examples = Examples.encode(public, task).features if subset.needs_public_data else ()
     model = subset.apply(model, lambda some: task.losses(model, task.collate(some)), examples)
+    task.max_length = fitting_length(recipe.task.max_length, model)  # a prompt tuner takes positions
     return Setup(recipe, model, task, train, validation)
 
 
 def load_model(recipe: Recipe):
-    """The task and the untouched model, whose new layers are initialised from ``run.seed``."""
+    """The task and the untouched model, whose new layers are initialised from ``run.seed``.
+
+    Raises:
+        RecipeError: the model cannot be loaded, or has fewer positions than ``task.max_length``.
+    """
     import transformers
 
     from dpft.tasks import CausalLM, SequenceClassification
@@ -70,9 +77,7 @@ def load_model(recipe: Recipe):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=recipe.model.revision)
             if table.name == "sequence_classification":
-                task = SequenceClassification(
-                    tokenizer, table.labels, text=table.text, label=table.label, max_length=table.max_length
-                )
+                task = SequenceClassification(tokenizer, table.labels, text=table.text, label=table.label)
                 names = dict(enumerate(table.labels))
                 model = transformers.AutoModelForSequenceClassification.from_pretrained(
                     path,
@@ -86,7 +91,7 @@ def load_model(recipe: Recipe):
                     model.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding
             else:
                 columns = dict(text=table.text, prompt=table.prompt, response=table.response)
-                task = CausalLM(tokenizer, **columns, max_length=table.max_length)
+                task = CausalLM(tokenizer, **columns)
                 model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
         except (OSError, ValueError, ImportError) as error:
             if isinstance(error, RecipeError):
@@ -95,6 +100,7 @@ def load_model(recipe: Recipe):
             raise RecipeError(
                 f"The model {path} cannot be loaded ({reason}): give a folder that AutoModel loads, or a hub name."
             ) from error
+    task.max_length = fitting_length(table.max_length, model)
     if not recipe.model.dropout:
         _without_dropout(model)
     return task, model
@@ -195,6 +201,9 @@ def train(
 ) -> Path:
     """Train and leave a run folder; what the interrupt key ends early is a complete, smaller run.
 
+    A folder whose run failed before its first release can be used again. One that failed later goes on with ``resume``: from its last
+    checkpoint, or, if it left none, with new weights; what was released stays counted either way.
+
     Args:
         setup, plan: what the recipe names, where it is loaded or planned already, or with an audit's canaries.
 
@@ -208,9 +217,11 @@ def train(
     output = Path(output)
     if (output / "releases.json").exists() and not resume:
         raise RecipeError(f"{output} holds a run already: choose another folder, or resume that run.")
+    if resume and not (output / "releases.json").exists():
+        raise RecipeError(
+            f"{output} holds no run that has released anything, so there is nothing to resume: start it without --resume."
+        )
     checkpoint = last_checkpoint(output) if resume else None
-    if resume and checkpoint is None:
-        raise RecipeError(f"{output} has no checkpoint to resume from: runs write them if run.save_steps is set.")
     plan = plan or recipe.plan()
     setup = setup or set_up(recipe)
     output.mkdir(parents=True, exist_ok=True)
@@ -222,9 +233,14 @@ def train(
     interrupted = False
     try:
         if before >= trainer.plan.steps and not _saved(output, before):
+            if checkpoint is None:
+                raise BudgetError(
+                    f"All {before:,} steps of the run in {output} were released and no weights of them were saved, so nothing is left to go on with: "
+                    "start another run; runs keep checkpoints if run.save_steps is set."
+                )
             trainer.load(checkpoint)  # all was released, and then it was killed before it had saved that
         else:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=checkpoint, from_start=resume)
     except KeyboardInterrupt:
         if trainer.releases.charged == before:  # not one step, so the weights may not even be those of the checkpoint
             raise
@@ -241,8 +257,10 @@ def train(
     finally:  # what was paid for is kept, whatever happens to its evaluation
         loading = save_weights(setup.model, output / "weights")
         setup.task.tokenizer.save_pretrained(output / "weights")
-        write(output, recipe, trainer, loading, metrics, started, interrupted)
+        write(output, recipe, trainer, loading, metrics, interrupted)
+        _write_private(output, trainer, started)
         write_card(output)
+        round_dates(output)
     return output
 
 
@@ -265,9 +283,7 @@ def _saved(output: Path, released: int) -> bool:
     return path.exists() and json.loads(path.read_text(encoding="utf-8"))["released_steps"] >= released
 
 
-def write(
-    output: Path, recipe: Recipe, trainer, loading: str, metrics: dict | None, started: datetime, interrupted: bool
-) -> None:
+def write(output: Path, recipe: Recipe, trainer, loading: str, metrics: dict | None, interrupted: bool) -> None:
     """The run's record. Un-noised metrics go to ``private/`` unless the validation data are public."""
     plan, engine = trainer.plan, trainer.engine
     public = recipe.data.validation_is_public
@@ -303,26 +319,37 @@ def write(
         "subset": recipe.subset,
         "trainable_parameters": trainer.preflight.trainable_parameters if trainer.preflight else None,
         "all_parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "techniques": trainer.preflight.techniques if trainer.preflight else None,
-        "frozen_prefix": trainer.prefix.name if trainer.prefix else None,
         "weights": loading,
         "metrics": {name.removeprefix("eval_"): value for name, value in metrics.items()}
         if metrics and public
         else None,
         "metrics_are_private": metrics is not None and not public,
-        "started": started.isoformat(timespec="seconds"),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": today(),
         "versions": versions(),
     }
-    (output / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    (output / "run.json").write_text(json.dumps(published(record), indent=2), encoding="utf-8")
     if metrics is not None and not public:
-        folder = output / "private"
+        folder = output / PRIVATE
         folder.mkdir(exist_ok=True)
         text = {
             "notice": "PRIVATE: computed from data without noise; the guarantee does not cover it.",
             **{k.removeprefix("eval_"): v for k, v in metrics.items()},
         }
         (folder / "metrics.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
+
+
+def _write_private(output: Path, trainer, started: datetime) -> None:
+    """What follows the data: times, techniques, the layer that was kept, how many rows the account knew."""
+    facts = {
+        "notice": "PRIVATE: these follow the data; the guarantee does not cover them.",
+        "techniques": trainer.preflight.techniques if trainer.preflight else None,
+        "frozen_prefix": trainer.prefix.name if trainer.prefix else None,
+        "overlap": trainer.account.overlap if trainer.account else None,
+        "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    (output / PRIVATE).mkdir(exist_ok=True)
+    (output / PRIVATE / "run.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
 
 def _account(trainer) -> dict | None:
@@ -332,7 +359,7 @@ def _account(trainer) -> dict | None:
     dataset = trainer.account.dataset
     policy = dataset.policy
     found = {**trainer.account.facts, "budget": policy["epsilon"], "delta": policy["delta"]}
-    return found | {"spent": dataset.spent(), "runs": len(dataset.record.runs), "overlap": trainer.account.overlap}
+    return found | {"spent": dataset.spent(), "runs": len(dataset.record.runs)}
 
 
 def read_metrics(folder: Path | str) -> dict | None:

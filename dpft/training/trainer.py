@@ -26,7 +26,7 @@ from dpft.tasks.own_loss import check_own_loss
 from dpft.tasks.task import LabelledTask, Task
 from dpft.training.account import Account
 from dpft.training.arguments import check_arguments
-from dpft.training.batches import EVALUATION_TOKENS, Examples, LogicalBatch, LogicalBatches, plain_batches
+from dpft.training.batches import EVALUATION_TOKENS, Examples, LogicalBatch, LogicalBatches, check_units, plain_batches
 from dpft.training.checks import check_evaluation, check_optimizer, refuse_unused
 from dpft.training.heap import kept_heap
 from dpft.training.releases import Releases
@@ -186,6 +186,7 @@ class DPTrainerMixin:
 
     def _check_before_charge(self) -> None:
         """All that could fail, or make the run worthless, is found here, where nothing was paid for."""
+        check_units(self._examples(), self.plan)
         self.preflight = self._preflight()
         with self.engine.capture.paused():
             check_own_loss(self.task, self.model, self._collated, self._examples().spread())

@@ -448,7 +448,9 @@ def test_a_seeded_source_is_never_called_private(bert, plan):
     with Engine(bert.model, plan(), SeededRandomness(0)) as engine:
         engine.release()
     assert engine.guarantee.startswith("NOT PRIVATE")
+    bert.model.zero_grad()
     with Engine(bert.model, plan()) as engine:
+        preflight(engine, bert.losses, bert.examples)
         engine.release()
     assert isinstance(engine.randomness, SecureRandomness)
     assert engine.guarantee.startswith("(ε = ")

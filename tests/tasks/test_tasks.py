@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -116,8 +117,53 @@ def test_an_encoder_decoder_predicts_in_place():
 
 def test_an_undeclared_label_is_refused(tokenizer):
     """T14."""
-    with pytest.raises(RecipeError, match="'c' is not among the 2 declared"):
-        SequenceClassification(tokenizer, ["a", "b"]).encode({"text": ["w1"], "label": ["c"]})
+    with pytest.raises(RecipeError, match="Row 2 of 2 has a label .* that is not among the 2 declared") as error:
+        SequenceClassification(tokenizer, ["a", "b"]).encode({"text": ["w1"] * 2, "label": ["a", "cough"]})
+    assert "cough" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("declared", "labels"),
+    [
+        (["01", "1"], ["01", "1"]),
+        (["0", "1"], [0, 1]),
+        (["0", "1"], torch.tensor([0, 1])),
+        (["false", "true"], [False, True]),
+        (["False", "True"], [np.False_, np.True_]),
+        (["None", "nan"], ["None", "nan"]),
+    ],
+)
+def test_a_label_is_the_text_that_stands_there(tokenizer, declared, labels):
+    found = SequenceClassification(tokenizer, declared).encode({"text": ["w1", "w2"], "label": labels})
+    assert [feature["labels"] for feature in found] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (None, "has no label"),
+        (float("nan"), "has no label"),
+        (" ", "has no label"),
+        (1.0, "has a float"),
+        (torch.tensor(1.0), "has a float"),
+        (["1"], "has a list"),
+        (2, "not among the 4 declared"),
+        (True, "not among the 4 declared"),
+        ("01", "not among the 4 declared"),
+    ],
+)
+def test_what_is_no_declared_label_is_refused_with_its_reason(tokenizer, label, said):
+    """T14: nothing missing passes as the class of that name."""
+    task = SequenceClassification(tokenizer, ["None", "nan", "1", "1.0"])
+    with pytest.raises(RecipeError, match=said):
+        task.encode({"text": ["w1"], "label": [label]})
+
+
+def test_a_model_with_fewer_classes_than_labels_is_refused(tokenizer, case):
+    task = SequenceClassification(tokenizer, ["a", "b", "c", "d", "e", "f", "g", "h", "i"])
+    batch = task.collate(task.encode({"text": ["w1"], "label": ["a"]}))
+    with pytest.raises(RecipeError, match="classes apart, but 9 labels are declared: load the model with num_labels=9"):
+        task.losses(case("bert").model, batch)
 
 
 def test_classification_metrics(tokenizer):

@@ -2,15 +2,20 @@
 
 import itertools
 
+import datasets
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpft.privacy.noise import SeededRandomness
+from dpft.errors import RecipeError
+from dpft.gradients.engine import Engine
+from dpft.privacy.noise import SecureRandomness, SeededRandomness
 from dpft.privacy.sampling import PoissonSampler
+from dpft.tasks import Encoded
 from dpft.tasks.task import LabelledTask, pad_features
-from dpft.training.batches import Examples, LogicalBatches, cut
+from dpft.training.batches import Examples, LogicalBatches, check_units, cut
 
 TASK = LabelledTask(lambda features: pad_features(features, 0, token_labels=True))
 
@@ -124,3 +129,172 @@ def test_the_preflight_sees_several_lengths_however_the_rows_are_sorted():
 def test_how_many_examples_a_draw_has_on_average(plan):
     examples = Examples(range(9), np.ones(9), [np.arange(6), np.array([6]), np.array([7, 8])])
     assert examples.expected(plan(sample_rate=0.5, units=3, examples_per_unit=2)) == 0.5 * (2 + 1 + 2)
+
+
+class Silent(SecureRandomness):
+    """The real source with noise of zero, so that a release is the clipped sum over B."""
+
+    def gaussians(self, n, device=None):
+        yield torch.zeros(n, dtype=torch.float64)
+
+
+class Windows:
+    """One feature for each number of a row's text; a row's gradient is along its own axis."""
+
+    def __init__(self, told=True):
+        self.told = told
+
+    def encode(self, rows):
+        found = [(i, torch.tensor(int(word))) for i, text in enumerate(rows["text"]) for word in text.split()]
+        features = [feature for _, feature in found]
+        return Encoded(features, [i for i, _ in found]) if self.told else features
+
+    def length(self, feature):
+        return 1
+
+    def collate(self, features):
+        return {"x": 100 * torch.nn.functional.one_hot(torch.stack(features), 8).float()}
+
+
+def clipped_sum(rows, plan, task):
+    """What one step with every unit in it adds up to, before noise."""
+    model = torch.nn.Linear(8, 1, bias=False)
+    examples = Examples.encode(rows, task, plan.unit)
+    sampler = PoissonSampler(1.0, plan.examples_per_unit, SeededRandomness(0))
+    batches = LogicalBatches(examples, task, sampler, steps=1, token_budget=3, max_examples=lambda tokens: 3)
+    with Engine(model, plan, Silent()) as engine:
+        for batch, units in batches.draw():
+            engine.accumulate(model(batch["x"]).squeeze(1), units)
+        engine.release()
+    return model.weight.grad[0] * plan.expected_batch_size
+
+
+@pytest.mark.parametrize(("unit", "most"), [("example", 1), ("patient", 2)])
+def test_windows_of_one_row_move_the_sum_by_c_and_no_more(plan, unit, most):
+    """T16: had each window been a unit, the row below would have moved it by 2 C."""
+    rows = [{"text": f"{i} {i}", "patient": f"p{i}"} for i in range(6)]
+    settings = plan(units=6, steps=1, sample_rate=1.0, unit=unit, examples_per_unit=most)
+    moved = clipped_sum(rows, settings, Windows()) - clipped_sum(rows[:-1], settings, Windows())
+    assert moved.norm() == pytest.approx(1.0, rel=1e-5) and moved[5] == pytest.approx(moved.norm())
+
+
+def test_windows_belong_to_their_row_s_unit_in_every_chunk():
+    """T16."""
+    rows = [{"text": " ".join("7" * (i % 4)), "patient": f"p{i % 3}"} for i in range(1005)]
+    examples = Examples.encode(rows, Windows(), "patient")
+    assert len(examples) == sum(i % 4 for i in range(1005))
+    assert sorted(map(len, examples.members)) == sorted(sum(i % 4 for i in range(p, 1005, 3)) for p in range(3))
+    assert len(Examples.encode(rows, Windows()).members) == sum(i % 4 > 0 for i in range(1005))
+
+
+@pytest.mark.parametrize("text", ["1 2", ""])
+def test_features_that_are_not_one_a_row_are_refused_unless_each_names_its_row(text):
+    """T16."""
+    rows = [{"text": "1"}] * 1000 + [{"text": text}]
+    with pytest.raises(RecipeError, match=f"made {len(text.split())} features of 1 rows"):
+        Examples.encode(rows, Windows(told=False))
+
+
+@pytest.mark.parametrize("owners", [[0, 1, 2], [0, 5], [0, -1], [0, 0.0]])
+def test_features_name_rows_that_are_there(owners):
+    task = Windows()
+    task.encode = lambda rows: Encoded([torch.tensor(1)] * 2, owners)
+    with pytest.raises(RecipeError, match=f"named {len(owners)} rows for 2 features of 2 rows"):
+        Examples.encode([{"text": "1"}] * 2, task)
+
+
+def units_of(ids, rows=None):
+    """How many rows each unit has."""
+    rows = rows or [{"text": "1", "patient": one} for one in ids]
+    return sorted(map(len, Examples.encode(rows, Windows(), "patient").members))
+
+
+def test_a_unit_s_rows_are_one_unit_however_far_apart():
+    """T16: rows are encoded a thousand at a time."""
+    rows = [{"text": str(i % 2), "patient": "p" if i in (0, 1000, 2001) else f"q{i}"} for i in range(2002)]
+    assert units_of(None, rows) == [1] * 1999 + [3]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [torch.tensor(7), torch.tensor(7), 8],
+        [np.int64(7), 7, np.int32(8)],
+        np.array([7, 7, 8]),
+        [np.str_("7"), "7", "007"],
+        ["1E5", "1E5", "100000"],
+        [b"\x00", b"\x00", b"0"],
+    ],
+)
+def test_units_are_told_by_value(ids):
+    """T16: a tensor is equal to no other, and numbers of one value may be two texts."""
+    assert units_of(ids) == [1, 2]
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", None])
+def test_units_of_a_formatted_data_set_are_told_by_value(form):
+    rows = datasets.Dataset.from_dict({"text": ["1"] * 6, "patient": [1, 2, 1, 2, 1, 3]}).with_format(form)
+    assert units_of(None, rows) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "row 3 has no 'patient'"),
+        (float("nan"), "row 3 has no 'patient'"),
+        (torch.tensor(float("nan")), "row 3 has no 'patient'"),
+        ("  ", "row 3 has no 'patient'"),
+        (7.0, "row 3 has a float in unit column 'patient'"),
+        (torch.tensor(7.0), "row 3 has a float in unit column 'patient'"),
+        (["P1", "P2"], "row 3 has a list in unit column 'patient', but it belongs to one unit"),
+        ({"id": 1}, "row 3 has an object in unit column 'patient'"),
+        (True, "row 3 has true or false in unit column 'patient'"),
+        ("7", "row 3 has a text in unit column 'patient', but earlier rows have a whole number"),
+    ],
+)
+def test_what_names_no_unit_is_refused_with_its_row(value, said):
+    """T16."""
+    with pytest.raises(RecipeError, match=said):
+        units_of([7, 8, value])
+
+
+def test_a_unit_column_that_is_not_there_is_named():
+    with pytest.raises(RecipeError, match="no column 'doctor': they have text, patient"):
+        Examples.encode([{"text": "1", "patient": "p"}], Windows(), "doctor")
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "nothing to learn from"),
+        ([("1", "p")], "row 1 is a value of type tuple"),
+        ([{"text": "1"}, {"text": "1", "more": 2}], "row 2 has other columns"),
+    ],
+)
+def test_rows_that_are_none_are_refused(rows, said):
+    with pytest.raises(RecipeError, match=said):
+        Examples.encode(rows, Windows())
+
+
+class SingleRows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1500
+
+    def __getitem__(self, i):
+        assert 0 <= i < 1500
+        return {"text": "1", "patient": torch.tensor(i % 3)}
+
+
+def test_a_data_set_of_single_rows_is_encoded_too():
+    assert units_of(None, SingleRows()) == [500] * 3
+
+
+@pytest.mark.parametrize(("declared", "fits"), [(19, False), (20, True), (80, True), (81, False)])
+def test_a_plan_s_units_are_refused_beyond_a_factor_of_two(plan, declared, fits):
+    """T17: δ below 1/units can be had by declaring few."""
+    examples = Examples.encode([{"text": "1"}] * 40, Windows())
+    if fits:
+        check_units(examples, plan(units=declared))
+    else:
+        with pytest.raises(RecipeError, match=f"declares {declared} units, but the data has about 40"):
+            check_units(examples, plan(units=declared))

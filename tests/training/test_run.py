@@ -240,12 +240,12 @@ def test_patients_as_units(recipe, tmp_path, unit_gradient):
     ("row", "change", "said"),
     [
         (("", "a", "p"), {}, "row 41 has no text"),
-        (("w1", "d", "p"), {}, "row 41 has the label 'd'"),
+        (("w1", "d", "p"), {}, "row 41 has a label in column 'label'"),
         (("w1", "a", ""), {"unit": "patient", "units": 13}, "row 41 has no 'patient'"),
         (None, {"unit": "doctor"}, "no column 'doctor': it has text, label, patient"),
         (None, {"units": 400}, "declares 400 units, but data.train has about 40"),
         (None, {"train": "nowhere.csv"}, "no data at nowhere.csv"),
-        (("w1", "a", "p", "one too many"), {}, "train.csv cannot be read"),
+        (("w1", "a", "p", "one too many"), {}, "row 41 .* has 4 cells, but the header has 3"),
     ],
 )
 def test_bad_data_is_refused_before_anything_is_written_or_charged(recipe, tmp_path, row, change, said):

@@ -52,6 +52,7 @@ PUBLIC = ("--set", "data.validation_is_public=true")
 @pytest.mark.parametrize(("public", "published"), [((), [False] * 4), (PUBLIC, [True, False, True, True])])
 def test_figures_of_the_model_without_privacy_are_never_to_be_published(compared, public, published):
     """Its validation data may be public; what they show of it was learned from private data without noise."""
+    assert NON_PRIVATE == sweep.NON_PRIVATE
     rows = json.loads(compared("--json", *public).stdout)["rows"]
     assert [row["publish"] for row in rows] == published
     text = compared(*public).stdout

@@ -2,16 +2,18 @@
 
 import os
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dpft import toml
 from dpft.errors import DPFTError, RecipeError
 from dpft.privacy.accounting import Adjacency
 from dpft.privacy.clipping import AutoClip, Clip, FlatClip
 from dpft.privacy.plan import Plan
+
+PATHS = ("model.path", "data.train", "data.validation", "data.public", "ledger.url")
 
 
 class _Table(BaseModel):
@@ -219,17 +221,16 @@ class Recipe(_Table):
 
     @classmethod
     def read(cls, path: Path | str, overrides: tuple[str, ...] = ()) -> "Recipe":
-        """Read a TOML file; ``overrides`` are ``"table.key=value"`` with a TOML value or a bare string."""
-        try:
-            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise RecipeError(f"There is no recipe {path}: write one with `dpft init`.") from error
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path} is not UTF-8, as TOML must be: save it so.") from error
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"{path} is not TOML ({error}): mend that line.") from error
-        for override in overrides:
-            _override(tables, override)
+        """Read a TOML file, with ``overrides``: ``"table.key=value"`` with a TOML value or a bare string.
+
+        UTF-8 is read with a byte-order mark or without, and UTF-16 with one, as Windows PowerShell 5 writes it.
+
+        Raises:
+            RecipeError: one sentence for the first thing that is wrong.
+        """
+        tables = toml.read(path, overrides)
+        for key in PATHS:
+            _check_path(tables, key)
         return cls.parse(tables)
 
     @classmethod
@@ -284,7 +285,7 @@ class Recipe(_Table):
             if comments and field.description:
                 lines.append(f"# {field.description}")
             if value is not None:
-                lines.append(f"{name} = {_toml(value)}")
+                lines.append(f"{name} = {toml.dumps(value)}")
             elif comments:
                 lines.append(f"# {name} =")
 
@@ -323,25 +324,14 @@ def expand(path: str) -> str:
     return expanded
 
 
-def _override(tables: dict, override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(
-            f"--set {override!r} is not of the form table.key=value: write for example privacy.epsilon=3."
-        )
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        tables = tables.setdefault(parent, {})
-        if not isinstance(tables, dict):
-            raise RecipeError(f"--set {override!r} goes through {parent}, which is no table.")
-    if parsed == "":
-        tables.pop(last, None)
-    else:
-        tables[last] = parsed
+def _check_path(tables: dict, key: str) -> None:
+    """Raises RecipeError: an escape such as \\t made a control character of a path's backslash."""
+    table, name = key.split(".")
+    found = tables.get(table)
+    values = found.get(name) if isinstance(found, dict) else None
+    for value in values if isinstance(values, list) else [values]:
+        if isinstance(value, str) and re.search(r"[\x00-\x1f]", value):
+            raise RecipeError(f"The recipe's {key} is {value!r}, with a control character: {toml.WINDOWS_PATHS}")
 
 
 def _sentence(error: ValidationError) -> str:
@@ -361,16 +351,4 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "value_error":
         text = str(first["ctx"]["error"])
         return text if text.endswith(".") else text + "."
-    return f"The recipe's {place} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}: mend it."
-
-
-def _toml(value) -> str:
-    import json
-
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return f"The recipe's {place} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}: fix it."

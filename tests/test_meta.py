@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "tests" / "mutants"))
 mutants = import_module("run")
 LAYERS = [
     "errors",
+    "toml",
     "values",
     "privacy",
     "ledger",
@@ -51,7 +52,11 @@ def modules():
 def test_text_files_are_utf8_on_every_system():
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+            if not isinstance(node, ast.Call):
+                continue
+            binary = any(isinstance(a, ast.Constant) and a.value in ("rb", "wb", "ab", "xb") for a in node.args[1:2])
+            opens = getattr(node.func, "id", "") == "open" and not binary
+            if opens or getattr(node.func, "attr", "") in ("read_text", "write_text"):
                 assert any(keyword.arg == "encoding" for keyword in node.keywords), f"{path}:{node.lineno}"
 
 

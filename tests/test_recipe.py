@@ -130,3 +130,51 @@ def test_variables_in_paths(monkeypatch):
     assert expand("$DPFT_TEST_FOLDER/x.csv") == "/data/x.csv"
     with pytest.raises(RecipeError, match="DPFT_TEST_MISSING, which is not set"):
         expand("$DPFT_TEST_MISSING/x.csv")
+
+
+def in_encoding(encoding):
+    text = Recipe.parse(GOOD).to_toml().replace("train.csv", "données.csv").replace("\n", "\r\n")
+    return text.encode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_recipe_is_read_as_editors_and_shells_save_it(tmp_path, encoding):
+    """With a byte-order mark, as Notepad and PowerShell write it, and in UTF-16, as PowerShell 5 does."""
+    (tmp_path / "recipe.toml").write_bytes(in_encoding(encoding))
+    assert Recipe.read(tmp_path / "recipe.toml") == Recipe.parse(changed("data.train", "données.csv"))
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16-le", "utf-32"])
+def test_a_recipe_in_another_encoding_is_sent_to_utf_8(tmp_path, encoding):
+    (tmp_path / "recipe.toml").write_bytes(in_encoding(encoding))
+    with pytest.raises(RecipeError, match="recipe.toml .*: save it as UTF-8.$"):
+        Recipe.read(tmp_path / "recipe.toml")
+
+
+@pytest.mark.parametrize("path", [r"C:\Users\ann\train.csv", r"D:\data\train.csv", r"C:\new\train.csv", "C:\\data\\"])
+def test_a_windows_path_in_double_quotes_is_told_how_to_be_written(tmp_path, path):
+    """As TOML it is an error, or, worse, another path: \\n and \\t are a line's end and a tab."""
+    file = tmp_path / "recipe.toml"
+    text = Recipe.parse(GOOD).to_toml()
+    file.write_text(text.replace('"train.csv"', f'"{path}"'))
+    with pytest.raises(RecipeError, match=r"write Windows paths in '\.\.\.' or with /\.$"):
+        Recipe.read(file)
+    file.write_text(text.replace('"train.csv"', f"'{path}'"))
+    assert Recipe.read(file).data.train == path
+    assert Recipe.read(file, (f"data.validation={path}",)).data.validation == path
+
+
+def test_a_windows_path_that_dpft_writes_reads_back(tmp_path):
+    (tmp_path / "recipe.toml").write_text(Recipe.parse(changed("model.path", r"C:\new\Uni\model")).to_toml())
+    assert Recipe.read(tmp_path / "recipe.toml").model.path == r"C:\new\Uni\model"
+
+
+def test_another_mistake_in_a_recipe_is_not_blamed_on_paths(tmp_path):
+    (tmp_path / "recipe.toml").write_text('subset = "lora"\nmodel = {path = nothing}\n')
+    with pytest.raises(RecipeError, match="at line 2, .*: fix that line.$"):
+        Recipe.read(tmp_path / "recipe.toml")
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(RecipeError, match="it is a folder"):
+        Recipe.read(tmp_path)

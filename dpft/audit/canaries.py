@@ -64,7 +64,7 @@ class Canaries:
         """For the scoring alone: readable by the user who audits, and by nobody else."""
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {"kind": self.kind, "repetitions": self.repetitions, "included": self.included.tolist()}
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
             json.dump({**facts, "canaries": [asdict(canary) for canary in self.canaries]}, file)
 
     @classmethod

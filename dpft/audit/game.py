@@ -149,7 +149,7 @@ def audit_command(
     words = [word.replace("{data}", str(data)).replace("{out}", str(left)) for word in command]
     try:
         whole.to_csv(data) if csv else whole.to_json(data)
-        with open(output / "command.log", "w") as log:
+        with open(output / "command.log", "wb") as log:
             try:
                 code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
             except OSError as error:
@@ -157,7 +157,7 @@ def audit_command(
     finally:
         data.unlink(missing_ok=True)
     if code:
-        said = (output / "command.log").read_text(encoding="utf-8").strip().splitlines()
+        said = (output / "command.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise RecipeError(
             f"{shlex.join(words[:3])} ... ended with {code} ({said[-1] if said else 'it said nothing'}): see {output / 'command.log'}."
         )

@@ -12,6 +12,7 @@ from dpft.audit.report import area, roc
 from dpft.audit.scores import least_likely, losses, trained
 from dpft.errors import RecipeError
 from dpft.privacy import accounting
+from dpft.privacy.rounding import percent_up
 from dpft.recipe import Recipe
 from dpft.training.batches import Examples
 from dpft.training.data import check, read
@@ -112,7 +113,7 @@ def describe(attacks: Sequence[Attack]) -> str:
         low, high = attack.auc_interval
         lines.append(f"{attack.name:<9}  AUC {attack.auc:.3f} ({low:.3f} to {high:.3f})")
         for rate in attack.rates:
-            allowed = "" if rate.allowed is None else f"; the guarantee allows {100 * rate.allowed:.2f} %"
+            allowed = "" if rate.allowed is None else f"; the guarantee allows {percent_up(rate.allowed)}"
             interval = f"{100 * rate.interval[0]:.2f} to {100 * rate.interval[1]:.2f} %"
             lines.append(
                 f"           detects {100 * rate.detected:.2f} % ({interval}) at {100 * rate.false_alarms:g} % false alarms{allowed}"

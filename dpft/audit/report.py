@@ -9,6 +9,7 @@ from scipy.stats import norm, rankdata
 
 from dpft.audit.bounds import f_dp_epsilon, one_run_epsilon, upper_rate
 from dpft.errors import PlanError
+from dpft.privacy.rounding import rounded_down, rounded_up
 from dpft.report.card import VERDICTS
 
 SMALLEST = 10  # guesses: fewer prove next to nothing
@@ -150,8 +151,10 @@ def outlook(canaries: int, claimed: float | None, delta: float, significance: fl
     """What so many canaries can show at best, to be said before anything is spent on it."""
     claimed, delta = group(claimed, delta, repetitions)
     best = ceiling(canaries, delta, significance)
-    said = f"training with {canaries:,} canaries, which can show ε up to {best:.3g}"
-    return said if claimed is None or best > claimed else f"{said} and so never contradict the claim of {claimed:.3g}"
+    said = f"training with {canaries:,} canaries, which can show ε up to {rounded_down(best)}"
+    if claimed is None or best > claimed:
+        return said
+    return f"{said} and so never contradict the claim of {rounded_up(claimed)}"
 
 
 def guess_sizes(canaries: int) -> list[int]:
@@ -202,7 +205,7 @@ def _verdict(bound: float, ceiling: float, claimed: float | None, power: float |
 
 def describe(audit: Audit) -> str:
     """The audit in words."""
-    claim = "nothing is claimed" if audit.claimed is None else f"ε = {audit.claimed:.3g} is claimed"
+    claim = "nothing is claimed" if audit.claimed is None else f"ε = {rounded_up(audit.claimed)} is claimed"
     times = (
         ""
         if audit.repetitions == 1
@@ -211,10 +214,10 @@ def describe(audit: Audit) -> str:
     headline = "Nothing is claimed, so nothing is judged."
     lines = [
         headline if audit.claimed is None else f"{audit.verdict}: {VERDICTS[audit.verdict]}.",
-        f"With {audit.confidence:.0%} confidence ε ≥ {audit.epsilon_lower_bound:.3f} at δ = {audit.delta:g}; {claim}; a perfect attack on so many canaries would have shown {audit.ceiling:.3g}.",
+        f"With {audit.confidence:.0%} confidence ε ≥ {rounded_down(audit.epsilon_lower_bound)} at δ = {rounded_up(audit.delta, 6)}; {claim}; a perfect attack on so many canaries would have shown {rounded_down(audit.ceiling)}.",
         f"{audit.canaries:,} canaries ({audit.canary}){times}; {audit.included:,} were in the data; {audit.correct:,} of {audit.guesses:,} guesses were right.",
-        f"AUC {audit.auc:.3f} ({audit.auc_interval[0]:.3f} to {audit.auc_interval[1]:.3f}). If the trade-off is Gaussian, ε ≥ {audit.f_dp_lower_bound:.3f}.",
+        f"AUC {audit.auc:.3f} ({audit.auc_interval[0]:.3f} to {audit.auc_interval[1]:.3f}). If the trade-off is Gaussian, ε ≥ {rounded_down(audit.f_dp_lower_bound)}.",
     ]
     if audit.power is not None:
-        lines.append(f"The same attack on a training without privacy shows ε ≥ {audit.power:.3f}.")
+        lines.append(f"The same attack on a training without privacy shows ε ≥ {rounded_down(audit.power)}.")
     return "\n".join([*lines, f"The attacker {audit.threat_model}."])

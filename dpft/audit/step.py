@@ -21,6 +21,7 @@ from dpft.errors import GuaranteeError, PlanError
 from dpft.gradients.engine import Engine
 from dpft.privacy.noise import SecureRandomness
 from dpft.privacy.plan import Plan
+from dpft.privacy.rounding import rounded_down, rounded_up
 from dpft.report.card import VERDICTS
 
 COORDINATES = 16
@@ -232,7 +233,7 @@ def describe(found: StepAudit) -> str:
     return (
         f"{found.verdict}: {VERDICTS[found.verdict]}.\n"
         + "".join(f"- {problem}\n" for problem in found.problems)
-        + f"μ = {found.mu:.4f} measured, {found.mu_claimed:.4f} claimed (1/σ), {ratio:.3f} of it; with {found.confidence:.2%} confidence μ ≥ {found.mu_lower_bound:.4f}.\n"
-        f"One step: ε ≥ {found.epsilon_lower_bound:.3f} shown of ε = {found.epsilon_claimed:.3f} claimed at δ = {found.delta:g}, from {found.trials:,} trials in {found.steps:,} steps.\n"
-        f"The noise is {found.noise:.3f} of what is planned. {len(found.games)} shorter games ({', '.join(found.games)}) show μ ≥ {max(found.games.values()):.3f}."
+        + f"μ = {found.mu:.4f} measured, {found.mu_claimed:.4f} claimed (1/σ), {ratio:.3f} of it; with {found.confidence:.2%} confidence μ ≥ {rounded_down(found.mu_lower_bound, 4)}.\n"
+        f"One step: ε ≥ {rounded_down(found.epsilon_lower_bound)} shown of ε = {rounded_up(found.epsilon_claimed)} claimed at δ = {found.delta:g}, from {found.trials:,} trials in {found.steps:,} steps.\n"
+        f"The noise is {found.noise:.3f} of what is planned. {len(found.games)} shorter games ({', '.join(found.games)}) show μ ≥ {rounded_down(max(found.games.values()))}."
     )

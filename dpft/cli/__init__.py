@@ -1,12 +1,14 @@
 """The ``dpft`` command: parse, call, print. Results go to stdout, progress to stderr."""
 
 import sys
-import warnings
+from typing import Any, NoReturn
 
 import click
 
 from dpft import __version__
-from dpft.errors import BudgetError, DPFTError
+from dpft.cli.failures import explained, pipe_is_closed
+from dpft.cli.libraries import only_our_messages
+from dpft.cli.streams import spell_out
 
 COMMANDS = {
     "init": "dpft.cli.recipe",
@@ -35,16 +37,30 @@ class _Lazy(click.Group):
 
         return getattr(import_module(COMMANDS[name]), name)
 
+    def main(self, *args, **kwargs) -> Any:
+        spell_out()
+        with only_our_messages():
+            try:
+                return super().main(*args, **kwargs)
+            except Exception as error:
+                _end(error)
+
     def invoke(self, ctx):
-        warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
         try:
             return super().invoke(ctx)
-        except DPFTError as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(3 if isinstance(error, BudgetError) else 1)
-        except KeyboardInterrupt:
-            click.echo("Stopped. What was released before stays charged.", err=True)
-            sys.exit(130)
+        except KeyboardInterrupt as error:  # click itself would exit with 1
+            _end(error)
+
+
+def _end(error: BaseException) -> NoReturn:
+    """Exit with one sentence, and silently where the reader of the output left; a bug is raised again."""
+    if pipe_is_closed(error):
+        sys.exit(1)
+    found = explained(error)
+    if found is None:
+        raise error
+    click.echo(found[0], err=True)
+    sys.exit(found[1])
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from dpft.cli.common import as_json, overrides, recipe_file, show
+from dpft.privacy.rounding import rounded_down, rounded_up
 
 
 @click.group()
@@ -44,7 +45,10 @@ def bounds(method, as_json, **facts) -> None:
     """
     from dpft.audit import bounds as module
 
-    show(asdict(getattr(module, METHODS[method])(**facts)), as_json)
+    found = asdict(getattr(module, METHODS[method])(**facts))
+    if not as_json:
+        found |= {name: rounded_down(found[name], 4) for name in ("epsilon_lower_bound", "ceiling")}
+    show(found, as_json)
 
 
 @audit.command()
@@ -69,6 +73,7 @@ def step(recipe, steps, overrides, as_json) -> None:
     with progress() as bar:
         bar.announce("auditing")
         found = audit_step(plan, steps=steps, progress=lambda done, of: bar.update(total=of, completed=done))
+        bar.update(total=steps, completed=steps)
     if as_json:
         show(asdict(found), True)
     else:
@@ -102,7 +107,9 @@ def spending(target, as_json) -> None:
         for one in found:
             click.echo(f"{one.name}\n")
             if one.epsilon:
-                show({"stated": one.stated, **one.epsilon, "delta": one.delta}, False)
+                figures = {"stated": one.stated, **one.epsilon}
+                shown = {name: value if value is None else rounded_up(value, 4) for name, value in figures.items()}
+                show({**shown, "delta": one.delta}, False)
             click.echo(f"\n{one.verdict}" + "".join(f"\n- {problem}" for problem in one.problems) + "\n")
     if any(one.problems for one in found):
         click.get_current_context().exit(1)

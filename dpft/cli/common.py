@@ -11,14 +11,14 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 overrides = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe's key, such as privacy.epsilon=1."
 )
-recipe_file = click.argument("recipe", type=click.Path(dir_okay=False))
+recipe_file = click.argument("recipe", type=click.Path())
 
 
 def show(facts: dict, json_wanted: bool) -> None:
-    """Print facts as JSON or as aligned lines."""
+    """Print facts as aligned lines, or as JSON in ASCII, which any pipe passes on as it is."""
     facts = _finite(facts)
     if json_wanted:
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False))
+        click.echo(json.dumps(facts, indent=2, allow_nan=False))
         return
     width = max(map(len, facts))
     for name, value in facts.items():

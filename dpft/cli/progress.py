@@ -8,20 +8,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from dpft.privacy.rounding import rounded_up
+
 MARKS = 20  # ε is computed at so many points of a run; between them the next one, an upper bound, is shown
 
 
 @contextmanager
 def progress() -> Iterator["Bar"]:
+    console = Console(stderr=True)
     columns = (
-        SpinnerColumn(),
+        SpinnerColumn("line" if console.options.ascii_only else "dots"),
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[spent]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as shown:
+    with Progress(*columns, console=console) as shown:
         yield Bar(shown)
 
 
@@ -78,4 +81,4 @@ class _Callback(TrainerCallback):
         mark = min(engine.plan.steps, -(-done // every) * every)
         if mark not in self._marks:
             self._marks[mark] = engine.plan.epsilon_after(mark, exact=False)
-        return f"ε ≤ {self._marks[mark]:.2f}"
+        return f"ε ≤ {rounded_up(self._marks[mark])}"

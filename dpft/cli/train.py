@@ -1,11 +1,16 @@
 """``dpft train``, ``dpft compare`` and ``dpft demo``"""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from dpft.cli.common import as_json, overrides, recipe_file, show, table
+from dpft.privacy.rounding import rounded_up
+
+NON_PRIVATE = "non-private"  # the setting of dpft.sweep, whose import would slow --help
 
 
 @click.command()
@@ -45,7 +50,7 @@ def train(
         recipe,
         (*overrides, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in account.items() if value)),
     )
-    with progress() as bar:
+    with _says_what_is_left(output), progress() as bar:
         randomness = None if seeded_noise is None else SeededRandomness(seeded_noise)
         folder = run(chosen, output, randomness=randomness, callbacks=[bar.callback()], resume=resume)
     _show_run(folder, as_json)
@@ -136,25 +141,66 @@ def _compare(recipe, output: Path, epsilons: list[float] | None, seeds: range, a
             callbacks=lambda: [bar.callback()],
         )
     composed = composed_epsilon(rows)
-    lines = [{"setting": r.setting, r.metric: r.mean, "spread": r.spread, "runs": len(r.values)} for r in rows]
+    public = recipe.data.validation_is_public
+    lines = [
+        {"setting": r.setting, r.metric: r.mean, "spread": r.spread, "runs": len(r.values)}
+        | {"publish": public and r.setting != NON_PRIVATE}
+        for r in rows
+    ]
     if as_json:
         show({"rows": lines, "composed_epsilon": composed, "folders": [f for r in rows for f in r.folders]}, True)
         return rows
     table(lines)
-    if not recipe.data.validation_is_public:
+    if not public:
         click.echo("\nPRIVATE: computed from the validation data without noise; the guarantee does not cover it.")
+    elif non_private:
+        click.echo(
+            f"\nDo not publish the row {NON_PRIVATE}: its model was trained on the private data without noise, "
+            "so no guarantee covers what its figures show."
+        )
     private = sum(len(r.folders) for r in rows if r.setting.startswith("ε"))
     if private > 1:
         click.echo(
-            f"\nThe {private} private runs used the same data: together they cost ε = {composed:.3g} at δ = {recipe.privacy.delta:g}."
+            f"\nThe {private} private runs used the same data: "
+            f"together they cost ε = {rounded_up(composed)} at δ = {rounded_up(recipe.privacy.delta, 6)}."
         )
     return rows
 
 
+@contextmanager
+def _says_what_is_left(output: Path) -> Iterator[None]:
+    """Note on whatever ends a training early how many steps stay charged, and what its folder is good for."""
+    from dpft.training.run import last_checkpoint
+
+    is_new, before = not output.exists(), _released(output)
+    try:
+        yield
+    except BaseException as error:
+        released = _released(output)
+        charged = (
+            f"{output} has released {released:,} step{'s, which stay' if released > 1 else ', which stays'} charged"
+        )
+        if released > before and last_checkpoint(output):
+            error.add_note(f"{charged}: go on with --resume.")
+        elif released > before:
+            error.add_note(f"{charged}, and has no checkpoint to resume from: choose another --output.")
+        elif is_new and output.exists():
+            error.add_note(f"Nothing was released, so {output} can be used again.")
+        raise
+
+
+def _released(output: Path) -> int:
+    try:
+        return json.loads((output / "releases.json").read_text(encoding="utf-8"))["charged"]
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
 def _show_run(folder: Path, as_json: bool) -> None:
+    from dpft.report.record import read_record
     from dpft.training.run import read_metrics
 
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    record = read_record(folder)
     metrics = read_metrics(folder) or {}
     metrics.pop("notice", None)
     if as_json:
@@ -165,10 +211,11 @@ def _show_run(folder: Path, as_json: bool) -> None:
     if record["halted"]:
         click.echo(record["halted"])
     click.echo(record["guarantee"])
-    if record["ledger"]:
-        account = record["ledger"]
+    account = record["ledger"]
+    if account and "spent" in account:
         click.echo(
-            f"{account['dataset']!r} has spent ε = {account['spent']:.4g} of {account['budget']:g} at δ = {account['delta']:g}, over {account['runs']:,} runs."
+            f"{account['dataset']!r} has spent ε = {rounded_up(account['spent'])} of {account['budget']:g} "
+            f"at δ = {rounded_up(account['delta'], 6)}, over {account['runs']:,} run{'s' if account['runs'] != 1 else ''}."
         )
     marked = " (PRIVATE: computed without noise, do not publish)" if record["metrics_are_private"] else ""
     shown = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}

@@ -72,7 +72,7 @@ class Key:
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         raw = self._private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption()).hex()
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(raw + "\n")
             file.flush()
             os.fsync(file.fileno())

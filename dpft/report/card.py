@@ -1,16 +1,17 @@
 """The privacy card: what a run claims, what it released and what must stay private, for people who sign for it."""
 
-import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, select_autoescape
+from jinja2 import Environment, FileSystemLoader, Undefined, select_autoescape
 
-from dpft.errors import RecipeError
 from dpft.privacy import accounting
 from dpft.privacy.plan import Plan
+from dpft.privacy.rounding import percent_up, rounded_down, rounded_up
 from dpft.report.meaning import Meaning, meaning
 from dpft.report.plots import line, roc, trade_off
+from dpft.report.record import read_json, read_record
 
 TEMPLATES = Path(__file__).parent / "templates"
 ADJACENCY_WORDS = {
@@ -18,7 +19,7 @@ ADJACENCY_WORDS = {
     "replace-one": "two data sets that differ by replacing one unit",
     "zero-out": "two data sets that differ by blanking one unit",
 }
-
+LARGEST_EXPONENT = 700  # of e; beyond it a float is infinite
 
 VERDICTS = {
     "VIOLATION": "what was measured contradicts the claim",
@@ -31,18 +32,13 @@ def write_card(folder: Path | str) -> tuple[Path, Path]:
     """Make ``card.md`` and ``card.html`` from the run's ``run.json``; ε is derived from its events again.
 
     Raises:
-        RecipeError: the folder holds no run.
+        RecipeError: the folder holds no run, or what it holds is damaged.
     """
     folder = Path(folder)
-    if not (folder / "run.json").exists():
-        raise RecipeError(
-            f"{folder} holds no finished run (no run.json): give the folder that `dpft train --output` made."
-        )
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    run = read_record(folder)
     facts, templates = _facts(run), environment()
-    facts["audit"] = (
-        json.loads((folder / "audit.json").read_text(encoding="utf-8")) if (folder / "audit.json").exists() else None
-    )
+    audited = folder / "audit.json"
+    facts["audit"] = read_json(audited) if audited.exists() else None
     facts["roc"] = _roc(facts["audit"], facts["meaning"]) if facts["audit"] else None
     written = []
     for name in ("card.md", "card.html"):
@@ -55,16 +51,26 @@ def write_card(folder: Path | str) -> tuple[Path, Path]:
 
 
 def environment() -> Environment:
-    """Where the templates are, and how they write numbers."""
+    """Where the templates are, and how they write numbers: upper bounds are rounded up, lower bounds down."""
     made = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=select_autoescape(["html.jinja"]),
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["percent"] = lambda value: f"{100 * value:.3g} %"
-    made.filters["sig"] = lambda value: "not known" if value is None else f"{value:.3g}"
+    made.filters["at_most"], made.filters["at_least"] = _known(rounded_up), _known(rounded_down)
+    made.filters["percent_at_most"] = _known(percent_up)
+    made.filters["percent"] = _known(lambda value: f"{100 * value:.3g} %")  # of what is exact, or bounds nothing
+    made.filters["count"] = _known("{:,}".format)
+    made.filters["cell"] = lambda text: " ".join(str(text).replace("|", "\\|").split())  # of a table in Markdown
     return made
+
+
+def _known(write: Callable[..., str]) -> Callable[..., str]:
+    """The filter ``write``, for facts that another version of dpft may not have recorded."""
+    return lambda value, *digits: (
+        "not known" if value is None or isinstance(value, Undefined) else write(value, *digits)
+    )
 
 
 def _as_model_card(readme: Path, card: str) -> None:
@@ -93,11 +99,17 @@ def _facts(run: dict) -> dict:
     found = meaning(run["events"], run["delta"], run["adjacency"])
     epsilon = found.epsilon
     facts["meaning"] = found
-    facts["plots"] = [_over_steps(run, epsilon), _over_delta(run, event, epsilon), trade_off(found.curve)]
-    return {**facts, "epsilon": epsilon, "odds": math.exp(min(epsilon, 700))}
+    rdp = accounting.epsilon_rdp(event, run["delta"], run["adjacency"])
+    facts["epsilon_rdp"] = rdp if math.isfinite(rdp) else None
+    plots = [_over_steps(run, epsilon), _over_delta(run, event, epsilon), trade_off(found.curve)]
+    facts["plots"] = [plot for plot in plots if plot]
+    return {**facts, "epsilon": epsilon, "odds": math.exp(epsilon) if epsilon < LARGEST_EXPONENT else math.inf}
 
 
-def _over_steps(run: dict, epsilon: float) -> str:
+def _over_steps(run: dict, epsilon: float) -> str | None:
+    """ε after each step; None where no curve can be drawn."""
+    if len(run["events"]) != 1 or not math.isfinite(epsilon):
+        return None
     (spent,) = run["events"]
     count = spent["count"]
     steps = sorted({round(count * i / 24) for i in range(25)})
@@ -114,21 +126,26 @@ def _over_steps(run: dict, epsilon: float) -> str:
         title="ε spent while training",
         x_label="step",
         y_label="ε",
-        mark=(count, epsilon, f"ε = {epsilon:.3g}"),
+        mark=(count, epsilon, f"ε = {rounded_up(epsilon)}"),
     )
 
 
-def _over_delta(run: dict, event, epsilon: float) -> str:
+def _over_delta(run: dict, event, epsilon: float) -> str | None:
+    """δ at each ε; None where no curve can be drawn."""
+    if not math.isfinite(epsilon):
+        return None
     epsilons = [epsilon * i / 40 for i in range(0, 61)]
     points = [
         (e, d) for e, d in zip(epsilons, accounting.deltas(event, epsilons, run["adjacency"]), strict=True) if d > 1e-12
     ]
+    if not points:
+        return None
     return line(
         *zip(*points, strict=True),
         title="The whole guarantee: every (ε, δ)",
         x_label="ε",
         y_label="δ",
-        mark=(epsilon, run["delta"], f"δ = {run['delta']:g}"),
+        mark=(epsilon, run["delta"], f"δ = {rounded_up(run['delta'], 6)}"),
         log_y=True,
     )
 

@@ -1,6 +1,5 @@
 """What a guarantee means: the most that anyone can do who sees all that was released and knows everything else."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,9 @@ from pathlib import Path
 from dpft.errors import RecipeError
 from dpft.privacy import accounting
 from dpft.privacy.accounting import Adjacency
+from dpft.privacy.rounding import percent_up, rounded_up
 from dpft.recipe import Recipe
+from dpft.report.record import read_record
 
 ALARMS = (0.001, 0.01, 0.1)
 CHOICES = (2, 10, 1_000, 1_000_000)
@@ -62,9 +63,8 @@ def of_run(folder: Path | str) -> Meaning:
     Raises:
         RecipeError: no run, or none that is private.
     """
-    path = Path(folder) / "run.json"
-    run = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    if run is None or not run["private"] or not run["released_steps"]:
+    run = read_record(folder)
+    if not run["private"] or not run["released_steps"]:
         raise RecipeError(f"{folder} holds no private run, so there is no guarantee to explain.")
     return meaning(run["events"], run["delta"], run["adjacency"])
 
@@ -77,16 +77,16 @@ def of_recipe(recipe: Recipe) -> Meaning:
 
 
 def describe(found: Meaning) -> str:
-    """The guarantee in words for whoever has to sign for it."""
+    """The guarantee in words for whoever has to sign for it; bounds are rounded up."""
     lines = [
-        f"ε = {found.epsilon:.4g} at δ = {found.delta:g}. The most that anyone can do who sees everything released and knows all other records:",
+        f"ε = {rounded_up(found.epsilon)} at δ = {rounded_up(found.delta, 6)}. The most that anyone can do who sees everything released and knows all other records:",
         *(
-            f"- detect that a unit was in the data in {_percent(power)} of cases, with false alarms in {_percent(rate)}"
+            f"- detect that a unit was in the data in {percent_up(power)} of cases, with false alarms in {_percent(rate)}"
             for rate, power in found.detection.items()
         ),
-        f"- detect presence in {_percent(found.advantage)} more of cases than raise a false alarm, with any test (its advantage)",
+        f"- detect presence in {percent_up(found.advantage)} more of cases than raise a false alarm, with any test (its advantage)",
         *(
-            f"- name the right one of {choices:,} equally likely values of a record in {_percent(power)} of cases, where guessing is right in {_percent(1 / choices)}"
+            f"- name the right one of {choices:,} equally likely values of a record in {percent_up(power)} of cases, where guessing is right in {_percent(1 / choices)}"
             for choices, power in found.reconstruction.items()
         ),
     ]

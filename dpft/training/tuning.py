@@ -4,12 +4,12 @@ On two CPU cores one example of 128 tokens is as fast as any batch of them and n
 faster together; a GPU wants as much as its memory holds.
 """
 
-import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ WORTH = 0.95  # a larger budget must make an example at least 5 % faster
 DOUBLINGS = 2  # without such a gain end the search: a single one may be the machine's mood
 ENOUGH = 0.3  # seconds for which micro-batches of one size are timed; the fastest counts
 SECONDS = 10.0  # after which nothing larger is tried
+UNKNOWN_MEMORY = 1 << 31  # bytes, where the system does not say what is free
 
 
 class Budget(NamedTuple):
@@ -105,13 +106,13 @@ def workspace(device: torch.device, memory: int) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may be used: four fifths of what the GPU, or half of what the machine, has free."""
+    """Bytes that may be used: four fifths of what the GPU, or half of what the machine, has free. Never raises without a GPU."""
     if device.type == "cuda":
         return int(0.8 * torch.cuda.mem_get_info(device)[0])
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (ValueError, OSError):  # no such figure on this system
-        return 4 << 30
+        return psutil.virtual_memory().available // 2
+    except Exception:  # it reads what systems keep in many places, and says of none how that fails
+        return UNKNOWN_MEMORY
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):

@@ -8,6 +8,7 @@ import pytest
 from dpft.audit.bounds import gaussian_epsilon, one_run
 from dpft.audit.report import area, describe, group, guess_sizes, judge, outlook, roc
 from dpft.errors import PlanError
+from dpft.privacy.rounding import rounded_down
 
 DELTA = 1e-5
 
@@ -74,7 +75,7 @@ def test_repetitions_are_judged_as_a_group():
 
 def test_what_can_be_shown_is_said_beforehand():
     best = judge(*trial(np.random.default_rng(6), 200, 0.0), delta=DELTA).ceiling
-    assert f"up to {best:.3g}" in outlook(200, None, DELTA, 0.05, 1)
+    assert f"up to {rounded_down(best)}" in outlook(200, None, DELTA, 0.05, 1)
     assert "never contradict" not in outlook(200, 1.0, DELTA, 0.05, 1)
     assert "never contradict the claim of 8" in outlook(200, 8.0, DELTA, 0.05, 1)
     assert "never contradict the claim of 6" in outlook(200, 2.0, DELTA, 0.05, 3)

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from dpft.cli import main
 from dpft.cli.ledger import ledger as group
+from dpft.privacy.rounding import rounded_up
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -113,7 +114,7 @@ def test_the_dashboard_in_a_browser(tmp_path, width):
         text=True,
         timeout=60,
     ).stdout
-    assert f'<span data-spent="">{spent:.3g}</span>' in dom and 'data-dataset="notes &lt;of&gt; 2026"' in dom
+    assert f'<span data-spent="">{rounded_up(spent)}</span>' in dom and 'data-dataset="notes &lt;of&gt; 2026"' in dom
     assert dom.count("<tr data-run=") == 1 and "&lt;b&gt;counts" in dom and "<svg" in dom
     whole, seen = re.search(r"<title>(\d+) (\d+)</title>", dom).groups()
     assert int(whole) <= int(seen)  # nothing is wider than the screen

@@ -39,7 +39,7 @@ def test_runs_and_recipes_are_explained_in_words(recipe, tmp_path):
     assert "false alarms in 0.1 %" in text and "1,000,000 equally likely values" in text and "advantage" in text
     card = (tmp_path / "run" / "card.md").read_text()
     assert "by guessing" in card and "advantage" in card
-    with pytest.raises(RecipeError, match="no private run"):
+    with pytest.raises(RecipeError, match="no finished run"):
         of_run(tmp_path)
 
 

@@ -1,10 +1,11 @@
 """The token budget is measured, and measuring it changes nothing but speed and memory."""
 
+import psutil
 import pytest
 import torch
 from torch import nn
 
-from dpft.training import tuning
+from dpft.training import heap, tuning
 from dpft.training.tuning import SavedBytes, fastest_budget, workspace
 
 GIB = 1 << 30
@@ -114,3 +115,19 @@ def test_what_a_forward_pass_keeps_is_counted_once_and_without_the_model():
     with saved:
         model(x).exp().sum() + model(x).sum()
     assert saved.bytes == 4 * 40 + 4 * 40  # x, which both uses share, and exp's result
+
+
+def test_a_system_that_does_not_say_what_memory_is_free_is_no_error(monkeypatch):
+    """Windows has no ``os.sysconf``; where psutil knows nothing either, little is assumed."""
+    monkeypatch.delattr("os.sysconf", raising=False)
+    assert 0 < tuning.free_memory(torch.device("cpu")) < psutil.virtual_memory().total
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: (_ for _ in ()).throw(FileNotFoundError("/proc/meminfo")))
+    assert tuning.free_memory(torch.device("cpu")) == 2 * GIB
+
+
+@pytest.mark.parametrize("missing", [TypeError("no library None"), OSError("not found")])
+def test_a_system_without_glibc_keeps_no_heap_and_trains(monkeypatch, missing):
+    """``ctypes.CDLL(None)`` is a TypeError on Windows."""
+    monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(missing))
+    with heap.kept_heap():
+        assert heap._glibc() is None

@@ -245,13 +245,13 @@ def _in_double(found: float, check: Callable[[], float], floating: list[Tensor])
     """An error in float32, or, if it is too large, in float64, where the model and its inputs can be that."""
     if found <= TOLERANCE:
         return found
-    with in_precision(floating, torch.float64):
-        try:
+    try:
+        with in_precision(floating, torch.float64):
             return check()
-        except GuaranteeError:
-            raise
-        except Exception:  # whatever a kernel says of a type that it does not know
-            return found
+    except GuaranteeError:
+        raise
+    except Exception:  # whatever a device or a kernel says of a type that it does not know
+        return found
 
 
 def _exactness(

@@ -158,5 +158,6 @@ def _alike(one: Tensor | None, other: Tensor | None) -> bool:
 def _sum(tensor: Tensor) -> str:
     """By which a change shows; of a quantised weight, which may know no sum, its shape alone."""
     plain = type(tensor) in (nn.Parameter, Tensor)
-    number = tensor.detach().sum(dtype=torch.float64).item() if plain and not tensor.is_complex() else ""
+    wide = torch.float32 if tensor.device.type == "mps" else torch.float64  # which has no wider type
+    number = tensor.detach().sum(dtype=wide).item() if plain and not tensor.is_complex() else ""
     return f"{tuple(tensor.shape)} {number!r}"

@@ -1,6 +1,7 @@
 """The sources of randomness: distribution with power, and nothing that could be replayed."""
 
 import copy
+import os
 import pickle
 
 import numpy as np
@@ -146,3 +147,20 @@ def test_a_unit_gives_at_most_its_share_of_examples():
     counts = np.bincount(np.concatenate(seen) - 10, minlength=10)
     assert stats.chisquare(counts).pvalue > 1e-3
     assert sampler.examples(np.array([5, 6])).tolist() == [5, 6]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_fork_makes_other_noise():
+    """T10: a key and a counter of the process would be copied, and both would go on alike, number by number."""
+    source = SecureRandomness()
+    source.gaussian(2)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write, source.gaussian(3).numpy().tobytes() + source.words(3).tobytes())
+        os._exit(0)
+    os.waitpid(child, 0)
+    theirs = os.read(read, 100)
+    ours = source.gaussian(3).numpy().tobytes() + source.words(3).tobytes()
+    assert len(theirs) == len(ours) == 36
+    assert not set(np.frombuffer(theirs, np.uint32)) & set(np.frombuffer(ours, np.uint32))

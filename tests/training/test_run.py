@@ -128,7 +128,7 @@ def test_an_interrupt_before_the_first_release_leaves_no_card(recipe, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(Recipe.parse(recipe), tmp_path / "run", callbacks=[Interrupt()])
-    assert snapshot(tmp_path / "run") == {"recipe.toml", "private/preflight.json"}
+    assert snapshot(tmp_path / "run") == {"recipe.toml", "private/preflight.json", "private/lock"}
     train(Recipe.parse(recipe), tmp_path / "run")
 
 
@@ -143,7 +143,7 @@ def test_an_interrupted_run_resumes_to_its_plan(recipe, tmp_path):
     folder = train(Recipe.parse(recipe), tmp_path / "run", resume=True)
     run = json.loads((folder / "run.json").read_text())
     assert run["released_steps"] == 4 and not run["interrupted"]
-    with pytest.raises(RecipeError, match="no checkpoint"):
+    with pytest.raises(RecipeError, match="holds no run that has released anything"):
         recipe["run"] = {}
         train(Recipe.parse(recipe), tmp_path / "empty", resume=True)
 
@@ -174,7 +174,7 @@ def test_a_run_that_was_killed_before_it_saved_is_taken_up_from_its_checkpoint(r
     recipe["run"] = {"save_steps": 2}
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
         patch.setattr("dpft.training.trainer.DPTrainerMixin.evaluate", cut)
-        patch.setattr("dpft.subset.save_weights", cut)
+        patch.setattr("dpft.training.saving.save_weights", cut)
         train(Recipe.parse(recipe), tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
     (tmp_path / "run" / "checkpoint-9").mkdir()  # begun, and not written to its end
@@ -221,7 +221,7 @@ def test_an_interrupt_ends_a_whole_comparison_and_private_figures_stay_private(r
 
     with pytest.raises(KeyboardInterrupt):
         sweep(Recipe.parse(recipe), tmp_path / "all", epsilons=[3.0, 1.0], callbacks=lambda: [Interrupt()])
-    assert {path.name for path in (tmp_path / "all").iterdir()} == {"non-private"}
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"private"}
     sweep(Recipe.parse(recipe), tmp_path / "one", epsilons=[3.0], non_private=False)
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"epsilon-3", "private"}
 

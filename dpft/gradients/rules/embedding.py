@@ -50,7 +50,8 @@ class Rows(Unmade):
 
     def squares(self) -> Tensor:
         # Over many rows float32 would lose digits.
-        squares = torch.linalg.vector_norm(self.rows, dim=1).double().square()
+        squares = torch.linalg.vector_norm(self.rows, dim=1)
+        squares = (squares if squares.device.type == "mps" else squares.double()).square()  # which has no wider type
         return squares.new_zeros(self.examples).index_add_(0, self._example(), squares).to(self.rows.dtype)
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:

@@ -74,7 +74,11 @@ def pitfalls() -> str:
         "",
     ]
     for key, row in tomllib.loads((DOCS / "pitfalls.toml").read_text()).items():
-        lines += [f"## {key}", "", f"**The break.** {row['break']}", "", f"**The defence.** {row['defence']}", ""]
+        lines += [f"## {key} {row['title']}", "", f"Severity: {row['severity']}. Who must act: {row['who']}.", ""]
+        lines += [f"**The break.** {row['break']}", "", f"**The defence.** {row['defence']}", ""]
+        if "seen" in row:
+            lines += ["| in dpft 0.1.0 | severity | who must act |", "| --- | --- | --- |"]
+            lines += [f"| {one['title']} | {one['severity']} | {one['who']} |" for one in row["seen"]] + [""]
         lines += ["Tests: " + ", ".join(f"`{test}`" for test in row["tests"]) + ".", ""]
         if key in mutants:
             lines += ["Mutants: " + "; ".join(mutants[key]) + ".", ""]

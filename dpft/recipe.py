@@ -132,7 +132,9 @@ class BaselineTable(_Table):
 
 
 class RunTable(_Table):
-    seed: int = Field(0, description="Initialises new layers, and nothing else: noise, sampling and dropout are secret.")
+    seed: int = Field(
+        0, description="Initialises new layers, and nothing else: noise, sampling and dropout are secret."
+    )
     frozen_prefix: Literal["auto", "on", "off"] = Field(
         "auto", description="Compute layers before all that trains once for each example, and keep that encrypted."
     )

@@ -9,6 +9,7 @@ from dpft.errors import BudgetError, GuaranteeError, LedgerError
 from dpft.ledger import Dataset
 from dpft.privacy.noise import Randomness
 from dpft.privacy.plan import Plan
+from dpft.training.releases import ACCOUNT
 
 BLOCKS = 20  # a run is charged in about so many blocks: what a crash may over-count is one of them
 
@@ -28,7 +29,7 @@ class Account:
             raise GuaranteeError(
                 "Noise from a seed protects nobody, so no ledger can pay for it: train without the ledger, or without the seed."
             )
-        self._path = folder / "ledger.json"
+        self._path = folder / ACCOUNT
         self.facts = {"ledger": dataset.ledger.id, "dataset": dataset.name}
         known = self._known(folder) if released else None
         if released and known is None:
@@ -56,7 +57,7 @@ class Account:
     @staticmethod
     def _known(folder: Path) -> dict | None:
         """The account that an earlier start of the run was charged to."""
-        path = folder / "ledger.json"
+        path = folder / ACCOUNT
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def charge_block(self) -> None:

@@ -14,6 +14,7 @@ from dpft.privacy.noise import Randomness
 from dpft.privacy.plan import Plan
 
 FILE = "releases.json"
+ACCOUNT = "ledger.json"  # which run of the ledger was charged for them
 
 
 class Releases:
@@ -86,6 +87,9 @@ class Releases:
             )
         if counted > here.get("charged", 0):
             self._write({**(here or saved), "charged": counted})
+        account = self.path.with_name(ACCOUNT)
+        if not account.exists():
+            _copy(Path(checkpoint) / ACCOUNT, account)
 
     def charge(self, number: int) -> None:
         """Count release ``number``, the next one.
@@ -102,9 +106,9 @@ class Releases:
         self._write({"run": known.get("run") or token_hex(8), "charged": number, "mechanism": self._mechanism})
 
     def save(self, checkpoint: Path) -> None:
-        """A copy for a checkpoint."""
-        if self.path.exists():
-            (checkpoint / FILE).write_bytes(self.path.read_bytes())
+        """A copy for a checkpoint, with the account that was charged."""
+        for name in (FILE, ACCOUNT):
+            _copy(self.path.with_name(name), checkpoint / name)
 
     def _write(self, facts: dict) -> None:
         """The file, its name and its content are on disk when this returns."""
@@ -125,3 +129,8 @@ class Releases:
 
 def _read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.exists():
+        target.write_bytes(source.read_bytes())

@@ -107,9 +107,8 @@ def test_an_audited_run_is_charged(language, tmp_path):
     assert account.spent() == 0
     found = audit_run(recipe, tmp_path / "run", canaries=20)
     assert account.spent() == pytest.approx(found.claimed, rel=5e-3)
-    assert (
-        json.loads((tmp_path / "run" / "run.json").read_text())["ledger"]["overlap"] is None
-    )  # canaries are no change
+    private = json.loads((tmp_path / "run" / "private" / "run.json").read_text())
+    assert private["overlap"] is None  # canaries are no change
 
 
 SCRIPT = """

@@ -16,16 +16,6 @@ def run(*arguments):
     return CliRunner().invoke(main, list(arguments))
 
 
-@pytest.fixture
-def in_folder(recipe, tmp_path, monkeypatch):
-    """A working folder with what the examples of ``--help`` name."""
-    from dpft.recipe import Recipe
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.toml").write_text(Recipe.parse(recipe).to_toml())
-    return tmp_path
-
-
 def example_of(command):
     text = run(command, "--help").output
     return shlex.split(re.search(r"Example:\n\s+(dpft .*(?:\n .*)?)\n\n", text)[1])

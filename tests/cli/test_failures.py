@@ -15,7 +15,6 @@ from dpft.cli import main
 from dpft.cli.failures import explained, pipe_is_closed
 from dpft.errors import BudgetError, RecipeError
 from dpft.privacy.plan import Plan
-from dpft.recipe import Recipe
 from dpft.training.releases import Releases
 
 OLD = Path(__file__).parent.parent / "report" / "run-0.1.0" / "run.json"
@@ -24,13 +23,6 @@ DPFT = [sys.executable, "-c", "from dpft.cli import main; main()"]
 
 def run(*arguments):
     return CliRunner().invoke(main, list(arguments))
-
-
-@pytest.fixture
-def in_folder(recipe, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.toml").write_text(Recipe.parse(recipe).to_toml())
-    return tmp_path
 
 
 def is_one_sentence(result, *said):

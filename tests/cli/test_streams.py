@@ -11,7 +11,6 @@ from click.testing import CliRunner
 
 from dpft.cli import COMMANDS, main
 from dpft.cli.streams import spell_out
-from dpft.recipe import Recipe
 
 WINDOWS = "cp1252"  # of a pipe on a Western Windows
 
@@ -41,13 +40,6 @@ def test_a_pipe_reads_names_for_letters_that_it_lacks():
     result = run("plan", "--help")
     assert "Target epsilon; the noise" in result.stdout and "delta, below 1/units." in result.stdout
     assert "Target ε; the noise" in run("plan", "--help", charset="utf-8").stdout
-
-
-@pytest.fixture
-def in_folder(recipe, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.toml").write_text(Recipe.parse(recipe).to_toml())
-    return tmp_path
 
 
 def test_a_run_whose_output_is_piped_ends_well(in_folder):

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 import trl
-from transformers import BertConfig, BertForTokenClassification, Trainer, TrainingArguments
+from transformers import BertConfig, BertForTokenClassification, IntervalStrategy, Trainer, TrainingArguments
 
 from dpft.errors import BudgetError, GuaranteeError, RecipeError
+from dpft.ledger import Ledger
 from dpft.privacy.noise import SeededRandomness
 from dpft.recipe import Recipe
 from dpft.subset import Subset
@@ -198,6 +199,23 @@ def test_a_run_that_goes_on_elsewhere_forgets_none_of_its_steps(make, stopped, t
     trainer = make(folder="two", randomness=SeededRandomness(1))
     trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
     assert trainer.engine.steps_released == charged(trainer) == 6 and trainer.state.global_step == 6
+
+
+def test_a_run_that_goes_on_elsewhere_goes_on_with_its_account(make, tmp_path, plan, case):
+    ledger = Ledger(str(tmp_path / "ledger.db"))
+    rows = [{"x": i} for i in range(30)]
+    notes = ledger.create("notes", epsilon=50, delta=1e-3, rows=rows)
+    fields = dict(plan=plan(units=30, steps=6), ledger=notes)
+    trainer = make(folder="one", **fields)
+    trainer.account_rows = rows
+    trainer.args.save_strategy, trainer.args.save_steps = IntervalStrategy.STEPS, 4
+    trainer.train()
+    other = make(folder="two", **fields)
+    other.account_rows = rows
+    other.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
+    assert (
+        len(notes.record.runs) == 1 and next(iter(notes.record.runs.values())).steps == 8
+    )  # two steps twice: both happened
 
 
 def test_a_checkpoint_whose_steps_were_not_counted_is_refused(make, stopped, tmp_path):

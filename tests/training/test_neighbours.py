@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dpft.audit.game import audit_run
 from dpft.ledger import Ledger
 from dpft.recipe import Recipe
 from dpft.sweep import sweep
@@ -128,6 +129,26 @@ def test_neighbours_leave_the_same_account(tmp_path, recipe, monkeypatch, fixed_
         assert set(record["ledger"]) == set(published.LEDGER_KEYS)
         found.append(entries[1:])
     assert found[0] == found[1]
+
+
+def test_neighbours_leave_the_same_audit(tmp_path, language, monkeypatch, fixed_names):
+    """The coins, and what they show of the released weights, are chance and noise; the rest is the same."""
+    found, folder = [], tmp_path / "language"
+    language["data"] |= {"train": "train.csv", "validation": "validation.csv"}
+    rows = (folder / "train.csv").read_text().splitlines()
+    for name, some in (("with", rows), ("without", [rows[0], *rows[2:]])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.csv").write_text("\n".join(some) + "\n")
+        (tmp_path / name / "validation.csv").write_bytes((folder / "validation.csv").read_bytes())
+        monkeypatch.chdir(tmp_path / name)
+        fixed_names()
+        audit_run(made(language, {}), "run", canaries=20)
+        found.append(files(tmp_path / name / "run"))
+    assert found[0].keys() == found[1].keys() and "audit.json" in found[0]
+    shown = {"audit.json", "card.md", "card.html", "weights/README.md"}
+    for name, content in found[0].items():
+        assert content == found[1][name] or name in shown, name
+    assert json.loads(found[0]["audit.json"]).keys() == json.loads(found[1]["audit.json"]).keys()
 
 
 def test_only_what_the_list_allows_is_published(tmp_path, recipe):

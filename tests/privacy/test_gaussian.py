@@ -67,8 +67,9 @@ def test_failures_and_what_the_draws_tell_stay_within_delta_together():
 
 @pytest.mark.parametrize(("adjacency", "mu"), [("add-or-remove-one", 10), ("replace-one", 20)])
 def test_the_curve_where_noise_is_little_is_above_the_exact_one(adjacency, mu):
-    event = accounting.poisson_gaussian(0.1, 1.0, 1)
-    for epsilon, found in zip((30.0, 100.0, 200.0), accounting.deltas(event, [30.0, 100.0, 200.0], adjacency), strict=True):
+    epsilons = [30.0, 100.0, 200.0]
+    curve = accounting.deltas(accounting.poisson_gaussian(0.1, 1.0, 1), epsilons, adjacency)
+    for epsilon, found in zip(epsilons, curve, strict=True):
         exact = float(exact_delta(epsilon, mu))
         assert exact <= found * (1 + 1e-9) and found <= exact * (1 + 1e-6) + 1e-12
 

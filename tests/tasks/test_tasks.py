@@ -109,6 +109,16 @@ def test_an_example_without_labelled_tokens_has_no_loss_and_no_gradient():
     assert losses[0] == 0 and (logits.grad[0] == 0).all() and torch.isfinite(logits.grad).all()
 
 
+def test_the_last_token_of_a_tuned_prompt_predicts_the_first_label():
+    """Three virtual tokens before four: the same loss as with three labels of no word before the four, as PEFT has it."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3 + 4, 11), torch.randint(11, (2, 4))
+    labels[1, 3] = IGNORED
+    whole = torch.nn.functional.pad(labels, (3, 0), value=IGNORED)
+    expected = token_losses(logits, whole, shift=True)
+    torch.testing.assert_close(token_losses(logits, labels, shift=True), expected)
+
+
 def test_an_encoder_decoder_predicts_in_place():
     config = transformers.T5Config(
         vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0

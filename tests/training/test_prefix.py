@@ -139,7 +139,7 @@ def run(case, plan, folder, subset, frozen_prefix, dropout=0.0, **fields):
     made = case("bert")
     model = Subset(subset).apply(made.model)
     _without_dropout(model)
-    next(module for name, module in model.named_modules() if name.endswith("embeddings.dropout")).p = dropout
+    next(module for name, module in model.named_modules() if name.endswith("attention.output.dropout")).p = dropout
     arguments = dict(output_dir=str(folder), report_to=[], disable_tqdm=True, learning_rate=0.01, save_strategy="no")
     trainer = DPTrainer(
         model=model,

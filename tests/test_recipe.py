@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpft.errors import RecipeError
+from dpft.privacy.clipping import AutoClip
 from dpft.recipe import Recipe, expand
 
 GOOD = {
@@ -178,3 +179,23 @@ def test_another_mistake_in_a_recipe_is_not_blamed_on_paths(tmp_path):
 def test_a_folder_is_no_recipe(tmp_path):
     with pytest.raises(RecipeError, match="it is a folder"):
         Recipe.read(tmp_path)
+
+
+@pytest.mark.parametrize("public", ["./train.csv", "$DPFT_TEST_FOLDER/train.csv", "link.csv"])
+def test_a_private_file_is_not_public_by_another_name(tmp_path, monkeypatch, public):
+    """T14: weights that are chosen by its gradients would be released un-noised."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DPFT_TEST_FOLDER", str(tmp_path))
+    (tmp_path / "link.csv").symlink_to("train.csv")
+    with pytest.raises(RecipeError, match="names the private file train.csv"):
+        Recipe.parse(changed("data.public", public))
+
+
+def test_the_plan_protects_what_the_recipe_says():
+    """Every fact of a plan that the recipe states, none of them at its default."""
+    tables = changed("data.examples_per_unit", 3)
+    tables["data"] |= {"unit": "patient", "unit_gradient": "sum"}
+    tables["privacy"] |= {"adjacency": "zero-out", "clipping": "automatic", "clip_norm": 0.5}
+    plan = Recipe.parse(tables).plan()
+    assert (plan.unit, plan.examples_per_unit, plan.unit_gradient) == ("patient", 3, "sum")
+    assert (plan.adjacency, plan.clip, plan.delta) == ("zero-out", AutoClip(0.5), 1e-5)

@@ -5,7 +5,7 @@ import pytest
 from dpft.audit.exposure import audit_exposure
 from dpft.audit.exposure import describe as describe_exposure
 from dpft.audit.game import audit_run
-from dpft.audit.membership import audit_membership, describe
+from dpft.audit.membership import _allowed, audit_membership, describe
 from dpft.errors import RecipeError
 from dpft.recipe import Recipe
 from tests.conftest import language_in
@@ -43,6 +43,14 @@ def test_detection_is_shown_beside_what_the_guarantee_allows(runs, tmp_path):
     (rate,) = attack.rates  # 120 records resolve 1 %, not 0.1 %
     assert rate.false_alarms == 0.01 and 0.01 < rate.allowed < 0.1
     assert rate.interval[0] <= rate.detected <= rate.interval[1] and "the guarantee allows" in describe([attack])
+
+
+def test_what_a_persons_guarantee_allows_is_not_said_of_one_of_their_rows():
+    """One release at σ = 2 of all units: Φ(Φ⁻¹(0.01) + 1/2) = 3.4 % for a row that is a unit, and no figure for a part of one."""
+    event = {"noise_multiplier": 2.0, "sample_rate": 1.0, "count": 1}
+    run = {"private": True, "released_steps": 1, "unit": "example", "events": [event], "adjacency": "add-or-remove-one"}
+    assert _allowed(run)[1] == pytest.approx(0.034, abs=1e-3)
+    assert _allowed({**run, "unit": "patient_id"}) == [None, None]
 
 
 def test_a_folder_that_is_no_run_needs_a_recipe(runs, tmp_path):

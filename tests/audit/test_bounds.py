@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from dpft.audit.bounds import f_dp_one_run, gaussian_epsilon, gaussian_many_runs, least_mu, many_runs, one_run
 from dpft.errors import PlanError
@@ -89,3 +90,11 @@ def test_large_and_impossible_gaussian_bounds():
     assert gaussian_epsilon(1.0, 0.0) == float("inf")
     with pytest.raises(PlanError, match="small delta"):
         f_dp_one_run(100, 50, 40, 0.0)
+
+
+@pytest.mark.parametrize(("runs", "mu"), [(20, 1.921), (100, 3.593), (1000, 5.360)])
+def test_the_two_error_rates_share_the_significance(runs, mu):
+    """Without an error in n runs each rate is at most ``1 - 0.025^(1/n)`` at 95 % together, in closed form."""
+    rate = 1 - 0.025 ** (1 / runs)
+    assert least_mu(0, runs, 0, runs, 0.05) == pytest.approx(2 * norm.isf(rate))
+    assert 2 * norm.isf(rate) == pytest.approx(mu, abs=1e-3)

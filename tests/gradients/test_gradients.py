@@ -258,3 +258,27 @@ def test_a_bias_keeps_no_input_for_its_gradient():
     without = kept()
     with Engine(model, plan()):
         assert kept() - without < 100  # bytes
+
+
+class Branches(nn.Module):
+    """Two layers, of which a batch uses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 1), nn.Linear(3, 1)
+
+    def forward(self, x, side):
+        return getattr(self, side)(x).squeeze(1)
+
+
+def test_a_layer_that_a_batch_leaves_out_gets_nothing_of_the_batch_before():
+    """Three gradients of 1 go to the right, and to the left 0, though the workspace still holds three of 1."""
+    model = Branches()
+    with Engine(model, plan(clip=FlatClip(100.0))) as engine:
+        engine.accumulate(model(torch.ones(3, 3), "left"))
+        engine.accumulate(model(torch.ones(3, 3), "right"))
+        engine.release()
+        assert model.left.weight.grad.tolist() == model.right.weight.grad.tolist() == [[0.75] * 3]
+        engine.accumulate(model(torch.ones(3, 3), "right"))
+        engine.release()
+    assert model.left.weight.grad.tolist() == [[0.0] * 3] and model.right.weight.grad.tolist() == [[0.75] * 3]

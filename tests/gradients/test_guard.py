@@ -61,6 +61,24 @@ def test_a_unit_that_is_nobody_or_several_is_refused(model, bad):
         engine.accumulate(model(torch.eye(8)[:3]).squeeze(1), [1, bad, 2])
 
 
+def test_a_person_who_comes_back_after_another_is_refused(model):
+    """T16: the first row closes where the second person begins; clipped once more it would move the sum by 2 C."""
+    with Engine(model, plan(unit="patient_id", examples_per_unit=2), Silent()) as engine:
+        for row, unit in enumerate(("first", "second")):
+            engine.accumulate(model(torch.eye(8)[row : row + 1] * 100).squeeze(1), [unit])
+        with pytest.raises(GuaranteeError, match="'first' came back"):
+            engine.accumulate(model(torch.eye(8)[:1] * 100).squeeze(1), ["first"])
+
+
+def test_a_person_whose_step_was_given_up_is_in_no_other(model):
+    """T22: their second row might have come; the next release is of nobody, a sum of zero."""
+    with Engine(model, plan(unit="patient_id", examples_per_unit=2), Silent()) as engine:
+        engine.accumulate(model(torch.eye(8)[:1] * 100).squeeze(1), ["first"])
+        engine.discard()
+        engine.release()
+    assert model.weight.grad.tolist() == [[0.0] * 8]
+
+
 def test_units_are_needed_where_people_are_protected(model):
     """T22: without them every row is a unit, and four rows of a person are 2 C."""
     with Engine(model, plan(unit="patient_id"), Silent()) as engine:

@@ -259,6 +259,21 @@ def test_a_wrong_technique_is_replaced_by_a_right_one(case, plan, monkeypatch):
     assert found.techniques == {"per example": 323} and "came out wrong" in found.one_by_one
 
 
+def test_a_wrong_technique_shows_though_a_fresh_adapter_has_no_gradient_there(case, plan, monkeypatch):
+    """B = 0 makes every gradient of A zero, and a hundredth more of zero is zero: so the proof moves what trains."""
+    made = case("bert")
+    made.model = Subset("lora(targets='query', last_blocks=1)").apply(made.model)
+    record = Capture._record
+
+    def wrong(self, site, grad_output, *call):
+        record(self, site, grad_output * (1.01 if "lora_A" in site.name else 1.0), *call)
+
+    monkeypatch.setattr(Capture, "_record", wrong)
+    with Engine(made.model, plan()) as engine:
+        found = preflight(engine, made.losses, made.examples)
+        assert not any("lora_A" in site.name for site in engine.capture.sites), found.techniques
+
+
 class Noisy(nn.Module):
     """Draws a random number for every activation, as probabilistic tuners do."""
 
@@ -349,6 +364,25 @@ def test_what_was_found_is_taken_up_again(case, plan):
     assert fingerprint(first.model, first.losses) is None  # code that no version tells apart
     second.model.config.hidden_dropout_prob = 0.7
     assert fingerprint(first.model) != fingerprint(second.model)
+
+
+def test_a_model_that_needs_a_pass_for_each_example_needs_it_when_it_goes_on(case, plan):
+    made = case("bert")
+    made.model = Subset("head").apply(made.model)
+    with Engine(made.model, plan()) as engine:
+        assert engine.max_examples(8) > 1
+        engine.capture.load_state({**engine.capture.state(), "one_by_one": "a layer was wrong"})
+        assert engine.max_examples(8) == 1 and not engine.capture.sites
+
+
+def test_a_loss_that_a_longer_neighbour_moves_by_a_hundredth_is_refused(case, plan):
+    """T2: no gradient shows it, because what is added is a constant."""
+    made = case("bert")
+    made.model = Subset("head").apply(made.model)
+    longest = lambda examples: max(len(example["input_ids"]) for example in examples)
+    losses = lambda examples: made.losses(examples) + 0.01 * longest(examples)
+    with Engine(made.model, plan()) as engine, pytest.raises(IsolationError):
+        preflight(engine, losses, made.examples)
 
 
 def test_a_loss_divided_by_the_batch_is_refused(case, plan):

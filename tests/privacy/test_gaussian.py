@@ -48,3 +48,33 @@ def test_who_is_told_the_draws_learns_more(noise, rate, count, adjacency):
     apart = 2.0 if adjacency == "replace-one" else 1.0
     told = gaussian.revealed([(noise / apart, rate, count)], 1e-6)
     assert told >= accounting.epsilon(accounting.poisson_gaussian(noise, rate, count), 1e-6, adjacency)
+
+
+def test_a_failure_is_shared_by_all_kinds_of_releases():
+    """Of ten kinds that each draw a unit once in a thousand, one does with 0.00996: more than 0.005, less than 0.02."""
+    releases = [(1.0 + i / 10, 1e-3, 1) for i in range(10)]
+    assert gaussian.revealed_mu(releases, 0.02) == (0.0, 0.02)
+    assert gaussian.revealed_mu(releases, 0.005)[0] ** 2 == pytest.approx(sum(noise**-2 for noise, _, _ in releases))
+
+
+def test_failures_and_what_the_draws_tell_stay_within_delta_together():
+    """Ten releases at σ = 3 that draw a unit half of the time: it is in all ten with 2^-10, half of δ."""
+    delta = 2**-9 * 1.01
+    found = gaussian.revealed([(3.0, 0.5, 10)], delta)
+    assert gaussian.draws(10, 0.5, delta / 2) == 9
+    assert exact_delta(found, 3 / 3.0) + 2**-10 <= delta
+
+
+@pytest.mark.parametrize(("adjacency", "mu"), [("add-or-remove-one", 10), ("replace-one", 20)])
+def test_the_curve_where_noise_is_little_is_above_the_exact_one(adjacency, mu):
+    epsilons = [30.0, 100.0, 200.0]
+    curve = accounting.deltas(accounting.poisson_gaussian(0.1, 1.0, 1), epsilons, adjacency)
+    for epsilon, found in zip(epsilons, curve, strict=True):
+        exact = float(exact_delta(epsilon, mu))
+        assert exact <= found * (1 + 1e-9) and found <= exact * (1 + 1e-6) + 1e-12
+
+
+def test_the_curve_of_draws_that_hardly_happen_counts_them():
+    """At σ = 0.1 a release tells nearly always that a unit was drawn: δ is at least its rate of 1e-14, times 0.99."""
+    (found,) = accounting.deltas(accounting.poisson_gaussian(0.1, 1e-14, 1), [1.0])
+    assert 0.99e-14 <= found <= 1e-12

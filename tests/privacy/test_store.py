@@ -23,3 +23,14 @@ def test_what_is_kept_is_encrypted_and_has_no_name(tmp_path):
     store.close()
     with pytest.raises(ValueError):
         store.read(0)
+
+
+def test_no_two_contents_share_a_block_of_key_stream(tmp_path):
+    """Zeros encrypted are the key stream itself: of 8 contents of 20 blocks each, all 160 blocks differ."""
+    store = EncryptedStore(tmp_path)
+    for number in range(8):
+        store.write(number, bytes(20 * 16))
+    assert store.read(7) == bytes(20 * 16)
+    stream = os.pread(store._file.fileno(), 8 * 20 * 16, 0)
+    assert len({stream[start : start + 16] for start in range(0, len(stream), 16)}) == 160
+    store.close()

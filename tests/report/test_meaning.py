@@ -10,9 +10,10 @@ from dpft.report.plots import roc, trade_off
 from dpft.training.run import train
 
 
-def test_one_gaussian_release_lets_an_attacker_do_what_its_trade_off_says():
-    sigma = 2.0
-    found = meaning([{"noise_multiplier": sigma, "sample_rate": 1.0, "count": 1}], 1e-5)
+@pytest.mark.parametrize(("adjacency", "apart"), [("add-or-remove-one", 1), ("replace-one", 2)])
+def test_one_gaussian_release_lets_an_attacker_do_what_its_trade_off_says(adjacency, apart):
+    sigma = 2.0  # over what a unit moves: 2 C where it is replaced
+    found = meaning([{"noise_multiplier": sigma * apart, "sample_rate": 1.0, "count": 1}], 1e-5, adjacency)
     power = lambda alpha: ndtr(ndtri(alpha) + 1 / sigma)  # Dong et al. 2022
     for rate, most in found.detection.items():
         assert most == pytest.approx(power(rate), rel=0.02) and most >= power(rate) - 1e-9

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dpft.errors import RecipeError
 from dpft.tasks import CausalLM, LabelledTask, SequenceClassification, Task
+from dpft.tasks.own_loss import check_own_loss
 from dpft.tasks.task import IGNORED, pad_features, token_losses
 
 
@@ -87,6 +88,13 @@ def test_a_response_alone_has_a_loss(tokenizer):
     assert feature["labels"][4:] == feature["input_ids"][4:] and feature["input_ids"][-1] == tokenizer.eos_token_id
 
 
+def test_the_end_of_a_text_is_learned(tokenizer):
+    features = CausalLM(tokenizer).encode(ROWS)
+    assert [len(feature["labels"]) for feature in features] == [4, 2, 6]
+    assert all(feature["labels"] == feature["input_ids"] for feature in features)
+    assert {feature["labels"][-1] for feature in features} == {tokenizer.eos_token_id}
+
+
 def test_a_long_prompt_is_cut_from_its_beginning(tokenizer):
     task = CausalLM(tokenizer, prompt="question", response="answer", max_length=6)
     feature = task.encode(ROWS)[2]
@@ -99,6 +107,16 @@ def test_an_example_without_labelled_tokens_has_no_loss_and_no_gradient():
     losses = token_losses(logits, labels, shift=True)
     losses.sum().backward()
     assert losses[0] == 0 and (logits.grad[0] == 0).all() and torch.isfinite(logits.grad).all()
+
+
+def test_the_last_token_of_a_tuned_prompt_predicts_the_first_label():
+    """Three virtual tokens before four: the same loss as with three labels of no word before the four, as PEFT has it."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3 + 4, 11), torch.randint(11, (2, 4))
+    labels[1, 3] = IGNORED
+    whole = torch.nn.functional.pad(labels, (3, 0), value=IGNORED)
+    expected = token_losses(logits, whole, shift=True)
+    torch.testing.assert_close(token_losses(logits, labels, shift=True), expected)
 
 
 def test_an_encoder_decoder_predicts_in_place():
@@ -126,6 +144,7 @@ def test_an_undeclared_label_is_refused(tokenizer):
     ("declared", "labels"),
     [
         (["01", "1"], ["01", "1"]),
+        (["yes", "no"], ["yes", "no"]),  # in the order in which they were declared
         (["0", "1"], [0, 1]),
         (["0", "1"], torch.tensor([0, 1])),
         (["false", "true"], [False, True]),
@@ -189,3 +208,19 @@ def test_perplexity_is_over_all_tokens(tokenizer, case):
     tokens = sum(len(f["input_ids"]) - 1 for f in features)
     assert found["tokens"] == tokens
     assert found["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
+
+
+class Described(LabelledTask):
+    """A task of the user's own, whose loss is dpft's."""
+
+
+def test_a_task_that_inherits_its_loss_is_compared_with_the_models_own(case):
+    """Labels for each token would be shifted where BERT's are not."""
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=60
+    )
+    tokens = case("gpt2")
+    with pytest.raises(RecipeError, match="loss of BertForTokenClassification itself"):
+        check_own_loss(
+            Described(tokens.batch), transformers.BertForTokenClassification(config), tokens.batch, tokens.examples
+        )

@@ -13,9 +13,12 @@ from click.testing import CliRunner
 from dpft.cli import main
 from dpft.errors import BudgetError, GuaranteeError, LedgerError
 from dpft.ledger import Ledger
+from dpft.privacy import composition
 from dpft.privacy.composition import Event
-from dpft.privacy.noise import SeededRandomness
+from dpft.privacy.noise import SecureRandomness, SeededRandomness
+from dpft.privacy.plan import Plan
 from dpft.recipe import Recipe
+from dpft.training.account import Account
 from dpft.training.data import read
 from dpft.training.run import make_trainer, set_up, train
 
@@ -80,6 +83,24 @@ def test_a_run_ends_cleanly_at_the_block_that_no_longer_fits(recipe, notes, tmp_
     assert notes.record.runs[run["ledger"]["run"]].steps == run["released_steps"]
     assert not notes.fits([Event(1, *(run["events"][0][key] for key in ("noise_multiplier", "sample_rate")))])
     assert "do not fit" in (folder / "card.md").read_text()
+
+
+def test_of_a_block_that_no_longer_fits_only_what_is_charged_may_be_released(tmp_path, monkeypatch):
+    """Room for 400 releases: a block of 20, 365 of another run, and of the next block the 15 that are left."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    room = composition.epsilon((Event(400, 20.0, 1.0),), 1e-3) * (1 + 1e-6)
+    notes = Ledger(str(tmp_path / "ledger.db")).create("notes", epsilon=room, delta=1e-3)
+    plan = Plan(noise_multiplier=20.0, sample_rate=1.0, steps=400, delta=1e-3)
+    account = Account(notes, plan, SecureRandomness(), tmp_path / "run", released=0)
+    account.charge_block()
+    notes.spend([Event(365, 20.0, 1.0)], purpose="meanwhile")
+    account.charge_block()
+    assert account.covered == notes.record.runs[account.run.id].steps == 35
+    account.check(35)
+    with pytest.raises(GuaranteeError, match="Release 36 was not charged"):
+        account.check(36)
+    with pytest.raises(BudgetError, match="0 do"):
+        account.charge_block()
 
 
 def test_a_ledger_that_is_lost_ends_the_run_and_keeps_the_charge(recipe, notes, tmp_path, monkeypatch):

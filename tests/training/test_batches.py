@@ -298,3 +298,11 @@ def test_a_plan_s_units_are_refused_beyond_a_factor_of_two(plan, declared, fits)
     else:
         with pytest.raises(RecipeError, match=f"declares {declared} units, but the data has about 40"):
             check_units(examples, plan(units=declared))
+
+
+def test_a_plan_s_units_are_compared_with_units_and_not_with_rows(plan):
+    """100 rows of 10 people: a plan for 100 people has a tenth of its sampling rate for each."""
+    examples = Examples([{}] * 100, np.ones(100, dtype=np.int64), np.arange(100).reshape(10, 10))
+    check_units(examples, plan(units=10))
+    with pytest.raises(RecipeError, match="declares 100 units, but the data has about 10"):
+        check_units(examples, plan(units=100))

@@ -135,10 +135,11 @@ def test_padding_before_the_tokens_is_refused(bert, tmp_path):
         prefix.fill(task.examples, task.collate, task.losses, tmp_path, token_budget=8)
 
 
-def run(case, plan, folder, subset, frozen_prefix, **fields):
+def run(case, plan, folder, subset, frozen_prefix, dropout=0.0, **fields):
     made = case("bert")
     model = Subset(subset).apply(made.model)
     _without_dropout(model)
+    next(module for name, module in model.named_modules() if name.endswith("attention.output.dropout")).p = dropout
     arguments = dict(output_dir=str(folder), report_to=[], disable_tqdm=True, learning_rate=0.01, save_strategy="no")
     trainer = DPTrainer(
         model=model,
@@ -195,3 +196,8 @@ def test_it_is_kept_only_where_it_pays(case, plan, tmp_path):
     assert run(case, plan, tmp_path / "c", "lora + head", "auto").prefix is None
     with pytest.raises(RecipeError, match="first block trains"):
         run(case, plan, tmp_path / "d", "lora + head", "on")
+
+
+def test_layers_with_dropout_are_not_computed_once_for_all_steps(case, plan, tmp_path):
+    """T20: kept without being asked for, they would train another model than the one that was named."""
+    assert run(case, plan, tmp_path / "a", "head", "auto", dropout=0.5, token_budget=64).prefix is None

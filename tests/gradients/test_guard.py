@@ -105,6 +105,29 @@ def test_a_tensor_that_comes_with_a_later_micro_batch_is_noticed(model):
             optimizer.step()
 
 
+def test_a_second_tensor_over_a_parameters_memory_never_trains(model):
+    """It is no parameter of the model, and a step on it moves one all the same."""
+    twin = model.weight.detach().requires_grad_()
+    optimizer, before = torch.optim.SGD([twin], lr=1.0), model.weight.detach().clone()
+    with Engine(model, plan(), Silent()) as engine:
+        engine.accumulate(model(torch.eye(8)).squeeze(1) + twin.sum())
+        engine.release()
+        twin.grad = torch.ones_like(twin)
+        with pytest.raises(BypassError, match="that the losses depend on and the model lacks"):
+            optimizer.step()
+    assert torch.equal(model.weight, before)
+
+
+def test_a_gradient_clipped_again_after_its_release_is_refused_with_the_reason(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with Engine(model, plan(), Silent()) as engine:
+        engine.accumulate(model(torch.eye(8)).squeeze(1))
+        engine.release()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        with pytest.raises(BypassError, match="weight was changed after engine.release, as by clip_grad_norm_"):
+            optimizer.step()
+
+
 @pytest.mark.parametrize("as_keyword", [True, False])
 def test_a_closure_is_refused(model, as_keyword):
     """It runs after the gradients were checked, and leaves others."""

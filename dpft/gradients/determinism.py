@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpft.errors import GuaranteeError
 from dpft.gradients.capture import Capture
-from dpft.gradients.stand_ins import Draw, python_and_numpy, stand_in
+from dpft.gradients.stand_ins import Draw, python_and_numpy, refused, stand_in
 
 
 @contextmanager
@@ -102,10 +102,7 @@ class NoRandomness(TorchDispatchMode):
             )
         found = stand_in(name, given, self._draw, func(*args, **kwargs))
         if found is None:
-            raise GuaranteeError(
-                f"A forward pass or the collator draws random numbers by {name}, which the preflight cannot hold still to compare an example alone "
-                "with itself in a batch: draw them by another function."
-            )
+            refused(name)()
         return found
 
     def _take(self, chance: bool = True) -> None:

@@ -81,9 +81,9 @@ class Guard:
                 continue
             seen.add(node)
             leaf = getattr(node, "variable", None)
-            # What shares memory with a parameter is a view of it, as PEFT transposes a frozen weight.
-            if leaf is not None and leaf.untyped_storage().data_ptr() not in own:
-                if isinstance(leaf, nn.Parameter):
+            if leaf is not None and id(leaf) not in self._names:
+                # What shares memory with a parameter is a view of it, as PEFT transposes a frozen weight.
+                if isinstance(leaf, nn.Parameter) and leaf.untyped_storage().data_ptr() not in own:
                     raise BypassError(
                         f"The losses depend on a trainable parameter of shape {tuple(leaf.shape)} that is not the engine's model's, so its gradient "
                         "would be neither clipped nor noised: make the engine of the whole model that the losses come from."
@@ -118,6 +118,12 @@ class Guard:
         for parameter in held:
             if parameter.grad is None:
                 continue
+            released, version = self._released.get(id(parameter), (None, None))
+            if parameter.grad is released and released._version != version:
+                raise BypassError(
+                    f"The gradient of {self._names[id(parameter)]} was changed after engine.release, as by clip_grad_norm_ or a gradient scaler, and "
+                    "what was added may be private: leave that out, as the engine has clipped each unit."
+                )
             if not self._is_released(parameter) or id(parameter) not in self._unstepped:
                 raise BypassError(
                     f"An optimizer is about to step {self._names[id(parameter)]} with a gradient that the engine did not release for this "

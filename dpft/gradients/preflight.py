@@ -158,12 +158,23 @@ def _isolated(capture: Capture, losses: Callable, examples: list, longest) -> tu
     beside = _in_double(beside, beside_longest, floating)
     isolated = isolated if beside <= isolated else beside  # a NaN is an error
     if not isolated <= TOLERANCE:
-        with in_precision(half, torch.float32):
+        with in_precision(half, torch.float32), torch.no_grad():
+            _refuse_other_chance(losses, examples)
             raise IsolationError(
                 f"An example's gradient changes by {isolated:.1e} (relative) when others share its batch, so clipping it would not bound "
                 f"its influence: {_coupling_layer(capture.model, losses, [*examples, *([] if longest is None else [longest])])}."
             )
     return isolated, norms, references
+
+
+def _refuse_other_chance(losses: Callable, examples: list) -> None:
+    """Raises IsolationError: the same examples give other losses the next time, though the global generators are held still."""
+    changed = _relative(losses(examples), losses(examples))
+    if not changed <= TOLERANCE:
+        raise IsolationError(
+            f"The same examples' loss changes by {changed:.1e} (relative) from pass to pass, so the collator or a layer has a generator of its own, or "
+            "counts its calls: let it draw from the global generators."
+        )
 
 
 def _exact(capture: Capture, losses: Callable, precise: Callable, examples: list, isolation: tuple) -> float:

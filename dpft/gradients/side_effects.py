@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dpft.errors import GuaranteeError, IsolationError
 from dpft.gradients.capture import Capture
@@ -84,7 +85,7 @@ def _come_out_alike(
             outcomes.append({name: t.detach().clone() for name, t in tensors if name in weights | buffers})
         for name in sorted(weights | buffers):
             if not all(_alike(outcomes[0].get(name), outcome.get(name)) for outcome in outcomes):
-                kind = "changes the parameter" if name in weights else "keeps data in the buffer"
+                kind = "changes the parameter" if name in kept else "keeps data in"
                 raise IsolationError(
                     f"The forward pass {kind} {name}, which comes out another for other examples, so that data would stay there "
                     "un-noised: let no forward pass write what it was given."
@@ -96,7 +97,7 @@ def _come_out_alike(
 
 
 class FrozenState:
-    """Everything in the model but some parameters, so that a change shows.
+    """Everything in the model's state dict but some parameters, so that a change shows.
 
     Args:
         watched: the parameters to watch, beside all buffers.
@@ -108,7 +109,7 @@ class FrozenState:
         self._before = self._sums()
 
     def changed(self) -> tuple[set[str], set[str]]:
-        """Names of the parameters, and of the buffers, that are new, resized or changed."""
+        """Names of the parameters and extra states, and of the buffers, that are new, resized or changed."""
         now, buffers = self._sums(), {name for name, _ in self._model.named_buffers()}
         names = {name for name in now if self._before.get(name) != now[name]}
         return names - buffers, names & buffers
@@ -125,7 +126,8 @@ class FrozenState:
 
     def _sums(self) -> dict[str, str]:
         frozen = [(name, p) for name, p in self._model.named_parameters() if id(p) not in self._trainable]
-        return {name: _sum(tensor) for name, tensor in (*frozen, *self._model.named_buffers())}
+        sums = {name: _sum(tensor) for name, tensor in (*frozen, *self._model.named_buffers())}
+        return sums | _extra_states(self._model)
 
 
 class _ModuleState:
@@ -149,6 +151,18 @@ class _ModuleState:
 
 def _contents(module: nn.Module) -> dict[str, list | dict | set]:
     return {name: value.copy() for name, value in vars(module).items() if isinstance(value, (dict, list, set))}
+
+
+def _extra_states(model: nn.Module) -> dict[str, str]:
+    """What modules add to the state dict beside parameters and buffers, by its name there: tensors and plain values."""
+    found = {}
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            leaves = tree_leaves(module.get_extra_state())
+            shown = [_sum(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            shown = [leaf for leaf in shown if isinstance(leaf, (str, bytes, int, float, bool))]
+            found[f"{name}._extra_state".lstrip(".")] = repr(shown)
+    return found
 
 
 def _alike(one: Tensor | None, other: Tensor | None) -> bool:

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpft.errors import GuaranteeError
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -73,6 +75,8 @@ def _permutation(given: Mapping, draw: Draw) -> Tensor:
 def _multinomial(given: Mapping, draw: Draw) -> Tensor:
     weights, number = given["self"], given["num_samples"]
     places = weights.sort(-1, descending=True).indices
+    if given["replacement"]:  # the same for all, as each draws its own
+        return places[..., int(draw.normal < 0 and places.shape[-1] > 1)].unsqueeze(-1)
     some = places[..., torch.arange(number, device=places.device) % places.shape[-1]]
     return some if draw.normal > 0 else some.flip(-1)
 
@@ -101,7 +105,7 @@ _TORCH |= {f"_{name}": _TORCH[name] for name in ("standard_gamma", "sample_diric
 
 
 class _Python(random.Random):
-    """Python's own generator, whose every number is the same; what is made of numbers is made as always."""
+    """Python's own generator, whose every number is the same; what tries numbers until one fits would try for ever."""
 
     def __init__(self, draw: Draw) -> None:
         super().__init__()
@@ -113,9 +117,36 @@ class _Python(random.Random):
     def gauss(self, mu: float = 0.0, sigma: float = 1.0) -> float:
         return mu + sigma * (1.0 if self._uniform > 0.5 else -1.0)
 
+    def getrandbits(self, k: int) -> int:
+        return self._randbelow(1 << k)
+
+    def _randbelow(self, n: int) -> int:
+        return int(self._uniform * n)
+
     def shuffle(self, x) -> None:
         if self._uniform < 0.5:
             x.reverse()
+
+    def sample(self, population, k: int, *, counts=None) -> list:
+        found = (
+            list(population)
+            if counts is None
+            else [x for x, n in zip(population, counts, strict=True) for _ in range(n)]
+        )
+        self.shuffle(found)
+        return found[:k]
+
+    def gammavariate(self, alpha: float, beta: float) -> float:
+        return 2 * self._uniform * alpha * beta
+
+    def betavariate(self, alpha: float, beta: float) -> float:
+        return self._uniform ** (beta / alpha)
+
+    def vonmisesvariate(self, mu: float, kappa: float) -> float:
+        return mu + self.gauss() / (1 + kappa)
+
+    def binomialvariate(self, n: int = 1, p: float = 0.5) -> int:
+        return int(n * p)
 
     normalvariate = gauss
 
@@ -154,6 +185,21 @@ class _Numpy:
     def binomial(self, n, p, size=None):
         return self._filled((n * np.asarray(p)).astype(np.int64), size)
 
+    def poisson(self, lam=1.0, size=None):
+        return self._filled(np.asarray(lam).astype(np.int64), size)
+
+    def exponential(self, scale=1.0, size=None):
+        return self._filled(-np.log1p(-self._draw.uniform) * np.asarray(scale), size)
+
+    def gamma(self, shape, scale=1.0, size=None):
+        return self._filled(2 * self._draw.uniform * np.asarray(shape) * scale, size)
+
+    def beta(self, a, b, size=None):
+        return self._filled(self._draw.uniform ** (np.asarray(b) / a), size)
+
+    def lognormal(self, mean=0.0, sigma=1.0, size=None):
+        return self._filled(np.exp(mean + self._draw.normal * np.asarray(sigma)), size)
+
     def permutation(self, x):
         found = np.arange(x) if isinstance(x, (int, np.integer)) else np.array(x)
         return found if self._draw.normal > 0 else found[::-1].copy()
@@ -164,11 +210,12 @@ class _Numpy:
 
     def choice(self, a, size=None, replace=True, p=None, **_):
         places = self.permutation(a)
-        if size is None:
-            return places[0]
+        if size is None or replace:
+            return places[0] if size is None else self._filled(places[0], size)
         return places[np.arange(math.prod(np.atleast_1d(size))) % len(places)].reshape(size)
 
     random_sample = ranf = sample = random
+    laplace = gumbel = logistic = normal
 
     @staticmethod
     def _filled(value, size):
@@ -178,7 +225,14 @@ class _Numpy:
 
 @contextmanager
 def python_and_numpy(draw: Draw, taken: Callable[[], None]) -> Iterator[None]:
-    """Their global generators come to constants; ``taken`` is called whenever one is asked."""
+    """Their global generators come to constants; ``taken`` is called whenever one is asked.
+
+    A generator that numpy makes of a key, such as an example's own, stays what it is: the isolation check sees whether its
+    numbers belong to the example or to a place in the batch.
+
+    Raises:
+        GuaranteeError: within, by whoever seeds a global generator, or asks numpy for what has no stand-in.
+    """
 
     def watched(function: Callable) -> Callable:
         def call(*args, **kwargs):
@@ -191,6 +245,38 @@ def python_and_numpy(draw: Draw, taken: Callable[[], None]) -> Iterator[None]:
     names = [name for name in random.__all__ if callable(getattr(python, name, None)) and name[0].islower()]
     kept = {name: watched(getattr(python, name)) for name in names if name not in ("seed", "getstate", "setstate")}
     methods = [name for name in dir(numpy) if not name.startswith("_") and hasattr(np.random, name)]
-    numpys = {name: watched(getattr(numpy, name)) for name in methods} | {"default_rng": lambda *seed: numpy}
-    with patch.multiple(random, **kept), patch.multiple(np.random, **numpys):
+    numpys = {
+        name: refused(f"numpy.random.{name}")
+        for name in np.random.__all__
+        if name.islower() and name not in ("get_state", "set_state")
+    }
+    numpys |= {name: watched(getattr(numpy, name)) for name in methods}
+    keyed = np.random.default_rng
+    numpys |= {
+        "default_rng": lambda seed=None: numpy if seed is None else keyed(seed),
+        "seed": _seeds("numpy.random.seed"),
+    }
+    kept["seed"] = _seeds("random.seed")
+    torches = patch.object(torch, "manual_seed", _seeds("torch.manual_seed"))
+    with patch.multiple(random, **kept), patch.multiple(np.random, **numpys), torches:
         yield
+
+
+def _seeds(name: str) -> Callable:
+    def call(*_, **__):
+        raise GuaranteeError(
+            f"A forward pass or the collator seeds a global generator ({name}), so an example's chance would follow from a known seed and its place in "
+            "the batch: leave that out, as dpft gives every step a secret of its own."
+        )
+
+    return call
+
+
+def refused(name: str) -> Callable:
+    def call(*_, **__):
+        raise GuaranteeError(
+            f"A forward pass or the collator draws random numbers by {name}, which the preflight cannot hold still to compare an example alone with "
+            "itself in a batch: draw them by another function."
+        )
+
+    return call

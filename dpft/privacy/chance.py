@@ -8,6 +8,7 @@ and so for their mixture.
 
 import random
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,26 +25,32 @@ _STATE = 6  # and from where the twister's words stand, each in 64 bits
 
 
 class StepChance:
-    """Holds the global generators while entered; puts back what they were when left."""
+    """Holds the global generators while entered; the last of several to leave puts back what they were."""
+
+    _holders: ClassVar[list["StepChance"]] = []  # the generators are the process's, so its engines hold them together
+    _before: ClassVar[tuple]
 
     def __init__(self, randomness: Randomness) -> None:
         self._randomness = randomness
-        self._before: tuple | None = None
         self._seed = 0
 
     def __enter__(self) -> "StepChance":
-        self._before = (random.getstate(), np.random.get_state(), torch.get_rng_state(), _device_states())
+        if not self._holders:
+            StepChance._before = (random.getstate(), np.random.get_state(), torch.get_rng_state(), _device_states())
+        self._holders.append(self)
         self.renew()
         return self
 
     def __exit__(self, *_) -> None:
+        self._holders.remove(self)
+        if self._holders:
+            return
         python, numpy, processor, devices = self._before
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(processor)
         for device, state in devices.items():
             _all(torch.get_device_module(device), "set_rng_state")(state)
-        self._before = None
 
     def renew(self) -> None:
         """Give every generator a state that nobody knows, of full length: a seed of 32 bits could be searched."""
@@ -58,8 +65,9 @@ class StepChance:
 
     @property
     def is_kept(self) -> bool:
-        """Whether nobody has seeded torch since, from whose seed the step's masks would follow."""
-        return torch.initial_seed() == self._seed
+        """Whether nobody but an engine with such a source has seeded torch since: the step's masks would follow from it."""
+        private = self._randomness.private
+        return torch.initial_seed() in [one._seed for one in self._holders if one._randomness.private >= private]
 
 
 def _torch_state(words: np.ndarray, seed: int) -> torch.Tensor:

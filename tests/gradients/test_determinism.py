@@ -55,6 +55,8 @@ COUPLED = {
     "Gumbel over the batch": lambda h: h * F.gumbel_softmax(h.sum(1), dim=0).unsqueeze(1),
     "numpy": lambda h: h + float(np.random.normal(0, float(h.detach().std()))),
     "a generator of numpy's": lambda h: h + float(np.random.default_rng().uniform(0, float(h.detach().abs().max()))),
+    "numpy's beta of the batch": lambda h: h * np.random.beta(1 + float(h.detach().abs().max()), 2.0),
+    "a distribution of torch's": lambda h: h + torch.distributions.Laplace(0.0, h.detach().std()).sample(h.shape),
     "Python": lambda h: h + random.gauss(0, float(h.detach().std())),
     "Python's choice": lambda h: h + random.choice([float(h.detach().max()), float(h.detach().max())]),
 }
@@ -78,6 +80,17 @@ OWN = {
     "Gumbel": lambda h: h * F.gumbel_softmax(h, dim=1),
     "numpy's choice of features": lambda h: h[:, np.random.choice(8, 8, replace=False)],
     "Python's sample of features": lambda h: h[:, random.sample(range(8), 8)],
+    "Python's sample of few among many": lambda h: h + random.sample(range(1000), 3)[0] / 1000,
+    "Python's bits": lambda h: h + random.getrandbits(8) / 256,
+    "Python's beta, which tries until one fits": lambda h: h * random.betavariate(0.5, 0.5),
+    "numpy's choice for each example": lambda h: h * torch.as_tensor(np.random.choice([0.5, 1.0], (len(h), 1))).to(h),
+    "numpy's beta": lambda h: h * np.random.beta(0.5, 0.5),
+    "a class drawn for each example": lambda h: (
+        h + torch.distributions.Categorical(logits=torch.zeros(8)).sample((len(h),)).unsqueeze(1)
+    ),
+    "a key of each example": lambda h: (
+        h + torch.stack([torch.as_tensor(np.random.default_rng(int(1e3 * row[0].abs())).random(8)) for row in h]).to(h)
+    ),
 }
 
 
@@ -105,8 +118,44 @@ def test_chance_from_a_generator_of_its_own_is_refused(plan):
         proven(Layer(lambda h: h + torch.randn(h.shape, generator=generator)), plan)
 
 
+def forked(h):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return h * torch.rand(h.shape)
+
+
+@pytest.mark.parametrize("kind", ["torch, restored afterwards", "numpy", "Python"])
+def test_masks_of_a_seed_and_a_place_in_the_batch_are_refused(plan, kind):
+    """T20: all held still they looked like anybody's own, and a unit that leaves shifts those of all after it."""
+    between = {
+        "torch, restored afterwards": forked,
+        "numpy": lambda h: (np.random.seed(0), h * torch.as_tensor(np.random.rand(*h.shape)).to(h))[1],
+        "Python": lambda h: (random.seed(0), h * torch.tensor([[random.random()] for _ in h]))[1],
+    }[kind]
+    with pytest.raises(GuaranteeError, match=r"seeds a global generator \(.*seed\)"):
+        proven(Layer(between), plan)
+
+
+def test_masks_of_a_generator_made_of_a_constant_seed_are_refused(plan):
+    with pytest.raises(IsolationError):
+        proven(Layer(lambda h: h * torch.as_tensor(np.random.default_rng(0).random(h.shape)).to(h)), plan)
+
+
+@pytest.mark.parametrize("generator", [np.random.default_rng(1), np.random.RandomState(1), random.Random(1)])
+def test_a_generator_that_goes_on_from_pass_to_pass_is_named_as_the_cause(plan, generator):
+    with pytest.raises(IsolationError, match="changes by .* from pass to pass, so .* a generator of its own"):
+        proven(Layer(lambda h: h * (0.5 + generator.random())), plan)
+
+
+def test_what_numpy_draws_without_a_stand_in_is_refused_by_name(plan):
+    with pytest.raises(GuaranteeError, match="numpy.random.triangular, which the preflight cannot hold still"):
+        proven(Layer(lambda h: h * np.random.triangular(0, 1, 2)), plan)
+
+
 def test_nothing_is_held_still_afterwards(plan):
     proven(Layer(OWN["dropout"]), plan)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
     for draw in (random.random, np.random.rand, lambda: float(torch.rand(1)), np.random.default_rng().random):
         assert len({draw() for _ in range(10)}) == 10
 

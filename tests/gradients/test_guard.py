@@ -1,6 +1,7 @@
 """T19, T22: nothing trains but what the engine released, and nothing is claimed that was not proven."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -36,6 +37,10 @@ SEVEN = {
     "an array": np.full(8, 7),
     "numpy's numbers": list(np.full(8, 7, dtype=np.int32)),
     "texts": np.array(["p7"] * 8),
+    "pairs with a tensor": [("ward", torch.tensor(7)) for _ in range(8)],
+    "pairs of pairs": [(("ward", torch.tensor(7)), 1) for _ in range(8)],
+    "days": [np.datetime64("2026-01-07")] * 8,
+    "a column of categories": pd.Series(["p7"] * 8, dtype="category"),
 }
 
 
@@ -54,7 +59,9 @@ def test_eight_rows_of_one_person_move_the_sum_by_one_clip(model, kind, cut, uni
 
 
 @pytest.mark.parametrize(
-    "bad", [None, float("nan"), torch.tensor(float("nan")), np.nan, [7], {7}, torch.zeros(2), ("a", None)]
+    "bad",
+    [None, float("nan"), torch.tensor(float("nan")), np.nan, [7], {7}, torch.zeros(2), (1, None), (1, (2, np.nan))]
+    + [pd.NA, pd.NaT, frozenset([7]), object(), "7"],
 )
 def test_a_unit_that_is_nobody_or_several_is_refused(model, bad):
     with Engine(model, plan(), Silent()) as engine, pytest.raises(GuaranteeError, match="place 1"):
@@ -113,6 +120,29 @@ def test_a_tensor_that_comes_with_a_later_micro_batch_is_noticed(model):
         engine.release()
         assert soft.grad is None
         with pytest.raises(BypassError):
+            optimizer.step()
+
+
+def test_a_second_tensor_over_a_parameters_memory_never_trains(model):
+    """It is no parameter of the model, and a step on it moves one all the same."""
+    twin = model.weight.detach().requires_grad_()
+    optimizer, before = torch.optim.SGD([twin], lr=1.0), model.weight.detach().clone()
+    with Engine(model, plan(), Silent()) as engine:
+        engine.accumulate(model(torch.eye(8)).squeeze(1) + twin.sum())
+        engine.release()
+        twin.grad = torch.ones_like(twin)
+        with pytest.raises(BypassError, match="that the losses depend on and the model lacks"):
+            optimizer.step()
+    assert torch.equal(model.weight, before)
+
+
+def test_a_gradient_clipped_again_after_its_release_is_refused_with_the_reason(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with Engine(model, plan(), Silent()) as engine:
+        engine.accumulate(model(torch.eye(8)).squeeze(1))
+        engine.release()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        with pytest.raises(BypassError, match="weight was changed after engine.release, as by clip_grad_norm_"):
             optimizer.step()
 
 

@@ -76,6 +76,29 @@ def test_somebody_who_seeds_the_generator_is_noticed():
         assert chance.is_kept
 
 
+def test_engines_of_one_process_hold_the_generators_together_in_whatever_order_they_leave():
+    seeded()
+    wanted = draws()
+    seeded()
+    one, other = StepChance(SecureRandomness()), StepChance(SecureRandomness())
+    one.__enter__()
+    with other:
+        one.renew()
+        assert one.is_kept and other.is_kept
+    assert one.is_kept
+    with other:
+        one.__exit__()
+        assert other.is_kept and draws() != wanted
+    assert draws() == wanted
+
+
+def test_what_a_seeded_source_beside_it_draws_is_no_secret_of_a_private_one():
+    with StepChance(SecureRandomness()) as private, StepChance(SeededRandomness(5)) as known:
+        assert known.is_kept and not private.is_kept
+        private.renew()
+        assert known.is_kept and private.is_kept
+
+
 def test_a_seeded_source_gives_the_same_chance_and_the_same_noise_however_often_it_is_renewed():
     found = []
     for renewals in (1, 1, 3):

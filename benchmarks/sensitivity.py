@@ -53,7 +53,10 @@ def measured(path: Path, subset: str, dtype: str, units: int) -> dict:
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     rows = [{"text": text, "label": label} for text, label in diagnoses()[:units]]
     if "minilm" in path.name:
-        kind, task = transformers.AutoModelForSequenceClassification, SequenceClassification(tokenizer, LABELS, max_length=48)
+        kind, task = (
+            transformers.AutoModelForSequenceClassification,
+            SequenceClassification(tokenizer, LABELS, max_length=48),
+        )
         model = kind.from_pretrained(path, num_labels=len(LABELS), dtype=dtype)
     else:
         kind, task = transformers.AutoModelForCausalLM, CausalLM(tokenizer, max_length=64)

@@ -24,7 +24,7 @@ class ModelTable(_Table):
     path: str = Field(description="A checkpoint folder, or a model's name on a hub. $VARIABLES are expanded.")
     revision: str | None = Field(None, description="The hub revision.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of the frozen weights; norms, sums and noise are float32 always."
+        "float32", description="Of the frozen weights; norms are float32, sums and noise float64 always."
     )
     quantize: Literal["4bit", "8bit"] | None = Field(
         None,

@@ -187,11 +187,13 @@ class DPTrainerMixin:
     def _check_before_charge(self) -> None:
         """All that could fail, or make the run worthless, is found here, where nothing was paid for."""
         check_units(self._examples(), self.plan)
-        self.preflight = self._preflight()
-        with self.engine.capture.paused():
+        with (
+            self.engine.capture.paused()
+        ):  # first, because labels that do not fit would stop the preflight somewhere inside
             check_own_loss(self.task, self.model, self._collated, self._examples().spread())
             check_evaluation(self)
         check_optimizer(self)
+        self.preflight = self._preflight()
 
     def _opened_account(self, released: int) -> Account | None:
         """All that can be refused is refused here, before the preflight; nothing is charged yet."""

@@ -88,18 +88,13 @@ class NoRandomness(TorchDispatchMode):
                 "else is in the batch: let it draw from PyTorch's global generator, which dpft keeps secret."
             )
         if name == "native_dropout":
-            keep = 1 - given["p"]
-            return given["input"] / keep if keep else given["input"] * 0, torch.ones_like(
-                given["input"], dtype=torch.bool
-            )
+            keep, x = 1 - given["p"], given["input"]
+            return x / keep if keep else x * 0, torch.ones_like(x, dtype=torch.bool)
         if name.startswith("rrelu_with_noise"):
             slope = given["lower"] + self._draw.uniform * (given["upper"] - given["lower"])
             given["noise"].copy_(torch.where(given["self"] <= 0, slope, 1.0))
-            return (
-                given["self"].copy_(given["self"] * given["noise"])
-                if name.endswith("_")
-                else given["self"] * given["noise"]
-            )
+            made = given["self"] * given["noise"]
+            return given["self"].copy_(made) if name.endswith("_") else made
         found = stand_in(name, given, self._draw, func(*args, **kwargs))
         if found is None:
             refused(name)()

@@ -16,12 +16,8 @@ import torch
 from dpft.privacy.noise import Randomness
 
 _WORDS = 624  # 32-bit words in the state of a Mersenne Twister, which Python, numpy and torch (on the processor) share
-_SEED, _LEFT, _NEXT = (
-    0,
-    2,
-    4,
-)  # where torch's saved state keeps its seed, the numbers left and the next place, in 32-bit words
-_STATE = 6  # and from where the twister's words stand, each in 64 bits
+# Places in torch's saved state, in 32-bit words: its seed, the numbers left, the next place, and the twister's words in 64 bits each.
+_SEED, _LEFT, _NEXT, _STATE = 0, 2, 4, 6
 
 
 class StepChance:

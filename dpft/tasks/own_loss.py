@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dpft.errors import RecipeError
+from dpft.gradients.determinism import evaluating
 from dpft.tasks.causal_lm import CausalLM
 from dpft.tasks.sequence_classification import SequenceClassification
 from dpft.tasks.task import LabelledTask
@@ -31,14 +32,9 @@ def check_own_loss(task: Any, model: nn.Module, collate: Callable[[list], Mappin
     """
     if type(task).losses not in [kind.losses for kind in TASKS]:
         return
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for example in examples:
-                _compare(task, model, collate([example]))
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        for example in examples:
+            _compare(task, model, collate([example]))
 
 
 def _compare(task: Any, model: nn.Module, batch: Mapping[str, Any]) -> None:

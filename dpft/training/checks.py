@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Trainer, get_scheduler
 
 from dpft.errors import DPFTError, GuaranteeError, RecipeError, first_line
+from dpft.gradients.determinism import evaluating
 from dpft.training.batches import EVALUATION_TOKENS, Examples, plain_batches
 
 UNUSED = {
@@ -101,11 +102,10 @@ def check_evaluation(trainer: Trainer) -> None:
         some = _first(part)
         if not some:
             continue
-        was_training = model.training
-        model.eval()
         try:
             batches = plain_batches(Examples.encode(some, task), task, EVALUATION_TOKENS)
-            task.evaluate(model, map(trainer._prepare_inputs, batches))
+            with evaluating(model):
+                task.evaluate(model, map(trainer._prepare_inputs, batches))
         except DPFTError:
             raise
         except Exception as error:  # whatever the model, the collator or the metrics make of them
@@ -113,8 +113,6 @@ def check_evaluation(trainer: Trainer) -> None:
                 f"The evaluation data cannot be evaluated ({type(error).__name__}), which would have failed after training: "
                 "check their columns and labels, or leave them out."
             ) from error
-        finally:
-            model.train(was_training)
 
 
 def _first(rows: Any) -> Any:

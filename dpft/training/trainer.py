@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from dpft.errors import BudgetError, GuaranteeError, LedgerError, RecipeError
+from dpft.gradients.determinism import evaluating
 from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import Preflight, fingerprint, preflight
 from dpft.gradients.side_effects import FrozenState
@@ -360,11 +361,9 @@ class DPTrainerMixin:
         if rows is None:
             raise RecipeError("There is no eval_dataset to evaluate on: pass one.")
         examples = rows if isinstance(rows, Examples) else Examples.encode(rows, self.task)
-        was_training = self.model.training
-        self.model.eval()
         batches = map(self._prepare_inputs, plain_batches(examples, self.task, EVALUATION_TOKENS))
-        found = self.task.evaluate(self.model, batches)
-        self.model.train(was_training)
+        with evaluating(self.model):
+            found = self.task.evaluate(self.model, batches)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         if self.evaluation_is_public:
             self.log({name: value for name, value in metrics.items() if isinstance(value, (int, float))})

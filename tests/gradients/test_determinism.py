@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers.integrations import neftune
 
 from dpft.errors import GuaranteeError, IsolationError
+from dpft.gradients.determinism import evaluating
 from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import preflight
 from dpft.subset import Subset
@@ -169,3 +170,14 @@ def test_noise_that_a_hook_puts_on_embeddings_by_their_padded_length_is_refused(
     embeddings.register_forward_hook(neftune.neftune_post_forward_hook)
     with Engine(model, plan()) as engine, pytest.raises(IsolationError):
         preflight(engine, made.losses, made.examples)
+
+
+def test_an_evaluation_leaves_quantized_layers_in_training_mode():
+    """bitsandbytes packs them otherwise, and the run would train on nothing but noise."""
+    quantized = nn.Linear(2, 2)
+    quantized.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
+    model = nn.Sequential(quantized, nn.Dropout(0.5)).train()
+    model[1].eval()
+    with evaluating(model):
+        assert quantized.training and not model.training and not model[1].training
+    assert model.training and quantized.training and not model[1].training

@@ -14,7 +14,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import signal
 import sys
 import warnings
@@ -22,7 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import opacus
 import peft
@@ -33,13 +32,13 @@ from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSam
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from zoo import LAYERS, REFUSED, TUNED, TUNERS, Case
 
 import dpft
 from dpft.errors import DPFTError
 from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import preflight
 from dpft.privacy.plan import Plan
+from tests.support.zoo import LAYERS, REFUSED, TUNED, TUNERS, Case
 
 TOLERANCE = 1e-4
 FLOOR = 1e-2  # a parameter's error is measured against at least this share of the whole gradient's norm

@@ -61,8 +61,8 @@ def train_forever(url: str, journal: str) -> None:
     import transformers
 
     import dpft
-    from benchmarks.zoo import Case
     from dpft.ledger import Ledger
+    from tests.support.zoo import Case
 
     torch.set_num_threads(1)
     made = Case("bert")

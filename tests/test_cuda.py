@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from benchmarks.zoo import Case
 from dpft.gradients import precision
 from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import preflight
@@ -19,6 +18,7 @@ from dpft.subset import Subset
 from dpft.tasks import cross_entropy
 from dpft.tasks.task import LabelledTask, token_losses
 from dpft.training.trainer import DPTrainer
+from tests.support.zoo import Case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 CUDA = torch.device("cuda")

@@ -7,27 +7,7 @@ from hypothesis import strategies as st
 from dpft.errors import RecipeError
 from dpft.privacy.clipping import AutoClip
 from dpft.recipe import Recipe, expand
-
-GOOD = {
-    "subset": "lora(rank=8) + head",
-    "model": {"path": "model"},
-    "task": {"name": "sequence_classification", "labels": ["a", "b"]},
-    "data": {"train": "train.csv", "units": 1000},
-    "privacy": {"epsilon": 3.0, "delta": 1e-5, "batch_size": 100, "steps": 10},
-}
-
-
-def changed(key, value):
-    tables = {name: dict(table) if isinstance(table, dict) else table for name, table in GOOD.items()}
-    *parents, last = key.split(".")
-    table = tables
-    for parent in parents:
-        table = table.setdefault(parent, {})
-    if value is None:
-        del table[last]
-    else:
-        table[last] = value
-    return tables
+from tests.support.recipes import GOOD, changed
 
 
 @pytest.mark.parametrize(

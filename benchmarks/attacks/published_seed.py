@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from benchmarks.zoo import Case
 from dpft import DPTrainer, Plan, SecureRandomness, Subset
 from dpft.audit.bounds import many_runs
 from dpft.tasks.task import LabelledTask
+from tests.support.zoo import Case
 
 UNITS, LONG, SEED, DELTA = 256, 25, 42, 1e-3
 OWN = 8  # trainings of the attacker's own on each data set

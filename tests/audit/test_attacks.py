@@ -8,7 +8,7 @@ from dpft.audit.game import audit_run
 from dpft.audit.membership import _allowed, audit_membership, describe
 from dpft.errors import RecipeError
 from dpft.recipe import Recipe
-from tests.conftest import language_in
+from tests.support.recipes import language_in
 
 
 @pytest.fixture(scope="module")

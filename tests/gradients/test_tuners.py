@@ -6,12 +6,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.zoo import FAMILIES, LAYERS, REFUSED, TUNERS, Case
 from dpft.errors import DPFTError, IsolationError
 from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import preflight
 from dpft.privacy.clipping import FlatClip
 from dpft.subset import Subset
+from tests.support.zoo import FAMILIES, LAYERS, REFUSED, TUNERS, Case
 
 
 def test_every_peft_type_is_tried():

@@ -12,12 +12,11 @@ import torch
 import transformers
 from transformers import BertForSequenceClassification
 
-from benchmarks.zoo import TASK_TYPE, TUNERS, Case
 from dpft.errors import GuaranteeError, RecipeError, SubsetError
 from dpft.subset import Subset, check_room, check_savable, check_saved, outputs, save_weights, saved
 from tests.subset.test_layers import HEADS_OF
-from tests.subset.test_subset import move
-from tests.subset.test_weights import adapters, logits
+from tests.support.weights import adapters, logits, move
+from tests.support.zoo import TASK_TYPE, TUNERS, Case
 
 TIED = "prompt_tuning(num_virtual_tokens=3)"
 SUBSETS = [

@@ -113,7 +113,7 @@ def test_of_equal_scores_no_more_than_asked_for_are_chosen(case):
 
 def test_a_recipe_that_chooses_by_gradients_needs_public_data():
     from dpft.recipe import Recipe
-    from tests.test_recipe import changed
+    from tests.support.recipes import changed
 
     tables = changed("subset", "sparse(fraction=0.01, choose='gradient')")
     with pytest.raises(RecipeError, match="declare public data in data.public"):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from dpft.errors import SubsetError
 from dpft.subset import All, Bias, Head, LastBlocks, Layers, Lora, Norms, Subset, save_weights
+from tests.support.weights import move
 
 
 def trainable(model):
@@ -87,13 +88,6 @@ def test_a_part_that_finds_nothing_is_refused(case, subset):
 def test_an_adapted_model_is_refused(case):
     with pytest.raises(SubsetError, match="already has adapters"):
         Subset("head").apply(Subset("lora").apply(case("bert").model))
-
-
-def move(model):
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p += 0.1 * torch.randn_like(p)
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,13 @@ import peft
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import BertForSequenceClassification, LlamaForCausalLM, LlamaModel
 
 from dpft.subset import Subset, load_weights, save_weights
 from dpft.subset.base import load_base, new_tensors
-from tests.subset.test_subset import move
-
-IDS = torch.tensor([[3, 4, 5, 9], [6, 7, 8, 2]])
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
+from tests.support.weights import adapters, logits, move
 
 
 def loaded(line, folder, load):
@@ -148,15 +141,6 @@ def test_a_fresh_base_is_what_its_checkpoint_makes(load, tmp_path):
 
 
 # -- adapters by other names ------------------------------------------------------------------------------------------
-
-
-def adapters(base, *names, kind=LoraConfig, **settings):
-    """The base with one random adapter for each name, the first of them active."""
-    config = kind(target_modules=["query", "value"], **{"r": 2, "init_lora_weights": False, **settings})
-    model = get_peft_model(base, config, adapter_name=names[0])
-    for name in names[1:]:
-        model.add_adapter(name, config)
-    return model
 
 
 def test_an_adapter_of_any_name_is_saved(load, tmp_path):

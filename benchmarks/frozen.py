@@ -72,7 +72,7 @@ def of_dpft(count: int, epochs: int) -> dict:
             task=task,
         )
         trainer.train()
-    return {"seconds": time.perf_counter() - since, "kept": trainer.prefix.name, "sums": sums}
+    return {"seconds": time.perf_counter() - since, "kept": trainer.session.prefix.name, "sums": sums}
 
 
 def of_opacus(count: int, epochs: int) -> dict:

@@ -72,7 +72,7 @@ def train_forever(url: str, journal: str) -> None:
         def on_step_end(self, args, state, control, **_):
             with open(journal, "a") as file:
                 if state.global_step == 1:
-                    print(trainer.account.run.id, file=file)
+                    print(trainer.session.account.run.id, file=file)
                 print("released", file=file, flush=True)
                 os.fsync(file.fileno())
 

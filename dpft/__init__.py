@@ -33,6 +33,8 @@ _HOMES = {
     "DPTrainerMixin": "dpft.training.trainer",
     "Examples": "dpft.training.batches",
     "LogicalBatches": "dpft.training.batches",
+    "Session": "dpft.training.session",
+    "SessionOptions": "dpft.training.session",
     "train": "dpft.training.run",
     "write_card": "dpft.report",
     "DPFTError": "dpft.errors",

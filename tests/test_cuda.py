@@ -231,7 +231,7 @@ def test_a_trainer_trains(subset, settings, plan, tmp_path):
         trainer.train()
     finally:
         torch.backends.fp32_precision = "none"
-    assert trainer.engine.steps_released == 6 and trainer.guarantee == trainer.plan.guarantee(6)
+    assert trainer.session.engine.steps_released == 6 and trainer.guarantee == trainer.session.plan.guarantee(6)
     after = dict(trainer.model.named_parameters())
     assert all(p.is_cuda for p in after.values())
     assert all((after[name].cpu() != value).any() for name, value in before.items())

@@ -1,16 +1,16 @@
 """What would fail after the first charge is tried before it: the optimizer, the evaluation; and what is not used is refused."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from transformers import Trainer, get_scheduler
 
 from dpft.errors import DPFTError, GuaranteeError, RecipeError, first_line
-from dpft.gradients.determinism import evaluating
-from dpft.training.batches import EVALUATION_TOKENS, Examples, plain_batches
+from dpft.training.batches import Examples
 
 UNUSED = {
     "compute_loss_func": "pass a task, whose losses are one number for each example",
@@ -25,11 +25,15 @@ FEW = 8  # rows of the evaluation data that are tried
 
 
 def refuse_unused(trainer: Trainer) -> None:
-    """Refuse, by name, what a trainer accepts and a private step never calls.
+    """Refuse, by name, what a trainer accepts and a private step never calls, or cannot protect.
 
     Raises:
-        GuaranteeError: a loss or metrics of the user's own would be ignored.
+        GuaranteeError: a loss or metrics of the user's own would be ignored, or the model would be exchanged.
     """
+    if trainer.model_init is not None:
+        raise GuaranteeError(
+            "model_init makes another model when training begins, which nothing would clip or noise: pass the model itself."
+        )
     for name, way_out in UNUSED.items():
         if getattr(trainer, name, None) is not None:
             raise GuaranteeError(
@@ -48,28 +52,22 @@ def refuse_unused(trainer: Trainer) -> None:
         )
 
 
-def check_optimizer(trainer: Trainer) -> None:
-    """Let the optimizer and its schedule take a step on a copy.
+def try_optimizer(make: Callable[[], Optimizer | None]) -> None:
+    """Let a copy of the optimizer take a step.
+
+    Args:
+        make: the copy, on parameters of its own; None where it cannot be copied.
 
     Raises:
-        RecipeError: they cannot.
+        RecipeError: it cannot be made, or cannot take a step.
     """
     try:
-        optimizer = _copy(trainer)
+        optimizer = make()
         if optimizer is None:
             return
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
-        steps = trainer.args.max_steps
-        if trainer.lr_scheduler is None:
-            get_scheduler(
-                trainer.args.lr_scheduler_type,
-                optimizer,
-                num_warmup_steps=trainer.args.get_warmup_steps(steps),
-                num_training_steps=steps,
-                scheduler_specific_kwargs=trainer.args.lr_scheduler_kwargs,
-            )
         optimizer.step()
     except DPFTError:
         raise
@@ -80,32 +78,40 @@ def check_optimizer(trainer: Trainer) -> None:
         ) from error
 
 
-def _copy(trainer: Trainer) -> torch.optim.Optimizer | None:
-    """The optimizer on a copy of what it trains; None where it is built into the model."""
+def copied_optimizer(trainer: Trainer) -> Optimizer | None:
+    """A trainer's optimizer and schedule on a copy of what they train; None where the optimizer is built into the model."""
     if trainer.optimizer is not None:
-        return copy.deepcopy(trainer.optimizer)
-    kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-    if {"params", "model", "optimizer_dict"} & set(settings):
-        return None
-    trainable = sorted((p for p in trainer.model.parameters() if p.requires_grad), key=lambda p: p.numel())
-    return kind([nn.Parameter(p.detach().clone()) for p in trainable[:FEW]], **settings)
+        optimizer = copy.deepcopy(trainer.optimizer)
+    else:
+        kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        if {"params", "model", "optimizer_dict"} & set(settings):
+            return None
+        smallest = sorted((p for p in trainer.model.parameters() if p.requires_grad), key=lambda p: p.numel())[:FEW]
+        optimizer = kind([nn.Parameter(p.detach().clone()) for p in smallest], **settings)
+    if trainer.lr_scheduler is None:
+        steps = trainer.args.max_steps
+        get_scheduler(
+            trainer.args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=trainer.args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=trainer.args.lr_scheduler_kwargs,
+        )
+    return optimizer
 
 
-def check_evaluation(trainer: Trainer) -> None:
-    """Evaluate the first rows of the evaluation data, if there are any; the figures are forgotten.
+def check_evaluation(session, rows: Any) -> None:
+    """Evaluate the first of these rows, or of each data set by name; the figures are forgotten.
 
     Raises:
         RecipeError: they cannot be evaluated.
     """
-    rows, task, model = trainer.eval_dataset, trainer.task, trainer.model
     for part in rows.values() if isinstance(rows, Mapping) else [rows]:
         some = _first(part)
         if not some:
             continue
         try:
-            batches = plain_batches(Examples.encode(some, task), task, EVALUATION_TOKENS)
-            with evaluating(model):
-                task.evaluate(model, map(trainer._prepare_inputs, batches))
+            session.evaluate(some)
         except DPFTError:
             raise
         except Exception as error:  # whatever the model, the collator or the metrics make of them

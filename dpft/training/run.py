@@ -169,10 +169,10 @@ def make_trainer(setup: Setup, output: Path, *, randomness: Randomness | None = 
         frozen_prefix=recipe.run.frozen_prefix,
         ledger=open_account(recipe),
         purpose=recipe.ledger.purpose,
+        account_rows=setup.account_rows,
         evaluation_is_public=recipe.data.validation_is_public,
         callbacks=list(callbacks),
     )
-    trainer.account_rows = setup.account_rows
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
@@ -228,8 +228,8 @@ def train(
 
     output.mkdir(parents=True, exist_ok=True)
     trainer = make_trainer(setup, output, randomness=randomness, callbacks=callbacks, plan=plan)
-    trainer.releases.check()
-    before = trainer.releases.charged
+    trainer.session.releases.check()
+    before = trainer.session.releases.charged
     saving = Saving(recipe, setup.task, lambda other: load_model(other)[1])
     if before < plan.steps:
         saving.try_it(setup.model, output)
@@ -237,7 +237,7 @@ def train(
     started = datetime.now(UTC)
     interrupted = False
     try:
-        if before >= trainer.plan.steps and not _saved(output, before):
+        if before >= trainer.session.plan.steps and not _saved(output, before):
             if checkpoint is None:
                 raise BudgetError(
                     f"All {before:,} steps of the run in {output} were released and no weights of them were saved, so nothing is left to go on with: "
@@ -247,12 +247,14 @@ def train(
         else:
             trainer.train(resume_from_checkpoint=checkpoint, from_start=resume)
     except KeyboardInterrupt:
-        if trainer.releases.charged == before:  # not one step, so the weights may not even be those of the checkpoint
+        if (
+            trainer.session.releases.charged == before
+        ):  # not one step, so the weights may not even be those of the checkpoint
             raise
         interrupted = True
-        trainer.engine.discard()
-        trainer.engine.steps_released = trainer.releases.charged  # a release cut short counts as well
-    interrupted = interrupted or trainer.engine.steps_released < trainer.plan.steps
+        trainer.session.engine.discard()
+        trainer.session.engine.steps_released = trainer.session.releases.charged  # a release cut short counts as well
+    interrupted = interrupted or trainer.session.engine.steps_released < trainer.session.plan.steps
     from dpft.report import write_card
 
     metrics = None
@@ -289,7 +291,7 @@ def _saved(output: Path, released: int) -> bool:
 
 def write(output: Path, recipe: Recipe, trainer, loading: str, metrics: dict | None, interrupted: bool) -> None:
     """The run's record. Un-noised metrics go to ``private/`` unless the validation data are public."""
-    plan, engine = trainer.plan, trainer.engine
+    plan, engine = trainer.session.plan, trainer.session.engine
     public = recipe.data.validation_is_public
     record = {
         "guarantee": trainer.guarantee,
@@ -316,12 +318,12 @@ def write(output: Path, recipe: Recipe, trainer, loading: str, metrics: dict | N
         "planned_steps": plan.steps,
         "released_steps": engine.steps_released,
         "interrupted": interrupted,
-        "halted": trainer.halted,
+        "halted": trainer.session.halted,
         "ledger": _account(trainer),
         "expected_batch_size": plan.expected_batch_size,
         "clip": {"rule": type(plan.clip).__name__, "clip_norm": plan.clip.sensitivity},
         "subset": recipe.subset,
-        "trainable_parameters": trainer.preflight.trainable_parameters if trainer.preflight else None,
+        "trainable_parameters": trainer.session.preflight.trainable_parameters if trainer.session.preflight else None,
         "all_parameters": sum(p.numel() for p in trainer.model.parameters()),
         "weights": loading,
         "metrics": {name.removeprefix("eval_"): value for name, value in metrics.items()}
@@ -346,9 +348,9 @@ def _write_private(output: Path, trainer, started: datetime) -> None:
     """What follows the data: times, techniques, the layer that was kept, how many rows the account knew."""
     facts = {
         "notice": "PRIVATE: these follow the data; the guarantee does not cover them.",
-        "techniques": trainer.preflight.techniques if trainer.preflight else None,
-        "frozen_prefix": trainer.prefix.name if trainer.prefix else None,
-        "overlap": trainer.account.overlap if trainer.account else None,
+        "techniques": trainer.session.preflight.techniques if trainer.session.preflight else None,
+        "frozen_prefix": trainer.session.prefix.name if trainer.session.prefix else None,
+        "overlap": trainer.session.account.overlap if trainer.session.account else None,
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -358,11 +360,11 @@ def _write_private(output: Path, trainer, started: datetime) -> None:
 
 def _account(trainer) -> dict | None:
     """Where the run was charged, and what its data set had spent when it ended."""
-    if trainer.account is None:
+    if trainer.session.account is None:
         return None
-    dataset = trainer.account.dataset
+    dataset = trainer.session.account.dataset
     policy = dataset.policy
-    found = {**trainer.account.facts, "budget": policy["epsilon"], "delta": policy["delta"]}
+    found = {**trainer.session.account.facts, "budget": policy["epsilon"], "delta": policy["delta"]}
     return found | {"spent": dataset.spent(), "runs": len(dataset.record.runs)}
 
 

@@ -1,7 +1,6 @@
-"""What makes a trainer's run fast and changes nothing that it releases: the frozen prefix and the token budget."""
+"""What makes a run fast and changes nothing that it releases: the frozen prefix and the token budget."""
 
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -12,16 +11,17 @@ from dpft.training.prefix import WORTH, FrozenPrefix
 from dpft.training.tuning import Budget, fastest_budget
 
 
-def kept_prefix(trainer) -> FrozenPrefix | None:
+def kept_prefix(session) -> FrozenPrefix | None:
     """The frozen prefix of every example, if it pays by the plan's figures or was asked for."""
-    if trainer.frozen_prefix == "off":
+    asked = session.options.frozen_prefix == "on"
+    if session.options.frozen_prefix == "off":
         return None
-    examples, asked = trainer._examples(), trainer.frozen_prefix == "on"
-    uses = trainer.plan.sample_rate * (trainer.plan.steps - trainer.engine.steps_released)
+    examples = session.examples
+    uses = session.plan.sample_rate * (session.plan.steps - session.engine.steps_released)
     if uses < WORTH and not asked:
         return None
-    prefix = FrozenPrefix.find(trainer.model, trainer._losses, trainer._collated(examples.spread()))
-    folder = Path(trainer.args.output_dir) / "private"
+    prefix = FrozenPrefix.find(session.model, session.losses, session.collated(examples.spread()))
+    folder = session.folder / "private"
     folder.mkdir(parents=True, exist_ok=True)
     if asked and prefix is None:
         raise RecipeError(
@@ -29,10 +29,10 @@ def kept_prefix(trainer) -> FrozenPrefix | None:
         )
     if prefix is None or (not asked and (prefix.random or not prefix.fits(examples, folder))):
         return None
-    trainer._tell("say", f"keeping the output of {prefix.name}")
-    collate = lambda places: trainer._collated([examples.features[place] for place in places])
+    session.options.tell("say", f"keeping the output of {prefix.name}")
+    collate = lambda places: session.collated([examples.features[place] for place in places])
     try:
-        prefix.fill(examples, collate, trainer._losses, folder, EVALUATION_TOKENS)
+        prefix.fill(examples, collate, session.losses, folder, EVALUATION_TOKENS)
     except Exception:  # a model may raise anything when its beginning is replayed
         prefix.close()
         if asked:
@@ -41,30 +41,30 @@ def kept_prefix(trainer) -> FrozenPrefix | None:
     return prefix
 
 
-def timed_budget(trainer, memory: int) -> Budget:
+def timed_budget(session, memory: int) -> Budget:
     """Nothing of it is released; the budget stays in this process, because times of private examples made it."""
-    examples = trainer._step_examples()
+    examples = session.step_examples
     place = examples.spread_places()[-1]
 
     def losses(n: int) -> Tensor:
-        batch = trainer._collated([examples.features[place]] * n)
-        if trainer.prefix is not None:
-            trainer.prefix.select(np.full(n, place), batch)
-        return trainer._losses(batch)
+        batch = session.collated([examples.features[place]] * n)
+        if session.prefix is not None:
+            session.prefix.select(np.full(n, place), batch)
+        return session.losses(batch)
 
     def accumulate(found: Tensor) -> None:
-        trainer.engine.accumulate(found, range(len(found)))  # which forgets all of it by itself if it fails
-        trainer.engine.discard()
+        session.engine.accumulate(found, range(len(found)))  # which forgets all of it by itself if it fails
+        session.engine.discard()
 
     tokens = max(1, int(examples.lengths[place]))
-    trainer.model.train()
-    with trainer.prefix or nullcontext():
+    session.model.train()
+    with session.prefix or nullcontext():
         return fastest_budget(
             losses,
             accumulate,
-            model=trainer.model,
+            model=session.model,
             tokens=tokens,
-            most=trainer.engine.max_examples(tokens),
+            most=session.engine.max_examples(tokens),
             memory=memory,
-            draw=examples.expected(trainer.plan) * float(examples.lengths.mean()),
+            draw=examples.expected(session.plan) * float(examples.lengths.mean()),
         )

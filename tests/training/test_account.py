@@ -117,11 +117,11 @@ def test_a_ledger_that_is_lost_ends_the_run_and_keeps_the_charge(recipe, notes, 
 
 def test_a_release_that_was_not_charged_is_refused(recipe, notes, tmp_path):
     trainer = make_trainer(set_up(Recipe.parse(recipe)), tmp_path / "run")
-    steal = At(2, lambda: setattr(trainer.account, "charge_block", lambda: None))
+    steal = At(2, lambda: setattr(trainer.session.account, "charge_block", lambda: None))
     trainer.add_callback(steal)
     with pytest.raises(GuaranteeError, match="Release 5 was not charged"):
         trainer.train()
-    assert trainer.engine.steps_released == trainer.releases.charged == 4
+    assert trainer.session.engine.steps_released == trainer.session.releases.charged == 4
 
 
 def killed(recipe, folder):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from dpft.privacy.noise import SeededRandomness
 from dpft.recipe import Recipe
 from dpft.subset import Subset
 from dpft.tasks.task import LabelledTask
+from dpft.training.checks import copied_optimizer, try_optimizer
 from dpft.training.releases import Releases
 from dpft.training.run import train
 from dpft.training.trainer import DPTrainer, DPTrainerMixin
@@ -37,7 +39,7 @@ def make(case, plan, tmp_path):
 
 
 def charged(trainer):
-    return trainer.releases.charged
+    return trainer.session.releases.charged
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ def test_a_loss_type_of_trl_is_refused(make, tmp_path, case):
 
     made, task = case("gpt2"), LabelledTask(case("gpt2").batch)
     args = trl.SFTConfig(str(tmp_path), report_to=[], bf16=False, use_cpu=True)
-    fields = dict(model=made.model, args=args, train_dataset=made.examples, plan=make().plan, task=task)
+    fields = dict(model=made.model, args=args, train_dataset=made.examples, plan=make().session.plan, task=task)
     SFT(**fields)
     args.loss_type = "dft"
     with pytest.raises(GuaranteeError, match="loss_type is 'dft'"):
@@ -143,9 +145,7 @@ def test_trying_the_optimizer_changes_nothing(make):
     optimizer = torch.optim.AdamW(trained, lr=0.1)
     trainer = make(optimizers=(optimizer, None), model=trainer.model)
     before = [p.detach().clone() for p in trained]
-    from dpft.training.checks import check_optimizer
-
-    check_optimizer(trainer)
+    try_optimizer(partial(copied_optimizer, trainer))
     assert all(torch.equal(a, b) for a, b in zip(before, trained, strict=True)) and not optimizer.state
 
 
@@ -178,14 +178,14 @@ def stopped(make):
         trainer = make(folder=folder, randomness=SeededRandomness(0), **fields)
         trainer.args.save_strategy, trainer.args.save_steps = "steps", 4
         trainer.engine_cut = 5
-        before = trainer._before_release
+        before = trainer.session._before_release
 
         def cut(number):
             before(number)
             if number == 5:
                 raise KeyboardInterrupt
 
-        trainer._before_release = cut
+        trainer.session._before_release = cut
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
         return trainer
@@ -198,20 +198,18 @@ def test_a_run_that_goes_on_elsewhere_forgets_none_of_its_steps(make, stopped, t
     stopped("one")
     trainer = make(folder="two", randomness=SeededRandomness(1))
     trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
-    assert trainer.engine.steps_released == charged(trainer) == 6 and trainer.state.global_step == 6
+    assert trainer.session.engine.steps_released == charged(trainer) == 6 and trainer.state.global_step == 6
 
 
 def test_a_run_that_goes_on_elsewhere_goes_on_with_its_account(make, tmp_path, plan, case):
     ledger = Ledger(str(tmp_path / "ledger.db"))
     rows = [{"x": i} for i in range(30)]
     notes = ledger.create("notes", epsilon=50, delta=1e-3, rows=rows)
-    fields = dict(plan=plan(units=30, steps=6), ledger=notes)
+    fields = dict(plan=plan(units=30, steps=6), ledger=notes, account_rows=rows)
     trainer = make(folder="one", **fields)
-    trainer.account_rows = rows
     trainer.args.save_strategy, trainer.args.save_steps = IntervalStrategy.STEPS, 4
     trainer.train()
     other = make(folder="two", **fields)
-    other.account_rows = rows
     other.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
     assert (
         len(notes.record.runs) == 1 and next(iter(notes.record.runs.values())).steps == 8
@@ -232,7 +230,7 @@ def test_a_lost_counter_is_taken_from_the_checkpoint(make, stopped, tmp_path):
     (tmp_path / "one" / "releases.json").unlink()
     trainer = make(folder="one", randomness=SeededRandomness(1))
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.engine.steps_released == 6
+    assert trainer.session.engine.steps_released == 6
 
 
 def test_a_checkpoint_of_another_run_does_not_join_this_one(make, stopped, tmp_path):
@@ -344,13 +342,13 @@ def test_a_weight_that_changes_beside_the_subset_is_never_saved(make):
     """T22."""
     trainer = make()
     frozen = next(p for p in trainer.model.parameters() if not p.requires_grad)
-    before = trainer._before_release
+    before = trainer.session._before_release
 
     def leak(number):
         before(number)
         with torch.no_grad():
             frozen.add_(0.1)
 
-    trainer._before_release = leak
+    trainer.session._before_release = leak
     with pytest.raises(GuaranteeError, match="changed in training although it is not in the subset"):
         trainer.train()

@@ -74,9 +74,9 @@ def test_training_releases_the_planned_steps_and_states_the_claim(make):
     trainer = make()
     before = weights(trainer)
     trainer.train()
-    assert trainer.engine.steps_released == trainer.releases.charged == trainer.state.global_step == 6
-    assert trainer.guarantee == trainer.plan.guarantee(6)
-    assert trainer.preflight.exact
+    assert trainer.session.engine.steps_released == trainer.session.releases.charged == trainer.state.global_step == 6
+    assert trainer.guarantee == trainer.session.plan.guarantee(6)
+    assert trainer.session.preflight.exact
     assert all(not torch.equal(before[name], value) for name, value in weights(trainer).items())
 
 
@@ -88,7 +88,7 @@ def test_a_hand_written_loop_gives_the_same_weights_bit_for_bit(make, tmp_path):
         _without_dropout(made.model)
     trainer.train()
 
-    model, plan, task, source = other.model, other.plan, other.task, other.randomness
+    model, plan, task, source = other.model, other.session.plan, other.session.task, other.session.randomness
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0, fused=True
     )
@@ -142,7 +142,9 @@ def test_a_model_that_is_made_when_training_begins_is_refused(make):
     """T19: the engine would watch one model while another is trained, un-noised."""
     trainer = make()
     with pytest.raises(GuaranteeError, match="model_init makes another model"):
-        DPTrainer(model_init=lambda: trainer.model, args=trainer.args, task=trainer.task, plan=trainer.plan)
+        DPTrainer(
+            model_init=lambda: trainer.model, args=trainer.args, task=trainer.session.task, plan=trainer.session.plan
+        )
 
 
 def test_a_model_that_is_exchanged_is_refused(make, case):
@@ -155,7 +157,7 @@ def test_a_model_that_is_exchanged_is_refused(make, case):
     trainer = make(callbacks=[Exchange()])
     with pytest.raises(GuaranteeError, match="was exchanged after the preflight"):
         trainer.train()
-    assert trainer.releases.charged == 0
+    assert trainer.session.releases.charged == 0
 
 
 def test_what_a_failed_trial_added_up_is_never_released(make, monkeypatch):
@@ -172,7 +174,7 @@ def test_what_a_failed_trial_added_up_is_never_released(make, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
             patch.setattr(Gradients, "add_to", half)
             accumulate(losses(3))
-        assert trainer.engine._total is None
+        assert trainer.session.engine._total is None
         raise Reached
 
     class Reached(Exception):
@@ -218,7 +220,7 @@ def test_nothing_private_is_logged_or_saved(make, tmp_path):
     for logs in [*recorder.logs, *trainer.state.log_history, output.metrics]:
         assert set(logs) <= allowed, logs
     spent = [logs["epsilon"] for logs in recorder.logs if "learning_rate" in logs]
-    assert spent == sorted(spent) and spent[-1] == pytest.approx(trainer.plan.epsilon, rel=1e-2)
+    assert spent == sorted(spent) and spent[-1] == pytest.approx(trainer.session.plan.epsilon, rel=1e-2)
     state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
     assert state["total_flos"] == 0 and state["num_input_tokens_seen"] == 0
     assert all(set(entry) <= allowed for entry in state["log_history"])
@@ -382,8 +384,8 @@ def test_an_interrupt_leaves_what_was_released(make):
     trainer = make(callbacks=[Interrupt()])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert trainer.engine.steps_released == trainer.releases.charged == 2
-    assert trainer.guarantee == trainer.plan.guarantee(2)
+    assert trainer.session.engine.steps_released == trainer.session.releases.charged == 2
+    assert trainer.guarantee == trainer.session.plan.guarantee(2)
     assert not any("forward" in vars(module) for module in trainer.model.modules())
 
 
@@ -398,7 +400,7 @@ def test_a_coupled_task_is_refused_before_anything_is_charged(make, case):
     with pytest.raises(IsolationError):
         trainer = make(task=Coupled(case("bert").batch))
         trainer.train()
-    assert trainer.releases.charged == 0
+    assert trainer.session.releases.charged == 0
 
 
 def test_units_by_column(make, case, plan):
@@ -409,7 +411,7 @@ def test_units_by_column(make, case, plan):
     trainer = make(plan=plan(units=3, steps=2, sample_rate=1.0, unit="patient", examples_per_unit=4), task=task)
     trainer.train_dataset = rows
     trainer.train()
-    assert len(trainer._examples().members) == 3
+    assert len(trainer.session.examples.members) == 3
     assert "patient" in trainer.guarantee
 
 
@@ -445,7 +447,7 @@ def test_the_mixin_fits_seq2seq_trainer(plan, tmp_path):
     args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), report_to=[], disable_tqdm=True, save_strategy="no")
     trainer = Private(model=model, args=args, train_dataset=rows, data_collator=collator, plan=plan(units=12, steps=3))
     trainer.train()
-    assert trainer.preflight.exact and trainer.releases.charged == 3
+    assert trainer.session.preflight.exact and trainer.session.releases.charged == 3
 
 
 def test_the_mixin_fits_sft_trainer(plan, tmp_path, case):
@@ -478,7 +480,7 @@ def test_the_mixin_fits_sft_trainer(plan, tmp_path, case):
         model=model, args=args, train_dataset=rows, processing_class=tokenizer, plan=plan(units=12, steps=3)
     )
     trainer.train()
-    assert trainer.preflight.exact and trainer.releases.charged == 3
+    assert trainer.session.preflight.exact and trainer.session.releases.charged == 3
     with pytest.raises(GuaranteeError, match="packing"):
         packed = trl.SFTConfig(output_dir=str(tmp_path), report_to=[], packing=True, bf16=False, use_cpu=True)
         Private(model=model, args=packed, train_dataset=rows, processing_class=tokenizer, plan=plan(units=12, steps=3))

@@ -1,0 +1,387 @@
+"""One private run, whatever its loop: the proof, the kept prefix, micro-batches, counted and charged releases, checkpoints."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dpft.errors import BudgetError, LedgerError
+from dpft.gradients.determinism import evaluating
+from dpft.gradients.engine import Engine
+from dpft.gradients.preflight import Preflight, fingerprint, preflight
+from dpft.gradients.side_effects import FrozenState
+from dpft.ledger import Dataset
+from dpft.privacy.noise import Randomness, SecureRandomness
+from dpft.privacy.plan import Plan
+from dpft.tasks.own_loss import check_own_loss
+from dpft.tasks.task import Task
+from dpft.training.account import Account
+from dpft.training.batches import EVALUATION_TOKENS, Examples, LogicalBatch, LogicalBatches, check_units, plain_batches
+from dpft.training.checks import try_optimizer
+from dpft.training.heap import kept_heap
+from dpft.training.prefix import FrozenPrefix
+from dpft.training.releases import Releases
+from dpft.training.speed import kept_prefix, timed_budget
+from dpft.training.tuning import Budget, free_memory, workspace
+
+TRAINABLE = "trainable.safetensors"  # in a checkpoint: the whole subset
+STATE = "trainer_state.json"  # in a checkpoint, and the last file of it: the steps that its weights are after
+TOKEN_BUDGET = 1024  # padded tokens of a micro-batch until a better budget is known
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """What a session may be told beside its model, plan, task, rows and folder.
+
+    Attributes:
+        randomness: the source of sampling and noise, by default a secure one; a seeded one is for tests and states NOT PRIVATE.
+        token_budget: padded tokens in a micro-batch; ``"auto"`` times a few budgets on this machine and takes the smallest
+            that is about as fast as any, within ``memory``.
+        memory: bytes that a micro-batch may take beside the model, for ``"auto"``; by default a share of what is free.
+        frozen_prefix: whether the output of layers before all that trains is computed once for each example and kept,
+            encrypted, as long as the run (:mod:`dpft.training.prefix`): ``"auto"`` if it pays and the layers are deterministic,
+            ``"on"``, with these layers in evaluation mode, or ``"off"``.
+        ledger: the data set's account (:meth:`dpft.Ledger.dataset`), charged in blocks before they are released. The
+            run ends at the block that no longer fits. Without one nothing across runs is counted.
+        purpose: what the run is for; goes on the ledger's record.
+        account_rows: the data that the account is kept for, where it is not quite the training data.
+        autocast: makes the context of a forward pass in mixed precision, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
+        prepare: moves a collated batch to the model's device; by default its tensors are moved.
+        tell: called with what happens, ``("watch", engine)`` and ``("say", text)``, for a progress bar.
+    """
+
+    randomness: Randomness | None = None
+    token_budget: int | Literal["auto"] = "auto"
+    memory: int | None = None
+    frozen_prefix: Literal["auto", "on", "off"] = "auto"
+    ledger: Dataset | None = None
+    purpose: str = ""
+    account_rows: Any = None
+    autocast: Callable[[], AbstractContextManager] | None = None
+    prepare: Callable[[dict], dict] | None = None
+    tell: Callable[..., None] = lambda name, *facts: None
+
+
+class Session:
+    """What a private run needs, for any loop; :class:`dpft.DPTrainer` is one that Hugging Face wrote.
+
+        with dpft.Session(model, plan, task, rows, "run") as session:
+            for draw in session.draws(optimizer):  # the plan's steps, or as many as the ledger pays for
+                session.step(draw)  # .grad holds the noisy mean
+                optimizer.step()
+        print(session.guarantee)
+
+    Args:
+        model: its trainable parameters are the subset.
+        plan: its ``unit`` is the column that names a row's unit.
+        rows: a ``datasets.Dataset`` or any sequence of rows.
+        folder: where releases are counted; ``private/`` below it holds what follows the data.
+        **options: see :class:`SessionOptions`.
+
+    Guarantee:
+        :attr:`guarantee` is true at every moment, after a crash and a resume included: every release is counted on
+        disk before it happens, and none is made beyond the plan's number or what the ledger has paid for. What can fail is
+        tried before the first charge: the proof, the loss against the model's own, the optimizer.
+
+    Attributes:
+        engine, preflight, prefix, account: once the session is open.
+        halted: why the ledger ended the run early.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, task: Task, rows: Any, folder: Path | str, **options) -> None:
+        self.model, self.plan, self.task, self.rows, self.folder = model, plan, task, rows, Path(folder)
+        self.options = SessionOptions(**options)
+        self.randomness = self.options.randomness or SecureRandomness()
+        self.releases = Releases(self.folder, plan, self.randomness)
+        tuned = self.options.token_budget == "auto"
+        self.budget = Budget(TOKEN_BUDGET if tuned else self.options.token_budget)
+        self.engine: Engine | None = None
+        self.preflight: Preflight | None = None
+        self.prefix: FrozenPrefix | None = None
+        self.account: Account | None = None
+        self.halted: str | None = None
+        self._frozen: FrozenState | None = None  # what does not train, as it was when training began
+        self._stack = ExitStack()
+
+    # -- from the first check to the last release ----------------------------------------------------------------------
+
+    def __enter__(self) -> "Session":
+        return self._stack.enter_context(self.open())
+
+    def __exit__(self, *error) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    @contextmanager
+    def open(
+        self,
+        checkpoint: Path | str | None = None,
+        *,
+        from_start: bool = False,
+        checks: Sequence[Callable[[], None]] = (),
+    ) -> Iterator["Session"]:
+        """Check all that could fail, prove the gradients, and be ready for the first draw; nothing is charged yet.
+
+        Args:
+            checkpoint: a checkpoint's folder, also of a run elsewhere, whose releases then count here; :meth:`load_checkpoint` loads its weights.
+            from_start: go on with a run that left no checkpoint: the weights begin anew, and what was released stays counted.
+            checks: more of what could fail, such as an evaluation's first rows.
+
+        Raises:
+            BudgetError: the folder holds a run, and neither is given; or nothing is left of its plan.
+            DPFTError: see :mod:`dpft.errors`.
+        """
+        with self.releases.held(), ExitStack() as stack:
+            self._begin(checkpoint, from_start)
+            stack.callback(self._end)
+            self.options.tell("watch", self.engine)
+            stack.enter_context(kept_heap())
+            stack.enter_context(self.engine)
+            self._check_before_charge(checks)
+            with self.engine.capture.paused():
+                self.prefix = kept_prefix(self)
+            device = self.device
+            memory = free_memory(device) if self.options.memory is None else self.options.memory
+            self.engine.workspace_bytes = workspace(device, memory)
+            if self.options.token_budget == "auto":
+                self.budget = timed_budget(self, memory)
+            self._frozen = FrozenState(self.model, [p for p in self.model.parameters() if not p.requires_grad])
+            yield self
+            self.check_frozen()
+
+    def _begin(self, checkpoint: Path | str | None, from_start: bool) -> None:
+        if checkpoint:
+            self.releases.take_up(checkpoint)
+        charged = self.releases.charged
+        if charged and not checkpoint and not from_start:
+            raise BudgetError(
+                f"{self.folder} holds a run that has released {charged:,} steps, and starting over would spend its "
+                "budget again unseen: resume_from_checkpoint, or choose another output_dir."
+            )
+        self.releases.check()
+        self.engine = self._spent_engine()
+        if charged >= self.plan.steps:
+            raise BudgetError(f"All {self.plan.steps:,} planned steps have been released: nothing is left to resume.")
+        self.account = self._opened_account(charged)
+
+    def _end(self) -> None:
+        if self.prefix is not None:
+            self.prefix.close()
+        if self.account is not None:
+            self.halted = self.account.settle() or self.halted
+
+    def take_up_finished(self) -> None:
+        """Stand for a run whose every step was released before, and whose last weights :meth:`load_checkpoint` loads."""
+        self.engine = self._spent_engine()
+        self.account = self._opened_account(self.releases.charged)
+
+    def pay(self) -> None:
+        """Have the ledger pay for the first releases; raises BudgetError: not one of them fits."""
+        if self.account is not None and self.engine.steps_released >= self.account.covered:
+            self.account.charge_block()
+
+    def goes_on(self) -> bool:
+        """Whether another release is planned and paid for; the ledger's next block is charged where the last is used up."""
+        if self.engine.steps_released >= self.plan.steps:
+            return False
+        try:
+            self.pay()
+        except (BudgetError, LedgerError) as error:
+            self.halted = str(error)
+            return False
+        return True
+
+    def draws(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[LogicalBatch]:
+        """Each step's logical batch, as long as :meth:`goes_on`.
+
+        Args:
+            optimizer: takes a step on a copy before the first release is paid for.
+
+        Raises:
+            RecipeError: the optimizer cannot take a step.
+            BudgetError, LedgerError: not one release is paid for.
+        """
+        if optimizer is not None:
+            try_optimizer(lambda: copy.deepcopy(optimizer))
+        self.pay()
+        for draw in self.batches():
+            yield draw
+            if not self.goes_on():
+                return
+
+    def batches(self) -> LogicalBatches:
+        """The plan's logical batches, drawn when asked for."""
+        return LogicalBatches(
+            self.step_examples,
+            self.task,
+            self.plan.sampler(self.randomness),
+            steps=self.plan.steps,
+            token_budget=self.budget.tokens,
+            overhead=self.budget.overhead,
+            max_examples=self.engine.max_examples,
+            chosen=self.prefix.select if self.prefix is not None else None,
+        )
+
+    def step(self, draw: LogicalBatch) -> None:
+        """Accumulate every micro-batch of the draw, and release once; an empty draw is a release too."""
+        self.model.train()
+        self.engine.renew_chance()
+        with self.prefix or nullcontext():
+            for batch, units in draw:
+                self.engine.accumulate(self.losses(self._prepared(batch)), units)
+        self.engine.release()
+
+    # -- what is claimed -------------------------------------------------------------------------------------------------
+
+    @property
+    def guarantee(self) -> str:
+        """The claim for everything released into this folder so far.
+
+        Raises:
+            GuaranteeError: what the folder holds was released under another plan.
+        """
+        if self.engine is not None:
+            return self.engine.guarantee
+        self.releases.check()
+        return self._spent_engine().guarantee
+
+    def evaluate(self, rows: Any) -> dict[str, Any]:
+        """The task's metrics on other rows, un-noised: private if the rows are."""
+        examples = rows if isinstance(rows, Examples) else Examples.encode(rows, self.task)
+        batches = map(self._prepared, plain_batches(examples, self.task, EVALUATION_TOKENS))
+        with evaluating(self.model):
+            return self.task.evaluate(self.model, batches)
+
+    def take_rows(self, rows: Any) -> None:
+        """Train on other rows from the next :meth:`open` on."""
+        self.rows = rows
+        vars(self).pop("examples", None)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, folder: Path | str, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """What :meth:`load_checkpoint` needs: all that trains, what was released, and the optimizer's state; no generator's."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save_trainable(folder)
+        if optimizer is not None:
+            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        (folder / STATE).write_text(json.dumps({"global_step": self.engine.steps_released}), encoding="utf-8")
+
+    def load_checkpoint(self, folder: Path | str, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Load what :meth:`save_checkpoint` saved, into the model and an optimizer of the same kind."""
+        saved = load_file(Path(folder) / TRAINABLE)
+        with torch.no_grad():
+            for name, parameter in trainable(self.model):
+                parameter.copy_(saved[name])
+        if optimizer is not None:
+            optimizer.load_state_dict(torch.load(Path(folder) / "optimizer.pt", weights_only=True))
+
+    def save_trainable(self, folder: Path) -> None:
+        """All that trains, and how much was released."""
+        self.check_frozen()
+        save_file({name: p.detach().contiguous() for name, p in trainable(self.model)}, folder / TRAINABLE)
+        if folder != self.folder:
+            self.releases.save(folder)
+
+    # -- what the session's parts ask of it -------------------------------------------------------------------------------
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The rows, encoded."""
+        return Examples.encode(self.rows, self.task, self.plan.unit)
+
+    @property
+    def step_examples(self) -> Examples:
+        """The examples, as long as they are to what a step computes."""
+        return (
+            self.examples if self.prefix is None else replace(self.examples, lengths=self.prefix.lengths(self.examples))
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(p for p in self.model.parameters() if p.requires_grad).device
+
+    def losses(self, batch: Mapping[str, Tensor], *, autocast: bool = True) -> Tensor:
+        """``(B,)`` losses of a batch on the model's device."""
+        mixed = self.options.autocast if autocast else None
+        with mixed() if mixed else nullcontext():
+            return self.task.losses(self.model, batch)
+
+    def collated(self, features: Sequence) -> dict:
+        """A batch on the model's device."""
+        return self._prepared(self.task.collate(features))
+
+    def _prepared(self, batch: dict) -> dict:
+        if self.options.prepare is not None:
+            return self.options.prepare(batch)
+        return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    # -- defences --------------------------------------------------------------------------------------------------------
+
+    def _check_before_charge(self, checks: Sequence[Callable[[], None]]) -> None:
+        """All that could fail, or make the run worthless, is found here, where nothing was paid for."""
+        check_units(self.examples, self.plan)
+        with self.engine.capture.paused():
+            # First, because labels that do not fit would stop the preflight somewhere inside.
+            check_own_loss(self.task, self.model, self.collated, self.examples.spread())
+            for check in checks:
+                check()
+        self.preflight = self._preflight()
+
+    def _preflight(self) -> Preflight:
+        """The proof, or what an earlier start of this very run found; it is the same for the same model and versions."""
+        path = self.folder / "private" / "preflight.json"  # its errors are numbers made from the data
+        mixed = self.options.autocast is not None
+        key = fingerprint(self.model, self.task, mixed, int(self.examples.lengths.max()))
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known = {}
+        if key is not None and known.get("key") == key:
+            self.engine.capture.load_state(known["state"])
+            return Preflight(**known["found"])
+        losses = lambda features, **how: self.losses(self.collated(features), **how)
+        precise = partial(losses, autocast=False) if mixed else None
+        found = preflight(self.engine, losses, self.examples.spread(), precise, self.examples.longest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            json.dumps({"key": key, "state": self.engine.capture.state(), "found": asdict(found)}), encoding="utf-8"
+        )
+        return found
+
+    def check_frozen(self) -> None:
+        """Raises an error of :mod:`dpft.errors`: something changed while training that does not train."""
+        if self._frozen is not None:
+            self._frozen.check(self.engine.capture.caches)
+
+    def _spent_engine(self) -> Engine:
+        """An engine that has released what this folder's runs have."""
+        engine = Engine(self.model, self.plan, self.randomness, before_release=self._before_release)
+        engine.steps_released = self.releases.charged
+        return engine
+
+    def _opened_account(self, released: int) -> Account | None:
+        """All that can be refused is refused here, before the preflight; nothing is charged yet."""
+        rows = self.rows if self.options.account_rows is None else self.options.account_rows
+        rows = rows if self.options.ledger and isinstance(rows[0], Mapping) else None
+        model = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
+        about = dict(rows=rows, purpose=self.options.purpose, model=model)
+        return Account.of(self.options.ledger, self.plan, self.randomness, self.folder, released, **about)
+
+    def _before_release(self, number: int) -> None:
+        if self.account is not None:
+            self.account.check(number)
+        self.releases.charge(number)
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters of the subset, tied ones once."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -17,6 +17,12 @@ def kept_prefix(trainer) -> FrozenPrefix | None:
     if trainer.frozen_prefix == "off":
         return None
     examples, asked = trainer._examples(), trainer.frozen_prefix == "on"
+    if examples.chance is not None:
+        if asked:
+            raise RecipeError(
+                "frozen_prefix is on, but the task draws each example anew in every step, so nothing of it can be kept: switch it off."
+            )
+        return None
     uses = trainer.plan.sample_rate * (trainer.plan.steps - trainer.engine.steps_released)
     if uses < WORTH and not asked:
         return None
@@ -45,9 +51,10 @@ def timed_budget(trainer, memory: int) -> Budget:
     """Nothing of it is released; the budget stays in this process, because times of private examples made it."""
     examples = trainer._step_examples()
     place = examples.spread_places()[-1]
+    example = examples.drawn([place])
 
     def losses(n: int) -> Tensor:
-        batch = trainer._collated([examples.features[place]] * n)
+        batch = trainer._collated(example * n)
         if trainer.prefix is not None:
             trainer.prefix.select(np.full(n, place), batch)
         return trainer._losses(batch)
@@ -56,15 +63,15 @@ def timed_budget(trainer, memory: int) -> Budget:
         trainer.engine.accumulate(found, range(len(found)))  # which forgets all of it by itself if it fails
         trainer.engine.discard()
 
-    tokens = max(1, int(examples.lengths[place]))
+    cost, tokens = max(1, int(examples.costs[place])), max(1, int(examples.lengths[place]))
     trainer.model.train()
     with trainer.prefix or nullcontext():
         return fastest_budget(
             losses,
             accumulate,
             model=trainer.model,
-            tokens=tokens,
+            tokens=cost,
             most=trainer.engine.max_examples(tokens),
             memory=memory,
-            draw=examples.expected(trainer.plan) * float(examples.lengths.mean()),
+            draw=examples.expected(trainer.plan) * float(examples.costs.mean()),
         )

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +23,8 @@ from dpft.gradients.side_effects import FrozenState
 from dpft.ledger import Dataset
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.privacy.plan import Plan
+from dpft.tasks import LabelledTask, Task
 from dpft.tasks.own_loss import check_own_loss
-from dpft.tasks.task import LabelledTask, Task
 from dpft.training.account import Account
 from dpft.training.arguments import check_arguments
 from dpft.training.batches import EVALUATION_TOKENS, Examples, LogicalBatch, LogicalBatches, check_units, plain_batches
@@ -252,7 +252,7 @@ class DPTrainerMixin:
     def _step_examples(self) -> Examples:
         """The examples, as long as they are to what a step computes."""
         examples = self._examples()
-        return examples if self.prefix is None else replace(examples, lengths=self.prefix.lengths(examples))
+        return examples if self.prefix is None else self.prefix.shortened(examples)
 
     def get_train_dataloader(self) -> LogicalBatches:
         prefix = self.prefix

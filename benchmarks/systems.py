@@ -52,7 +52,7 @@ def made(work: Work):
     from torch.nn.functional import cross_entropy
 
     import dpft
-    from dpft.tasks.task import class_losses
+    from dpft.tasks.losses import class_losses
 
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
@@ -106,9 +106,9 @@ def with_linear(model) -> None:
 
 
 def forward(model, batch):
-    from dpft.tasks.task import _without_labels
+    from dpft.tasks.losses import without_labels
 
-    return model(**_without_labels(batch)).logits
+    return model(**without_labels(batch)).logits
 
 
 def cut(batch: dict, size: int) -> list[dict]:

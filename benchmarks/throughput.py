@@ -93,9 +93,9 @@ class Texts:
 
     def losses(self, model, batch: dict):
         """Those of training without dpft, which makes all logits (their cross-entropy is dpft's, which is faster than PyTorch's)."""
-        from dpft.tasks.task import _without_labels, token_losses
+        from dpft.tasks.losses import token_losses, without_labels
 
-        return token_losses(model(**_without_labels(batch)).logits, batch["labels"], shift=True)
+        return token_losses(model(**without_labels(batch)).logits, batch["labels"], shift=True)
 
     @property
     def parameters(self) -> list:

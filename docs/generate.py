@@ -32,6 +32,7 @@ def recipe() -> str:
     from pydantic_core import PydanticUndefined
 
     from dpft.recipe import Recipe
+    from dpft.tasks.registry import own
 
     lines = [
         "# Recipe",
@@ -57,6 +58,12 @@ def recipe() -> str:
                 row(f"{key}.{name}", inner)
         else:
             row(key, field)
+    for task in sorted(own(), key=lambda task: task.name):
+        lines += ["", f'## [task] with name = "{task.name}"', "", task.__doc__.strip().splitlines()[0], ""]
+        lines += ["| key | default | meaning |", "| --- | --- | --- |"]
+        for name, field in task.Settings.model_fields.items():
+            if name != "name":
+                row(f"task.{name}", field)
     return "\n".join(lines) + "\n"
 
 

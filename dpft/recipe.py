@@ -3,15 +3,16 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from dpft import toml
 from dpft.errors import DPFTError, RecipeError
 from dpft.privacy.accounting import Adjacency
 from dpft.privacy.clipping import AutoClip, Clip, FlatClip
 from dpft.privacy.plan import Plan
+from dpft.values import Column
 
 PATHS = ("model.path", "data.train", "data.validation", "data.public", "ledger.url")
 
@@ -36,37 +37,49 @@ class ModelTable(_Table):
 
 
 class TaskTable(_Table):
-    name: Literal["sequence_classification", "causal_lm"] = Field(description="What is learned.")
-    text: str = Field("text", description="The column with the text.")
-    label: str = Field("label", description="Classification: the column with the label, a text or a whole number.")
-    labels: list[str] = Field([], description="Classification: every label there is, declared and public.")
-    prompt: str | None = Field(None, description="Language modelling on pairs: the column with the prompt.")
-    response: str | None = Field(None, description="Language modelling on pairs: the column with the response.")
-    max_length: int | None = Field(
-        None,
-        ge=4,
-        description="Examples are cut after this many tokens; by default 128, or the model's positions if fewer.",
-    )
+    """What every task's table has. A task adds its keys in a subclass: :attr:`dpft.tasks.Task.Settings`."""
 
-    @model_validator(mode="after")
-    def _fits(self):
-        if self.name == "sequence_classification" and len(set(self.labels)) < 2:
-            raise ValueError(
-                "task.labels must declare at least two labels, because a label list collected from the data would reveal who has a rare one"
-            )
-        if len(set(self.labels)) != len(self.labels):
-            raise ValueError("task.labels names a label twice: keep each once")
-        if (self.prompt is None) != (self.response is None):
-            raise ValueError("task.prompt and task.response go together: give both columns or neither")
-        if self.prompt and self.name != "causal_lm":
-            raise ValueError("task.prompt belongs to causal_lm: remove it or change task.name")
-        return self
+    former: ClassVar[tuple[str, ...]] = ()  # keys of other tasks, which recipes of earlier versions hold: left out
+    name: str = Field(description="What is learned: a task's name. Its other keys are the task's own.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former(cls, table):
+        return {k: v for k, v in table.items() if k not in cls.former} if isinstance(table, dict) else table
 
     @property
-    def columns(self) -> list[str]:
-        if self.prompt:
-            return [self.prompt, self.response]
-        return [self.text] + ([self.label] if self.name == "sequence_classification" else [])
+    def columns(self) -> dict[str, Column]:
+        """What the data must have."""
+        return {}
+
+
+class _TaskError(ValueError):
+    def __init__(self, table: type[TaskTable], error: ValidationError) -> None:
+        super().__init__(str(error))
+        self.table, self.error = table, error
+
+
+def _by_its_task(table):
+    """The table as the task of its name reads it."""
+    if not isinstance(table, dict) or not isinstance(table.get("name"), str):
+        return table
+    from dpft.tasks.registry import find
+
+    kind = find(table["name"]).Settings
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        raise _TaskError(kind, error) from error
+
+
+def check_labels(labels: list[str]) -> None:
+    """Raises ValueError: fewer than two labels are declared, or one twice."""
+    if len(set(labels)) < 2:
+        raise ValueError(
+            "task.labels must declare at least two labels, because a label list collected from the data would reveal who has a rare one"
+        )
+    if len(set(labels)) != len(labels):
+        raise ValueError("task.labels names a label twice: keep each once")
 
 
 class DataTable(_Table):
@@ -180,7 +193,7 @@ class Recipe(_Table):
 
     subset: str = Field(description="Which parameters train, such as 'lora(rank=8) + head'.")
     model: ModelTable
-    task: TaskTable
+    task: SerializeAsAny[Annotated[TaskTable, BeforeValidator(_by_its_task)]]
     data: DataTable
     privacy: PrivacyTable
     optimizer: OptimizerTable = OptimizerTable()
@@ -336,13 +349,15 @@ def _check_path(tables: dict, key: str) -> None:
             raise RecipeError(f"The recipe's {key} is {value!r}, with a control character: {toml.WINDOWS_PATHS}")
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, table: type[_Table] = Recipe, above: tuple = ()) -> str:
     first = error.errors()[0]
-    place = ".".join(first["loc"][:2])  # a table's key; what follows says which alternative of a type failed
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, _TaskError):
+        return _sentence(cause.error, cause.table, first["loc"])
+    place = ".".join([*above, *first["loc"]][:2])  # a table's key; what follows says which alternative of a type failed
     if first["type"] == "extra_forbidden":
         from difflib import get_close_matches
 
-        table = Recipe
         for part in first["loc"][:-1]:
             table = table.model_fields[part].annotation
         close = get_close_matches(str(first["loc"][-1]), table.model_fields, n=1)
@@ -351,6 +366,5 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"The recipe lacks {place}: add it, or start from `dpft init`."
     if first["type"] == "value_error":
-        text = str(first["ctx"]["error"])
-        return text if text.endswith(".") else text + "."
+        return f"{str(cause).removesuffix('.')}."
     return f"The recipe's {place} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}: fix it."

@@ -11,7 +11,6 @@ from dpft.recipe import Recipe
 from dpft.training.published import PRIVATE, round_dates
 
 NON_PRIVATE = "non-private"
-HEADLINE = ("accuracy", "macro_f1", "perplexity")  # the metric that a table shows, first that exists
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def sweep(
                 go_on_unless_interrupted(folder)
             metrics.append(read_metrics(folder))
             folders.append(str(folder))
-        rows.append(_row(name, epsilon, metrics, folders))
+        rows.append(_row(recipe, (name, epsilon), metrics, folders))
     found = {"composed_epsilon": composed_epsilon(rows), "delta": recipe.privacy.delta}
     found |= {"recipe": recipe.model_dump(), "versions": versions()}
     (output / PRIVATE).mkdir(parents=True, exist_ok=True)
@@ -124,7 +123,7 @@ def _finished(folder: Path, recipe: Recipe) -> bool:
     return (
         record.exists()
         and not json.loads(record.read_text(encoding="utf-8"))["interrupted"]
-        and (folder / "recipe.toml").read_text(encoding="utf-8") == recipe.to_toml()
+        and Recipe.read(folder / "recipe.toml") == recipe
     )
 
 
@@ -132,6 +131,7 @@ def _untouched(recipe: Recipe, seeds: Sequence[int], announce) -> Row:
     """The model before training; a classifier's new head is random, so each seed has its own."""
     import torch
 
+    from dpft.tasks.registry import find
     from dpft.training.batches import EVALUATION_TOKENS, Examples, plain_batches
     from dpft.training.data import load
     from dpft.training.run import load_model
@@ -139,7 +139,7 @@ def _untouched(recipe: Recipe, seeds: Sequence[int], announce) -> Row:
     announce("untouched model")
     _, validation = load(recipe)
     metrics = []
-    heads = seeds if recipe.task.name == "sequence_classification" else seeds[:1]
+    heads = seeds if find(recipe.task.name).adds_layers else seeds[:1]
     for seed in heads:
         task, model = load_model(recipe.model_copy(update=dict(run=recipe.run.model_copy(update=dict(seed=seed)))))
         model.eval()
@@ -147,9 +147,11 @@ def _untouched(recipe: Recipe, seeds: Sequence[int], announce) -> Row:
             metrics.append(
                 task.evaluate(model, plain_batches(Examples.encode(validation, task), task, EVALUATION_TOKENS))
             )
-    return _row("untouched", None, metrics, [])
+    return _row(recipe, ("untouched", None), metrics, [])
 
 
-def _row(setting: str, epsilon: float | None, metrics: list[dict], folders: list[str]) -> Row:
-    name = next(metric for metric in HEADLINE if metric in metrics[0])
-    return Row(setting, epsilon, name, [found[name] for found in metrics], folders)
+def _row(recipe: Recipe, setting: tuple[str, float | None], metrics: list[dict], folders: list[str]) -> Row:
+    from dpft.tasks.registry import find
+
+    name = find(recipe.task.name).headline
+    return Row(*setting, name, [found[name] for found in metrics], folders)

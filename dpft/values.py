@@ -5,8 +5,10 @@ its digits; true and false have two spellings, JSON's and Python's. A float mean
 so it names neither a class nor a unit.
 """
 
-from collections.abc import Iterable, Mapping
-from math import isnan
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite, isnan
 from typing import Any
 
 KINDS = {
@@ -55,3 +57,103 @@ def label_fault(value: Any, column: str, declared: int) -> str:
         f"has a label in column {column!r} ({kind(value)}) that is not among the {declared} declared ones: "
         "add it to task.labels or correct the row."
     )
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column of the data must hold in every row.
+
+    Args:
+        kind: one of ``COLUMNS``.
+        labels: of ``label``, ``labels`` and ``tags``: all that are declared, which are public.
+    """
+
+    kind: str
+    labels: tuple[str, ...] = ()
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Each declared label's class, from 0."""
+        return {label: i for i, label in enumerate(self.labels)}
+
+    def fault(self, value: Any, name: str) -> str | None:
+        """What is wrong with a plain value of the column ``name``, to follow "row 3"; the value is not quoted."""
+        return COLUMNS[self.kind](value, name, self)
+
+
+def _text(value: Any, name: str, column: Column) -> str | None:
+    if missing(value):
+        return f"has no text in column {name!r}: remove such rows or fill them in."
+    if isinstance(value, (list, dict)):
+        way_out = "write it as one text, a chat by the tokenizer's apply_chat_template"
+    else:
+        way_out = "write it in quotation marks if it is meant as one"
+    return None if isinstance(value, str) else f"has {kind(value)} in column {name!r}, not a text: {way_out}."
+
+
+def _label(value: Any, name: str, column: Column) -> str | None:
+    return label_fault(value, name, len(column.labels)) if class_number(value, column.numbers) is None else None
+
+
+def _listed(value: Any, name: str, of: str) -> str | None:
+    if isinstance(value, list):
+        return None
+    return f"has {kind(value)} in column {name!r}, not a list of {of}: write one in JSON lines or Parquet."
+
+
+def _labels(value: Any, name: str, column: Column) -> str | None:
+    faults = (
+        (_label(one, name, column) for one in value) if isinstance(value, list) else [_listed(value, name, "labels")]
+    )
+    return next(filter(None, faults), None)
+
+
+def _words(value: Any, name: str, column: Column) -> str | None:
+    if not isinstance(value, list):
+        return _listed(value, name, "texts")
+    if not value:
+        return f"has an empty list in column {name!r}: remove such rows."
+    return next(filter(None, (_text(one, name, column) for one in value)), None)
+
+
+def _number(value: Any, name: str, column: Column) -> str | None:
+    if missing(value):
+        return f"has no number in column {name!r}: remove such rows or fill them in."
+    try:
+        good = not isinstance(value, bool) and isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        good = False
+    return None if good else f"has {kind(value)} in column {name!r} that is no finite number: correct it."
+
+
+def _file(value: Any, name: str, column: Column) -> str | None:
+    """A path, or an object of ``datasets`` with a path, bytes or an array."""
+    if missing(value) or (isinstance(value, dict) and not any(value.get(key) is not None for key in FILES)):
+        return f"has no {column.kind} in column {name!r}: remove such rows."
+    if isinstance(value, (bool, int, float, list)):
+        return f"has {kind(value)} in column {name!r}, not an {column.kind}: name its file."
+    return None
+
+
+def _messages(value: Any, name: str, column: Column) -> str | None:
+    if not isinstance(value, list):
+        return _listed(value, name, "messages")
+    good = value and all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
+        for one in value
+    )
+    return None if good else f"has no chat in column {name!r}: write a list of objects with a role and a content."
+
+
+FILES = ("path", "bytes", "array")
+COLUMNS: dict[str, Callable[[Any, str, Column], str | None]] = {
+    "text": _text,
+    "words": _words,
+    "label": _label,
+    "labels": _labels,
+    "tags": _labels,
+    "number": _number,
+    "image": _file,
+    "audio": _file,
+    "messages": _messages,
+}

@@ -15,8 +15,8 @@ from dpft.privacy.chacha import DeviceStream
 from dpft.privacy.clipping import FlatClip
 from dpft.privacy.noise import SecureRandomness, SeededRandomness
 from dpft.subset import Subset
-from dpft.tasks import cross_entropy
-from dpft.tasks.task import LabelledTask, token_losses
+from dpft.tasks import LabelledTask, cross_entropy
+from dpft.tasks.losses import token_losses
 from dpft.training.trainer import DPTrainer
 from tests.support.zoo import Case
 

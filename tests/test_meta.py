@@ -33,8 +33,8 @@ LAYERS = [
     "demo",
     "cli",
 ]
-# recipe is checked against the subset's grammar and makes plans; the run ends by writing its card.
-EXCEPTIONS = {("recipe", "subset"), ("training", "report")}
+# recipe is checked against the subset's grammar and takes [task] from the task, and makes plans; the run ends by writing its card.
+EXCEPTIONS = {("recipe", "subset"), ("recipe", "tasks"), ("training", "report")}
 
 
 def imports(path):

@@ -25,8 +25,13 @@ from tests.support.recipes import GOOD, changed
         ("privacy.adjacency", "friends", "privacy.adjacency is 'friends'"),
         ("task.labels", ["a"], "at least two labels"),
         ("task.labels", ["a", "b", "a"], "a label twice"),
-        ("task.prompt", "q", "go together"),
+        ("task.prompt", "q", "unknown key task.prompt"),
         ("task.name", "poetry", "task.name is 'poetry'"),
+        ("task.name", None, "lacks task.name"),
+        ("task.lables", ["a"], "unknown key task.lables: did you mean labels?"),
+        ("task.max_length", 1, "task.max_length is 1, but"),
+        ("task", {"name": "causal_lm", "prompt": "q"}, "go together"),
+        ("task", {"name": "causal_lm", "rank": 3}, "unknown key task.rank: choose from name, text,"),
         ("subset", "lora + tail", "'tail' is no part"),
         ("data.examples_per_unit", 3, "name the unit column"),
         ("data.units", "many", "data.units is 'many'"),
@@ -85,6 +90,13 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "bad.toml").write_text("subset = [")
     with pytest.raises(RecipeError, match="not TOML"):
         Recipe.read(tmp_path / "bad.toml")
+
+
+def test_a_recipe_that_an_earlier_version_wrote_still_parses():
+    """It held every task's keys."""
+    old = {"name": "causal_lm", "text": "note", "label": "label", "labels": [], "max_length": 64}
+    recipe = Recipe.parse(changed("task", old))
+    assert "label" not in recipe.to_toml() and recipe.task.columns.keys() == {"note"}
 
 
 def test_the_plan_follows_the_recipe():

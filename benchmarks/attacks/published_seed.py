@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from dpft import DPTrainer, Plan, SecureRandomness, Subset
 from dpft.audit.bounds import many_runs
-from dpft.tasks.task import LabelledTask
+from dpft.tasks import LabelledTask
 from tests.support.zoo import Case
 
 UNITS, LONG, SEED, DELTA = 256, 25, 42, 1e-3

@@ -4,15 +4,14 @@ Each is a unit of its own, made from public material alone (a tokenizer's vocabu
 by a look at the private data: what depended on a person would have to be paid for. Included or not is decided by the operating
 system's entropy, once for each.
 
-``random-tokens``  random words, with a random label where there are labels: nothing else in the data supports them
+``random-tokens``  a record that the task makes up, such as random words with a random label: nothing else in the data supports it
 ``secret``         an in-distribution sentence with a random code in it, as real data may hold one (Carlini et al. 2019)
 ``new-token``      random words and then a rare token that no other canary has (after Panda et al. 2025, who add one to the vocabulary)
-``mislabelled``    a public row's text with a label that is not its own (Steinke, Nasr, Jagielski 2023, section 6)
+``mislabelled``    a public row with a label that is not its own (Steinke, Nasr, Jagielski 2023, section 6)
 """
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,24 +22,29 @@ import numpy as np
 from dpft.errors import RecipeError
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.recipe import Recipe
+from dpft.tasks.losses import IGNORED
+from dpft.tasks.task import Task
+from dpft.tasks.words import CUE, Words
 from dpft.training.data import column_of
 from dpft.values import class_number
 
 KINDS = ("random-tokens", "secret", "new-token", "mislabelled")
 TEMPLATE = "The access code of patient {number} is {secret}."
-WORDS = 12  # of a random text
 DIGITS = 6  # of a secret
-CUE = 4  # random words before a new token
 
 
 @dataclass(frozen=True)
 class Canary:
-    """One record: its columns, and how its text begins, which is not judged."""
+    """One record in the task's columns, and how its text begins, which is not judged."""
 
-    text: str
-    label: str | None = None
+    record: Mapping[str, Any]
     cue: str = ""
     secret: str = ""
+
+    @property
+    def text(self) -> str:
+        """All that it says, of a task that says something."""
+        return "".join(str(value) for value in self.record.values())
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,12 @@ class Canaries:
     @classmethod
     def load(cls, path: Path) -> "Canaries":
         facts = json.loads(path.read_text(encoding="utf-8"))
-        canaries = [Canary(**canary) for canary in facts["canaries"]]
+        try:
+            canaries = [Canary(**canary) for canary in facts["canaries"]]
+        except TypeError as error:
+            raise RecipeError(
+                f"{path} holds the canaries of an earlier version of dpft, which this one cannot score: audit in another folder."
+            ) from error
         return cls(facts["kind"], canaries, np.array(facts["included"], dtype=bool), facts["repetitions"])
 
     def planted(self, rows, recipe: Recipe):
@@ -78,7 +87,7 @@ class Canaries:
         import datasets
 
         some, unit = rows[0], recipe.data.unit
-        values = _as_written(rows, recipe) if _labelled(recipe) else {}
+        values = _as_written(rows, recipe)
         owners = iter(_owners(rows, unit, self.repetitions * len(self)))
         found = []
         for canary, inside in zip(self.canaries, self.included, strict=True):
@@ -97,7 +106,7 @@ def make(
     kind: str,
     number: int,
     recipe: Recipe,
-    tokenizer,
+    task: Task,
     *,
     public=None,
     repetitions: int = 1,
@@ -121,134 +130,103 @@ def make(
     if kind not in KINDS:
         raise RecipeError(f"There are no {kind} canaries: choose one of {', '.join(KINDS)}.")
     randomness = randomness or SecureRandomness()
-    classes = _labelled(recipe)
-    if kind in ("secret", "new-token") and classes:
+    random = np.random.default_rng(randomness.words(8))
+    if kind in ("secret", "new-token") and task.follow("", "") is None:
         raise RecipeError(
             f"{kind} canaries are found by what a language model says next, and {recipe.task.name} says nothing: use random-tokens or mislabelled."
         )
-    if kind == "mislabelled" and not classes:
-        raise RecipeError(
-            "mislabelled canaries need labels, and a language model has none: use random-tokens, secret or new-token."
-        )
-    if kind == "secret":
-        canaries = [secret(i, randomness) for i in range(number)]
-    elif kind == "mislabelled":
+    if kind == "mislabelled":
         canaries = _mislabelled(number, recipe, public, randomness)
+    elif kind == "secret":
+        canaries = [secret(i, task, randomness) for i in range(number)]
+    elif kind == "new-token":
+        words = Words(task.tokenizer)
+        cues = [words.text(CUE, random) for _ in range(number)]
+        tokens = words.rare(number, random)
+        canaries = [Canary(task.follow(cue, f" {token}"), cue) for cue, token in zip(cues, tokens, strict=True)]
     else:
-        words = _Words(tokenizer, randomness)
-        labels = recipe.task.labels if classes else [None]
-        if kind == "random-tokens":
-            cues = [words.text(CUE) if recipe.task.prompt else "" for _ in range(number)]
-            texts = [f"{cue} {words.text(WORDS)}".strip() for cue in cues]
-            canaries = [Canary(text, _choice(labels, randomness), cue) for text, cue in zip(texts, cues, strict=True)]
-        else:
-            cues = [words.text(CUE) for _ in range(number)]
-            canaries = [Canary(f"{cue} {token}", cue=cue) for cue, token in zip(cues, words.rare(number), strict=True)]
+        canaries = [Canary(_made_up(task, recipe, random)) for _ in range(number)]
     return Canaries(kind, canaries, randomness.bernoulli(number, 0.5), repetitions)
 
 
-def secret(number: int, randomness: Randomness) -> Canary:
+def _made_up(task: Task, recipe: Recipe, random: np.random.Generator) -> dict[str, Any]:
+    record = task.canary(random)
+    if record is None:
+        raise RecipeError(
+            f"{recipe.task.name} makes up no records, so it has no random-tokens canaries: audit it by features (dpft.audit.features)."
+        )
+    return record
+
+
+def secret(number: int, task: Task, randomness: Randomness) -> Canary:
     """A sentence with a random code."""
     code = "".join(str(digit) for digit in below(10, DIGITS, randomness))
     text = TEMPLATE.format(number=number + 1, secret=code)
-    return Canary(text, cue=text[: text.index(code)].rstrip(), secret=code)
+    cue = text[: text.index(code)].rstrip()
+    return Canary(task.follow(cue, text.removeprefix(cue)), cue, code)
 
 
-def features(canaries: Sequence[Canary], recipe: Recipe, task) -> list[dict[str, Any]]:
+def features(canaries: Sequence[Canary], recipe: Recipe, task: Task) -> list[Mapping[str, Any]]:
     """Each canary as the task encodes it, for its loss; what its cue says has none.
 
     Raises:
         RecipeError: ``task.max_length`` leaves nothing of a canary to judge, or cuts its secret.
     """
-    from dpft.tasks.task import IGNORED
-
     rows = [columns(canary, recipe) for canary in canaries]
-    encoded = task.encode({name: [row[name] for row in rows] for name in rows[0]})
-    if recipe.task.name == "causal_lm":
-        for canary, one in zip(canaries, encoded, strict=True):
-            cue = task.tokenizer(canary.cue)["input_ids"] if canary.cue else []
-            hidden = len(os.path.commonprefix([cue, list(one["input_ids"])]))
-            end = len(one["labels"]) - 1 if one["labels"][-1] == task.tokenizer.eos_token_id else len(one["labels"])
-            place = range(len(one["labels"]))
-            one["labels"] = [v if (hidden <= i < end) else IGNORED for i, v in zip(place, one["labels"], strict=True)]
-            shown = task.tokenizer.decode([token for token in one["labels"] if token != IGNORED])
-            if not shown.strip() or canary.secret not in shown.replace(" ", ""):
-                raise RecipeError(
-                    f"task.max_length is {task.max_length} tokens, which cuts off what a canary is judged by: raise it to {len(task.tokenizer(canary.text)['input_ids']) + 1} or more."
-                )
-    return encoded
+    encoded = list(task.encode({name: [row[name] for row in rows] for name in rows[0]}))
+    if task.follow("", "") is None:
+        return encoded
+    judged = [task.judged(one, canary.cue) for canary, one in zip(canaries, encoded, strict=True)]
+    for canary, one in zip(canaries, judged, strict=True):
+        shown = task.tokenizer.decode([token for token in one["labels"] if token != IGNORED])
+        if not shown.strip() or canary.secret not in shown.replace(" ", ""):
+            raise RecipeError(
+                f"task.max_length is {task.max_length} tokens, which cuts off what a canary is judged by: raise it to {len(task.tokenizer(canary.text)['input_ids']) + 1} or more."
+            )
+    return judged
 
 
 def columns(canary: Canary, recipe: Recipe, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The canary in the task's columns; ``values`` are the data's own for each declared label."""
-    task = recipe.task
-    if task.prompt:
-        return {task.prompt: canary.cue, task.response: canary.text.removeprefix(canary.cue)}
-    found = {task.text: canary.text}
-    if _labelled(recipe):
+    """The canary's record; ``values`` are the data's own for each declared label."""
+    found, column = dict(canary.record), labelled_column(recipe)
+    if column is not None:
         known = values or {}
         kind = type(next(iter(known.values()), ""))
-        other = canary.label.lower() == "true" if kind is bool else kind(canary.label)
-        found[task.label] = known.get(canary.label, other)
+        other = found[column].lower() == "true" if kind is bool else kind(found[column])
+        found[column] = known.get(found[column], other)
     return found
+
+
+def labelled_column(recipe: Recipe) -> str | None:
+    """The column with a row's one label, if the task has such a column."""
+    return next((name for name, column in recipe.task.columns.items() if column.kind == "label"), None)
 
 
 def _as_written(rows, recipe: Recipe) -> dict[str, Any]:
     """How the data write each declared label that they have."""
-    return {recipe.task.labels[_class_of(value, recipe)]: value for value in column_of(rows, recipe.task.label)}
-
-
-def _class_of(value: Any, recipe: Recipe) -> int | None:
-    return class_number(value, {label: i for i, label in enumerate(recipe.task.labels)})
-
-
-def _labelled(recipe: Recipe) -> bool:
-    return recipe.task.name == "sequence_classification"
-
-
-class _Words:
-    """Words of a vocabulary, the common ones first."""
-
-    def __init__(self, tokenizer, randomness: Randomness) -> None:
-        self._tokenizer, self._randomness = tokenizer, randomness
-        special = set(tokenizer.all_special_ids)
-        found = {}
-        for token in range(len(tokenizer)):
-            if token not in special:
-                word = tokenizer.decode([token]).strip()
-                if re.fullmatch(r"\w{2,}", word):
-                    found.setdefault(word, token)
-        if not found:
-            raise RecipeError("The tokenizer has no whole words to make canaries of: use another kind of canary.")
-        self.words = list(found)
-
-    def text(self, number: int) -> str:
-        return " ".join(self.words[i] for i in below(len(self.words), number, self._randomness))
-
-    def rare(self, number: int) -> list[str]:
-        """Different words of one token each, from the later half of the vocabulary: merges that a tokenizer learned last."""
-        found = []
-        for word in self.words[len(self.words) // 2 :]:
-            if len(self._tokenizer(f"a {word}", add_special_tokens=False)["input_ids"]) == 2:
-                found.append(word)
-        if len(found) < number:
-            raise RecipeError(
-                f"The vocabulary has {len(found):,} rare words of one token, and {number:,} canaries need one each: plant fewer, or another kind."
-            )
-        return [found[i] for i in shuffled(len(found), self._randomness)[:number]]
+    name = labelled_column(recipe)
+    column = recipe.task.columns.get(name)
+    return {column.labels[class_number(v, column.numbers)]: v for v in column_of(rows, name)} if name else {}
 
 
 def _mislabelled(number: int, recipe: Recipe, public, randomness: Randomness) -> list[Canary]:
+    name = labelled_column(recipe)
+    if name is None:
+        raise RecipeError(
+            f"mislabelled canaries need a column with one label for each row, and {recipe.task.name} has none: use another kind."
+        )
     if public is None or len(public) < number:
         raise RecipeError(
             f"{number:,} mislabelled canaries need as many rows declared public, and there are {0 if public is None else len(public):,}: "
             "name them in data.public, or use random-tokens."
         )
-    found = []
+    found, column = [], recipe.task.columns[name]
     for place in shuffled(len(public), randomness)[:number].tolist():
         row = public[place]
-        others = [label for i, label in enumerate(recipe.task.labels) if i != _class_of(row[recipe.task.label], recipe)]
-        found.append(Canary(row[recipe.task.text], _choice(others, randomness)))
+        own = class_number(row[name], column.numbers)
+        others = [label for i, label in enumerate(column.labels) if i != own]
+        record = {other: row[other] for other in recipe.task.columns}
+        found.append(Canary(record | {name: _choice(others, randomness)}))
     return found
 
 

@@ -86,7 +86,7 @@ def audit_exposure(
 
 
 def _exposure(canary: Canary, number: int, candidates: int, recipe: Recipe, task, model) -> float:
-    others = [made.secret(number, SecureRandomness()) for _ in range(candidates)]
+    others = [made.secret(number, task, SecureRandomness()) for _ in range(candidates)]
     found = losses(model, task, made.features([canary, *others], recipe, task))
     return math.log2(candidates + 1) - math.log2(1 + (found[1:] < found[0]).sum() + (found[1:] == found[0]).sum() / 2)
 

@@ -15,7 +15,7 @@ from dpft.audit.canaries import below, shuffled
 from dpft.audit.report import Audit, judge
 from dpft.audit.scores import losses
 from dpft.privacy.noise import Randomness, SecureRandomness
-from dpft.tasks.task import Task
+from dpft.tasks import Task
 
 Features = Mapping[str, Any]
 

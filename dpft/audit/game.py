@@ -81,7 +81,7 @@ def audit_run(
         raise RecipeError(f"{output} holds a run without canaries: choose another folder.")
     planted = Canaries.load(coins)
     run = json.loads((output / "run.json").read_text(encoding="utf-8"))
-    if (output / "recipe.toml").read_text(encoding="utf-8") != recipe.to_toml():
+    if Recipe.read(output / "recipe.toml") != recipe:
         raise RecipeError(f"{output} holds an audit of another recipe: give {output / 'recipe.toml'} to score it.")
     if run["units"] != recipe.data.units + planted.units:
         raise RecipeError(
@@ -170,10 +170,10 @@ def audit_command(
 def _made(recipe: Recipe, task, number: int, kind: str | None, repetitions: int, randomness) -> Canaries:
     """Canaries that can be judged; what cannot is refused here, before anything is charged."""
     public = load_public(recipe)
-    enough = recipe.task.name == "sequence_classification" and public is not None and len(public) >= number
+    enough = made.labelled_column(recipe) is not None and public is not None and len(public) >= number
     kind = kind or ("mislabelled" if enough else "random-tokens")
     options = dict(public=public, repetitions=repetitions, randomness=randomness)
-    found = made.make(kind, number, recipe, task.tokenizer, **options)
+    found = made.make(kind, number, recipe, task, **options)
     made.features(found.canaries, recipe, task)
     return found
 

@@ -80,7 +80,7 @@ def audit_membership(
     after = trained(before, recipe, folder / "weights" if run else folder)
     found = losses(after, task, features)
     scores = {"loss": -found, "reference": known - found}
-    if recipe.task.name == "causal_lm":
+    if task.likelihoods is not None:
         scores["min-k"] = least_likely(after, task, features)
     allowed = _allowed(run)
     return [_attack(name, each[inside], each[~inside], allowed) for name, each in scores.items()]

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import log_softmax
 
 from dpft.errors import RecipeError
 from dpft.recipe import Recipe
 from dpft.subset import load_weights
 from dpft.subset.weights import DELTA
-from dpft.tasks.task import IGNORED, Task, _without_labels
+from dpft.tasks.task import Task, size_of
 from dpft.training.batches import EVALUATION_TOKENS, cut
 from dpft.training.run import load_model
 
@@ -46,10 +45,11 @@ def _check_labels(recipe: Recipe, weights: Path) -> None:
     """Raises RecipeError: the model numbers the recipe's labels in another order, so that its losses would be of wrong classes."""
     known = json.loads((weights / "config.json").read_text(encoding="utf-8")).get("label2id") or {}
     ordered = sorted(known, key=known.get)
-    if set(ordered) == set(recipe.task.labels) and ordered != list(recipe.task.labels):
-        raise RecipeError(
-            f"The model in {weights} numbers its labels {', '.join(ordered[:3])} ..., and task.labels names {', '.join(recipe.task.labels[:3])} ... first: give them in the model's order."
-        )
+    for column in recipe.task.columns.values():
+        if set(ordered) == set(column.labels) and ordered != list(column.labels):
+            raise RecipeError(
+                f"The model in {weights} numbers its labels {', '.join(ordered[:3])} ..., and task.labels names {', '.join(column.labels[:3])} ... first: give them in the model's order."
+            )
 
 
 def losses(model, task: Task, features: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -61,13 +61,10 @@ def least_likely(model, task: Task, features: Sequence[dict[str, Any]]) -> np.nd
     """``(n,)`` Min-K% scores: the mean log-probability of each text's least likely fifth of tokens (Shi et al. 2024)."""
 
     def scored(batch) -> torch.Tensor:
-        labels = batch["labels"][:, 1:]
-        logits = model(**_without_labels(batch)).logits[:, -labels.shape[1] - 1 : -1].float()  # without virtual tokens
-        likely = log_softmax(logits, -1).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
         found = []
-        for row, kept in zip(likely, labels != IGNORED, strict=True):
-            one = row[kept].sort().values
-            found.append(one[: max(1, round(LEAST * len(one)))].mean() if len(one) else row.new_zeros(()))
+        for one in task.likelihoods(model, batch):
+            least = one.sort().values[: max(1, round(LEAST * len(one)))]
+            found.append(least.mean() if len(one) else one.new_zeros(()))
         return torch.stack(found)
 
     return _for_each(model, task, features, scored)
@@ -77,9 +74,9 @@ def _for_each(model, task: Task, features: Sequence[dict[str, Any]], score) -> n
     was_training = model.training
     model.eval()
     found = np.empty(len(features))
-    lengths = [task.length(feature) for feature in features]
+    costs = [size_of(task, feature).cost for feature in features]
     with torch.no_grad():
-        for group in cut(lengths, range(len(features)), token_budget=EVALUATION_TOKENS):
+        for group in cut(costs, range(len(features)), token_budget=EVALUATION_TOKENS):
             batch = task.collate([features[place] for place in group])
             found[group] = score({name: value.to(model.device) for name, value in batch.items()}).float().cpu().numpy()
     model.train(was_training)

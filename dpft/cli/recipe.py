@@ -11,10 +11,26 @@ from dpft.cli.common import as_json, overrides, recipe_file, show, table
 from dpft.errors import RecipeError
 
 
+class _TaskName(click.ParamType):
+    """The name of a registered task; tasks import torch, so they are listed only when asked for."""
+
+    name = "task"
+
+    def get_metavar(self, *_, **__) -> str:
+        from dpft.tasks.registry import names
+
+        return f"[{'|'.join(names())}]"
+
+    def convert(self, value, param, ctx) -> str:
+        from dpft.tasks.registry import names
+
+        if value not in names():
+            self.fail(f"{value!r} is no task: choose one of {', '.join(names())}.", param, ctx)
+        return value
+
+
 @click.command()
-@click.option(
-    "--task", type=click.Choice(["sequence_classification", "causal_lm"]), required=True, help="What is learned."
-)
+@click.option("--task", type=_TaskName(), required=True, help="What is learned.")
 @click.option("--model", required=True, help="A checkpoint folder, or a model's name on a hub.")
 @click.option("--data", default="train.csv", show_default=True, help="The training data.")
 @click.option(
@@ -32,15 +48,16 @@ def init(task: str, model: str, data: str, output: Path) -> None:
       dpft init --task causal_lm --model ./smollm2-135m --output notes.toml
     """
     from dpft.recipe import Recipe
+    from dpft.tasks.registry import find
 
     if output.exists():
         raise RecipeError(f"{output} exists already: choose another --output.")
-    labels = {"labels": ["first label", "second label"]} if task == "sequence_classification" else {"max_length": 512}
+    template = find(task).template
     starting = Recipe.parse(
         {
-            "subset": "lora(rank=8) + head" if task == "sequence_classification" else "lora(rank=8)",
+            "subset": template["subset"],
             "model": {"path": model},
-            "task": {"name": task, **labels},
+            "task": {"name": task, **template["task"]},
             "data": {"train": data, "units": 10_000},
             "privacy": {"epsilon": 3.0, "delta": 1e-6, "batch_size": 256, "epochs": 3.0},
         }

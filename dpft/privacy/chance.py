@@ -66,6 +66,11 @@ class StepChance:
         return torch.initial_seed() in [one._seed for one in self._holders if one._randomness.private >= private]
 
 
+def step_generator() -> np.random.Generator:
+    """A generator whose seed comes from numpy's global state: while an engine holds that, it is secret, and new in every step."""
+    return np.random.default_rng(np.random.randint(1 << 32, size=8, dtype=np.uint32))
+
+
 def _torch_state(words: np.ndarray, seed: int) -> torch.Tensor:
     """The state of torch's generator on the processor, with these words for its twister."""
     state = torch.Generator().get_state()

@@ -1,17 +1,28 @@
 """The next token: plain text, or a response given a prompt."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
-import torch
+import numpy as np
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn.functional import log_softmax
 
+from dpft.recipe import TaskTable
 from dpft.tasks.head import before_head
-from dpft.tasks.task import IGNORED, _without_labels, pad_features, token_losses, token_sums
+from dpft.tasks.losses import IGNORED, pad_features, token_losses, token_sums, without_labels
+from dpft.tasks.registry import task
+from dpft.tasks.source import Source
+from dpft.tasks.task import TEXTS, Size, Task
+from dpft.tasks.words import CUE, WORDS, Words
+from dpft.values import Column
 
 
-class CausalLM:
+@task("causal_lm")
+class CausalLM(Task):
     """Language modelling on ``text``, or on the ``response`` that follows a ``prompt`` (the prompt has no loss).
 
     Each row is one example and ends with the end-of-text token; rows are never packed into one another, because then
@@ -22,6 +33,30 @@ class CausalLM:
         text: the column of plain text; or ``prompt`` and ``response``, two columns.
         max_length: examples are cut after so many tokens; of a prompt the beginning is cut first.
     """
+
+    class Settings(TaskTable):
+        former: ClassVar = ("label", "labels")
+        text: str = Field("text", description="The column with the text.")
+        prompt: str | None = Field(None, description="For pairs: the column with the prompt.")
+        response: str | None = Field(None, description="For pairs: the column with the response.")
+        max_length: int | None = Field(
+            None,
+            ge=4,
+            description="Examples are cut after this many tokens; by default 128, or the model's positions if fewer.",
+        )
+
+        @model_validator(mode="after")
+        def _both(self):
+            if (self.prompt is None) != (self.response is None):
+                raise ValueError("task.prompt and task.response go together: give both columns or neither")
+            return self
+
+        @property
+        def columns(self) -> dict[str, Column]:
+            return {name: Column("text") for name in ([self.prompt, self.response] if self.prompt else [self.text])}
+
+    headline = "perplexity"
+    template: ClassVar = {"subset": "lora(rank=8)", "task": {"max_length": 512}}
 
     def __init__(
         self,
@@ -36,6 +71,17 @@ class CausalLM:
         self.text, self.prompt, self.response = (None if prompt else text), prompt, response
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
+    @classmethod
+    def load(cls, settings: Settings, source: Source) -> tuple["CausalLM", nn.Module]:
+        columns = dict(text=settings.text, prompt=settings.prompt, response=settings.response)
+        return cls(source.processor(), **columns), source.model("AutoModelForCausalLM")
+
+    def save(self, folder) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+    def examples(self) -> dict[str, list[str]]:
+        return {name: list(TEXTS) for name in ([self.text] if self.text else [self.prompt, self.response])}
+
     def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         if self.text is not None:
@@ -49,23 +95,58 @@ class CausalLM:
             features.append({"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response})
         return features
 
+    def size(self, features: Mapping[str, Any]) -> Size:
+        return Size(len(features["input_ids"]), len(features["input_ids"]))
+
     def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         return pad_features(features, self._pad, token_labels=True)
 
-    def length(self, features: Mapping[str, Any]) -> int:
-        return len(features["input_ids"])
-
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        given, head = before_head(model, _without_labels(batch))
+        given, head = before_head(model, without_labels(batch))
         return token_losses(given, batch["labels"], shift=True, head=head)
 
-    def evaluate(self, model: nn.Module, batches) -> dict[str, Any]:
-        """Loss per token over all tokens (nats), and its exponential, the perplexity."""
-        total, tokens, examples = 0.0, 0, 0
-        with torch.no_grad():
-            for batch in batches:
-                given, head = before_head(model, _without_labels(batch))
-                sums, counts = token_sums(given, batch["labels"], shift=True, head=head)
-                total, tokens, examples = total + float(sums.sum()), tokens + int(counts.sum()), examples + len(counts)
-        loss = total / max(tokens, 1)
-        return {"loss_per_token": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens, "examples": examples}
+    def metrics(self) -> "Perplexity":
+        return Perplexity()
+
+    def canary(self, random: np.random.Generator) -> dict[str, str]:
+        if self.prompt is None:
+            return {self.text: self.words.text(WORDS, random)}
+        return {self.prompt: self.words.text(CUE, random), self.response: self.words.text(WORDS, random)}
+
+    def follow(self, cue: str, text: str) -> dict[str, str]:
+        return {self.text: cue + text} if self.prompt is None else {self.prompt: cue, self.response: text}
+
+    def judged(self, features: Mapping[str, Any], cue: str) -> dict[str, Any]:
+        ids, labels = list(features["input_ids"]), features["labels"]
+        hidden = len(os.path.commonprefix([self.tokenizer(cue)["input_ids"] if cue else [], ids]))
+        end = len(labels) - 1 if labels[-1] == self.tokenizer.eos_token_id else len(labels)
+        return {**features, "labels": [v if hidden <= i < end else IGNORED for i, v in enumerate(labels)]}
+
+    def likelihoods(self, model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
+        """For each example the log-probabilities of its own labelled tokens."""
+        labels = batch["labels"][:, 1:]
+        logits = model(**without_labels(batch)).logits[:, -labels.shape[1] - 1 : -1].float()  # without virtual tokens
+        likely = log_softmax(logits, -1).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        return [row[kept] for row, kept in zip(likely, labels != IGNORED, strict=True)]
+
+    @cached_property
+    def words(self) -> Words:
+        return Words(self.tokenizer)
+
+
+class Perplexity:
+    """Loss per token over all tokens (nats), and its exponential, the perplexity."""
+
+    def __init__(self) -> None:
+        self._total, self._tokens, self._examples = 0.0, 0, 0
+
+    def update(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        given, head = before_head(model, without_labels(batch))
+        sums, counts = token_sums(given, batch["labels"], shift=True, head=head)
+        self._total, self._tokens = self._total + float(sums.sum()), self._tokens + int(counts.sum())
+        self._examples += len(counts)
+
+    def compute(self) -> dict[str, Any]:
+        loss = self._total / max(self._tokens, 1)
+        figures = {"loss_per_token": loss, "perplexity": math.exp(min(loss, 700))}
+        return figures | {"tokens": self._tokens, "examples": self._examples}

@@ -8,11 +8,9 @@ from torch import Tensor, nn
 
 from dpft.errors import RecipeError
 from dpft.gradients.determinism import evaluating
-from dpft.tasks.causal_lm import CausalLM
-from dpft.tasks.sequence_classification import SequenceClassification
-from dpft.tasks.task import LabelledTask
+from dpft.tasks.labelled import LabelledTask
 
-TASKS = (LabelledTask, CausalLM, SequenceClassification)
+OURS = "dpft.tasks."  # modules whose losses are dpft's own
 TOLERANCE = 1e-3  # relative difference that float32 arithmetic explains
 HALF_TOLERANCE = 3e-2
 
@@ -30,7 +28,7 @@ def check_own_loss(task: Any, model: nn.Module, collate: Callable[[list], Mappin
     Raises:
         RecipeError: with both numbers.
     """
-    if type(task).losses not in [kind.losses for kind in TASKS]:
+    if not type(task).losses.__module__.startswith(OURS):
         return
     with evaluating(model), torch.no_grad():
         for example in examples:

@@ -1,17 +1,25 @@
 """One label for each text."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
-import torch
+import numpy as np
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dpft.errors import RecipeError
-from dpft.tasks.task import _without_labels, class_losses, pad_features
-from dpft.values import class_number, label_fault, plain
+from dpft.recipe import TaskTable, check_labels
+from dpft.tasks.losses import class_losses, pad_features, without_labels
+from dpft.tasks.registry import task
+from dpft.tasks.source import Source
+from dpft.tasks.task import TEXTS, Size, Task
+from dpft.tasks.words import WORDS, Words
+from dpft.values import Column, class_number, label_fault, plain
 
 
-class SequenceClassification:
+@task("sequence_classification")
+class SequenceClassification(Task):
     """Classify texts into a declared, public list of labels.
 
     Args:
@@ -23,12 +31,48 @@ class SequenceClassification:
         max_length: texts are cut after so many tokens.
     """
 
+    class Settings(TaskTable):
+        text: str = Field("text", description="The column with the text.")
+        label: str = Field("label", description="The column with the label, a text or a whole number.")
+        labels: list[str] = Field([], description="Every label there is, declared and public.")
+        max_length: int | None = Field(
+            None,
+            ge=4,
+            description="Texts are cut after this many tokens; by default 128, or the model's positions if fewer.",
+        )
+
+        @model_validator(mode="after")
+        def _declares(self):
+            check_labels(self.labels)
+            return self
+
+        @property
+        def columns(self) -> dict[str, Column]:
+            return {self.text: Column("text"), self.label: Column("label", tuple(self.labels))}
+
+    headline = "accuracy"
+    groups = "per_class"
+    adds_layers = True
+    template: ClassVar = {"subset": "lora(rank=8) + head", "task": {"labels": ["first label", "second label"]}}
+
     def __init__(
         self, tokenizer, labels: Sequence[str], *, text: str = "text", label: str = "label", max_length: int = 128
     ) -> None:
         self.tokenizer, self.text, self.label, self.max_length = tokenizer, text, label, max_length
         self.labels = [str(value) for value in labels]
         self._index = {value: i for i, value in enumerate(self.labels)}
+
+    @classmethod
+    def load(cls, settings: Settings, source: Source) -> tuple["SequenceClassification", nn.Module]:
+        tokenizer = source.processor()
+        task = cls(tokenizer, settings.labels, text=settings.text, label=settings.label)
+        return task, source.labelled_model("AutoModelForSequenceClassification", settings.labels, tokenizer)
+
+    def save(self, folder) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+    def examples(self) -> dict[str, list[str]]:
+        return {self.text: list(TEXTS), self.label: self.labels[: len(TEXTS)]}
 
     def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
         """Raises RecipeError: a label is missing, a float, or not declared; the row is counted among those given."""
@@ -42,15 +86,15 @@ class SequenceClassification:
         texts = self.tokenizer(list(rows[self.text]), truncation=True, max_length=self.max_length)["input_ids"]
         return [{"input_ids": ids, "labels": label} for ids, label in zip(texts, labels, strict=True)]
 
+    def size(self, features: Mapping[str, Any]) -> Size:
+        return Size(len(features["input_ids"]), len(features["input_ids"]))
+
     def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         return pad_features(features, self.tokenizer.pad_token_id or 0, token_labels=False)
 
-    def length(self, features: Mapping[str, Any]) -> int:
-        return len(features["input_ids"])
-
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Raises RecipeError: the model has fewer classes than the task."""
-        logits = model(**_without_labels(batch)).logits
+        logits = model(**without_labels(batch)).logits
         if logits.shape[-1] < len(self.labels):
             raise RecipeError(
                 f"The model tells {logits.shape[-1]} classes apart, but {len(self.labels)} labels are declared: "
@@ -58,15 +102,32 @@ class SequenceClassification:
             )
         return class_losses(logits, batch["labels"])
 
-    def evaluate(self, model: nn.Module, batches) -> dict[str, Any]:
-        """Accuracy, macro-F1 over the labels that occur, and each label's F1 and count."""
+    def metrics(self) -> "ClassMetrics":
+        return ClassMetrics(self.labels)
+
+    def canary(self, random: np.random.Generator) -> dict[str, str]:
+        label = self.labels[random.integers(len(self.labels))]
+        return {self.text: self.words.text(WORDS, random), self.label: label}
+
+    @cached_property
+    def words(self) -> Words:
+        return Words(self.tokenizer)
+
+
+class ClassMetrics:
+    """Accuracy, macro-F1 over the labels that occur, and each label's F1 and count."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self._labels, self._wanted, self._found = labels, [], []
+
+    def update(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        self._wanted += batch["labels"].tolist()
+        self._found += model(**without_labels(batch)).logits.argmax(-1).tolist()
+
+    def compute(self) -> dict[str, Any]:
         from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-        wanted, found = [], []
-        with torch.no_grad():
-            for batch in batches:
-                wanted += batch["labels"].tolist()
-                found += model(**_without_labels(batch)).logits.argmax(-1).tolist()
+        wanted, found = self._wanted, self._found
         present = sorted(set(wanted))
         precision, recall, f1, count = precision_recall_fscore_support(wanted, found, labels=present, zero_division=0)
         rows = zip(present, precision, recall, f1, count, strict=True)
@@ -75,7 +136,7 @@ class SequenceClassification:
             "macro_f1": float(f1.mean()),
             "examples": len(wanted),
             "per_class": {
-                self.labels[i]: {"precision": float(p), "recall": float(r), "f1": float(f), "count": int(n)}
+                self._labels[i]: {"precision": float(p), "recall": float(r), "f1": float(f), "count": int(n)}
                 for i, p, r, f, n in rows
             },
         }

@@ -1,126 +1,170 @@
-"""What a task is, and the per-example losses that all tasks are made of."""
+"""The contract of a task: all that the rest of dpft knows of what is learned."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
 
-from dpft.tasks.cross_entropy import cross_entropies, head_cross_entropies
+from dpft.recipe import TaskTable
 from dpft.tasks.encoded import Encoded
-from dpft.tasks.head import before_head
+from dpft.tasks.source import Source
 
-IGNORED = -100  # label of a token that has no loss, as everywhere in Hugging Face
+Features = Mapping[str, Any]
+TEXTS = ("An example.", "Another example, which is a little longer than the first one.")  # of made-up rows
 
 
-@runtime_checkable
-class Task(Protocol):
-    """Per-example losses, collation and metrics: all that the trainer knows about what is learned."""
+class Size(NamedTuple):
+    """What an example is to a batch, both at least 1.
 
+    Attributes:
+        cost: what padding multiplies: a micro-batch takes the largest cost times its examples, within the token budget.
+        tokens: positions that the model's layers see, by which the engine decides how to make a gradient's norm.
+    """
+
+    cost: int
+    tokens: int
+
+
+class Metrics(Protocol):
+    """Figures over a whole data set; un-noised, so private if the data are."""
+
+    def update(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """Take in one collated batch; called without gradients, the model in evaluation mode."""
+
+    def compute(self) -> dict[str, Any]:
+        """The figures, :attr:`Task.headline` among them."""
+
+
+class Task(ABC):
+    """One kind of learning in one file: subclass it, and decorate it with :func:`dpft.tasks.registry.task` so that recipes find it.
+
+    A training loop calls ``encode``, ``size``, ``draw``, ``collate``, ``losses`` and ``metrics``; a recipe calls ``load``, ``examples`` and
+    ``save`` as well; an audit calls ``canary``, and where they exist ``follow``, ``judged`` and ``likelihoods``.
+
+    A task that is no subclass works if it has ``encode``, ``collate``, ``losses`` and ``evaluate``, and ``size`` or ``length``.
+
+    Attributes:
+        name: by which recipes call it; the decorator sets it.
+        Settings: its own ``[task]`` table; each key has a description, and ``columns`` says what the data must have.
+        headline: the metric that stands for all in a comparison.
+        groups: the metric that holds a mapping from a group, such as a class, to its figures.
+        adds_layers: whether ``load`` adds layers that the run's seed initialises.
+        template: what ``dpft init`` writes for it: ``subset``, and the keys of ``task`` that must be declared.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[TaskTable]] = TaskTable
+    headline: ClassVar[str] = "loss"
+    groups: ClassVar[str | None] = None
+    adds_layers: ClassVar[bool] = False
+    template: ClassVar[Mapping[str, Any]] = {"subset": "lora(rank=8)", "task": {}}
+
+    # -- from a recipe ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, settings: TaskTable, source: Source) -> tuple["Task", nn.Module]:
+        """The task and the model that it trains.
+
+        A task with the setting ``max_length`` reads its attribute of that name when it encodes: the model's positions decide it later.
+        """
+        raise NotImplementedError(f"{cls.__name__} is loaded by no recipe.")
+
+    def save(self, folder) -> None:
+        """Write a tokenizer or processor beside the weights; by default there is none."""
+        return None
+
+    def examples(self) -> Mapping[str, Sequence]:
+        """Made-up rows of every column, two or more of different sizes: the trial of saving is made on them."""
+        raise NotImplementedError(f"{type(self).__name__} has no made-up rows.")
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode(self, rows: Mapping[str, Sequence]) -> Sequence[Features] | Encoded:
+        """Columns of some rows to one feature a row, from that row alone; any other number as :class:`Encoded`.
+
+        Features may name a file that ``draw`` or ``collate`` decodes; ``size`` must do without.
+        """
+
+    def size(self, features: Features) -> Size:
+        """By default what ``length`` says, if there is one, or the longest sequence among the features; for both numbers."""
+        own = getattr(self, "length", None)
+        lengths = (
+            [len(value) for value in features.values() if hasattr(value, "__len__")] if own is None else [own(features)]
+        )
+        return Size(max(lengths, default=1), max(lengths, default=1))
+
+    def draw(self, features: Features, random: np.random.Generator) -> Features:
+        """A step's chance for one example: a crop, a mask, a timestep; by default none.
+
+        Each draw of an example calls it anew with a secret generator. The preflight draws its examples once and keeps them. Evaluations and
+        audits collate what was not drawn, so ``collate`` takes both.
+        """
+        return features
+
+    @abstractmethod
+    def collate(self, features: Sequence[Features]) -> Mapping[str, Tensor]:
+        """Pad features to one batch; an ``attention_mask``, if there is one, is right-padded."""
+
+    # -- learning --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """``(B,)`` losses, each from its own example alone: never divided by a count over the batch."""
 
-    def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]] | Encoded:
-        """Columns of some rows to one feature a row, from that row alone; any other number as :class:`Encoded`."""
-
-    def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Pad features to one batch, with an attention mask."""
-
-    def length(self, features: Mapping[str, Any]) -> int:
-        """Tokens that the example costs: what the token budget counts."""
+    def metrics(self) -> Metrics:
+        """By default the mean loss."""
+        return MeanLoss(self)
 
     def evaluate(self, model: nn.Module, batches) -> dict[str, Any]:
-        """Metrics over an iterable of collated batches; un-noised, so private if the data are."""
-
-
-def class_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """``(B, C)`` logits and ``(B,)`` labels to ``(B,)`` cross-entropies."""
-    return cross_entropy(logits.float(), labels, reduction="none")
-
-
-def token_sums(given: Tensor, labels: Tensor, *, shift: bool, head: nn.Linear | None = None) -> tuple[Tensor, Tensor]:
-    """``(B, T, V)`` logits and ``(B, T)`` labels to each example's summed loss and token count, both ``(B,)``.
-
-    Args:
-        shift: the logits at t predict the label at t + 1 (causal models) rather than at t (encoder-decoders). What a prompt tuner
-            puts before the text has no labels, and its last place predicts the first one.
-        head: if there is one, the logits are what it makes of ``given``, ``(B, T, D)``.
-    """
-    before = given.shape[1] - labels.shape[1]
-    if shift and before:
-        given = given[:, before - 1 : -1]
-    elif shift:
-        labels = pad(labels[:, 1:], (0, 1), value=IGNORED)
-    else:
-        given = given[:, before:]
-    given = given.flatten(0, 1)
-    if head is None:
-        each = cross_entropies(given, labels.flatten(), IGNORED)
-    else:
-        each = head_cross_entropies(given, head, labels.flatten(), IGNORED)
-    return each.view(labels.shape).sum(1), (labels != IGNORED).sum(1)
-
-
-def token_losses(given: Tensor, labels: Tensor, *, shift: bool, head: nn.Linear | None = None) -> Tensor:
-    """Each example's mean loss over its own labelled tokens, ``(B,)``; zero for one that has none. See :func:`token_sums`."""
-    sums, counts = token_sums(given, labels, shift=shift, head=head)
-    return sums / counts.clamp_min(1)
-
-
-class LabelledTask:
-    """The task of any Hugging Face data set that is already tokenized: features with ``labels`` and a data collator.
-
-    Labels of one number per example are classes, labels per token are language modelling. This is what
-    ``SFTTrainer`` and ``Seq2SeqTrainer`` bring along.
-    """
-
-    def __init__(self, collator: Callable[[list], Mapping[str, Tensor]]) -> None:
-        self._collator = collator
-
-    def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
-        return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-
-    def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        return dict(self._collator([dict(feature) for feature in features]))
-
-    def length(self, features: Mapping[str, Any]) -> int:
-        return max((len(value) for value in features.values() if hasattr(value, "__len__")), default=1)
-
-    def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        labels = batch["labels"]
-        encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
-        # An encoder-decoder makes its decoder's input from the labels; every other model need not see them.
-        if encoder_decoder:
-            return token_losses(model(**batch).logits, labels, shift=False)
-        if labels.dim() == 1:
-            return class_losses(model(**_without_labels(batch)).logits, labels)
-        given, head = before_head(model, _without_labels(batch))
-        return token_losses(given, labels, shift=True, head=head)
-
-    def evaluate(self, model: nn.Module, batches) -> dict[str, Any]:
-        total, examples = 0.0, 0
+        """The metrics over an iterable of collated batches."""
+        metrics = self.metrics()
         with torch.no_grad():
             for batch in batches:
-                losses = self.losses(model, batch)
-                total, examples = total + float(losses.sum()), examples + len(losses)
-        return {"loss": total / max(examples, 1), "examples": examples}
+                metrics.update(model, batch)
+        return metrics.compute()
 
+    # -- audits ----------------------------------------------------------------------------------------------------
 
-def pad_features(features: Sequence[Mapping[str, Any]], pad_token_id: int, *, token_labels: bool) -> dict[str, Tensor]:
-    """Right-pad ``input_ids`` (and token labels) to the longest example, with the attention mask."""
-    longest = max(len(feature["input_ids"]) for feature in features)
+    def canary(self, random: np.random.Generator) -> dict[str, Any] | None:
+        """A made-up record that nothing else in the data supports; None if the task is audited by features only."""
+        return None
 
-    def padded(key: str, filler: int) -> Tensor:
-        return torch.tensor([list(f[key]) + [filler] * (longest - len(f[key])) for f in features])
+    def follow(self, cue: str, text: str) -> dict[str, Any] | None:
+        """The record in which ``text`` follows ``cue``; None if the model does not say what follows."""
+        return None
 
-    batch = {"input_ids": padded("input_ids", pad_token_id)}
-    batch["attention_mask"] = torch.tensor(
-        [[1] * len(f["input_ids"]) + [0] * (longest - len(f["input_ids"])) for f in features]
+    def judged(self, features: Features, cue: str) -> Features:
+        """Where the model says what follows: the features with the labels of what follows ``cue`` alone."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what follows.")
+
+    likelihoods: ClassVar[Callable | None] = (
+        None  # (model, batch) -> for each example its tokens' log-probabilities, if it has such
     )
-    batch["labels"] = padded("labels", IGNORED) if token_labels else torch.tensor([f["labels"] for f in features])
-    return batch
 
 
-def _without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in batch.items() if key != "labels"}
+class MeanLoss:
+    """The mean of the examples' losses."""
+
+    def __init__(self, task: Task) -> None:
+        self._task, self._total, self._examples = task, 0.0, 0
+
+    def update(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        losses = self._task.losses(model, batch)
+        self._total, self._examples = self._total + float(losses.sum()), self._examples + len(losses)
+
+    def compute(self) -> dict[str, Any]:
+        return {"loss": self._total / max(self._examples, 1), "examples": self._examples}
+
+
+def size_of(task: Any, features: Features) -> Size:
+    """The example's size by any task, also by one that is no :class:`Task` and has a ``length``."""
+    return task.size(features) if hasattr(task, "size") else Task.size(task, features)
+
+
+def draws(task: Any) -> bool:
+    """Whether the task has a chance of its own in each step."""
+    return getattr(type(task), "draw", Task.draw) is not Task.draw

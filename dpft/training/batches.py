@@ -12,10 +12,11 @@ from functools import cache, partial
 import numpy as np
 
 from dpft.errors import RecipeError
+from dpft.privacy.chance import step_generator
 from dpft.privacy.plan import Plan
 from dpft.privacy.sampling import PoissonSampler
 from dpft.tasks.encoded import Encoded
-from dpft.tasks.task import Task
+from dpft.tasks.task import Task, draws, size_of
 from dpft.training.units import check_count, unit_ids
 from dpft.values import kind, plain
 
@@ -26,11 +27,24 @@ OVERHEAD = 32.0  # tokens that a micro-batch costs beside its own, on two CPU co
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded examples, their lengths in tokens, and which of them belong to which unit."""
+    """Encoded examples, their sizes, and which of them belong to which unit.
+
+    Attributes:
+        lengths: ``(n,)`` tokens that the model's layers see of each (:attr:`dpft.tasks.Size.tokens`).
+        members: each unit's examples, by their numbers.
+        costs: ``(n,)``, what padding multiplies (:attr:`dpft.tasks.Size.cost`); by default the lengths.
+        chance: the task's ``draw``, if it has one of its own.
+    """
 
     features: Sequence
     lengths: np.ndarray
     members: Sequence[np.ndarray]
+    costs: np.ndarray | None = None
+    chance: Callable | None = None
+
+    def __post_init__(self) -> None:
+        if self.costs is None:
+            object.__setattr__(self, "costs", self.lengths)
 
     @classmethod
     def encode(cls, rows, task: Task, unit: str = "example") -> "Examples":
@@ -55,14 +69,16 @@ class Examples:
             places += [start + owner for owner in owners]
         if not features:
             raise RecipeError("The data are empty: there is nothing to learn from.")
-        lengths = np.array([task.length(feature) for feature in features], dtype=np.int64)
+        sizes = np.array([size_of(task, feature) for feature in features], dtype=np.int64)
+        costs, lengths = sizes.T.copy()
+        more = dict(costs=costs, chance=task.draw if draws(task) else None)
         units = range(len(rows)) if unit == "example" else unit_ids(ids, unit)
         if unit == "example" and places == list(units):
-            return cls(features, lengths, np.arange(len(features)).reshape(-1, 1))
+            return cls(features, lengths, np.arange(len(features)).reshape(-1, 1), **more)
         groups: dict = {}
         for i, place in enumerate(places):
             groups.setdefault(units[place], []).append(i)
-        return cls(features, lengths, [np.array(group) for group in groups.values()])
+        return cls(features, lengths, [np.array(group) for group in groups.values()], **more)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -71,14 +87,22 @@ class Examples:
         """How many examples a logical batch has on average."""
         return plan.sample_rate * sum(min(len(members), plan.examples_per_unit) for members in self.members)
 
+    def drawn(self, places: Sequence[int]) -> list:
+        """The features of these examples after a step's chance, which each call draws anew."""
+        some = [self.features[place] for place in places]
+        if self.chance is None:
+            return some
+        random = step_generator()
+        return [self.chance(one, random) for one in some]
+
     def spread(self, n: int = 3) -> list:
-        """``n`` examples of different lengths: what the preflight looks at."""
-        return [self.features[place] for place in self.spread_places(n)]
+        """``n`` examples of different lengths, drawn once: what the preflight compares."""
+        return self.drawn(self.spread_places(n))
 
     @property
     def longest(self):
-        """The longest example, beside which the preflight looks at another."""
-        return self.features[int(self.lengths.argmax())]
+        """The longest example, drawn once, beside which the preflight compares another."""
+        return self.drawn([int(self.lengths.argmax())])[0]
 
     def spread_places(self, n: int = 3) -> list[int]:
         """Numbers of ``n`` examples: of different lengths, and among the shortest.
@@ -138,6 +162,7 @@ def cut(
     token_budget: int,
     overhead: float = OVERHEAD,
     max_examples: Callable[[int], int] = lambda tokens: 1 << 30,
+    tokens: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
     """Cut examples into micro-batches of at most ``token_budget`` padded tokens, each unit's examples consecutive.
 
@@ -145,10 +170,11 @@ def cut(
     micro-batch (by dynamic programming).
 
     Args:
-        lengths: ``(n,)`` tokens of each example.
+        lengths: ``(n,)``, what each example costs in tokens.
         units: ``(n,)`` which unit each belongs to.
         overhead: tokens' worth of time that a micro-batch costs beside its own tokens.
-        max_examples: how many examples of a given length a micro-batch may hold (:meth:`Engine.max_examples`).
+        max_examples: how many examples of so many tokens a micro-batch may hold (:meth:`Engine.max_examples`).
+        tokens: ``(n,)``, what the layers see of each example; by default what it costs.
 
     Returns:
         Arrays of positions into ``lengths``, together every position once; long examples come first, so that too
@@ -158,18 +184,16 @@ def cut(
     [[1], [3, 2], [0]]
     """
     lengths, units, most = np.asarray(lengths), np.asarray(units), cache(max_examples)
-    longest: dict[int, int] = {}
-    for length, unit in zip(lengths.tolist(), units.tolist(), strict=True):
-        longest[unit] = max(length, longest.get(unit, 0))
-    by_unit = np.array([longest[unit] for unit in units.tolist()], dtype=np.int64)
+    by_unit = _largest_of_unit(lengths, units)
     order = np.lexsort((-lengths, units, -by_unit))
     widths, places = by_unit[order], np.arange(len(order))  # of a micro-batch that begins there, at most
+    seen = widths if tokens is None else _largest_of_unit(np.asarray(tokens), units)[order]
     costs = np.zeros(len(order) + 1)  # of the best cut of the first so many
     starts = [0]  # where its last micro-batch begins
     first = 0
     for end in range(1, len(order) + 1):
         while end - first > 1 and (
-            widths[first] * (end - first) > token_budget or end - first > most(int(widths[first]))
+            widths[first] * (end - first) > token_budget or end - first > most(int(seen[first:end].max()))
         ):
             first += 1
         tried = costs[first:end] + widths[first:end] * (end - places[first:end])
@@ -181,6 +205,14 @@ def cut(
         groups.append(order[starts[end] : end])
         end = starts[end]
     return groups[::-1]
+
+
+def _largest_of_unit(values: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """For each example the largest value among its unit's."""
+    largest: dict[int, int] = {}
+    for value, unit in zip(values.tolist(), units.tolist(), strict=True):
+        largest[unit] = max(value, largest.get(unit, 0))
+    return np.array([largest[unit] for unit in units.tolist()], dtype=np.int64)
 
 
 class LogicalBatch:
@@ -201,7 +233,7 @@ class LogicalBatch:
     def __iter__(self) -> Iterator[tuple[dict, list[int]]]:
         for group in self._groups:
             places = self._places[group]
-            batch = self._task.collate([self._examples.features[place] for place in places])
+            batch = self._task.collate(self._examples.drawn(places))
             if self._chosen is not None:
                 self._chosen(places, batch)
             yield batch, self._units[group].tolist()
@@ -242,11 +274,11 @@ class LogicalBatches:
         chosen = [self.sampler.examples(self.examples.members[unit]) for unit in drawn]
         places = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
         units = np.repeat(drawn, [len(c) for c in chosen]) if chosen else places
-        groups = self._cut(self.examples.lengths[places], units)
+        groups = self._cut(self.examples.costs[places], units, tokens=self.examples.lengths[places])
         return LogicalBatch(self.examples, self.task, places, units, groups, self._chosen)
 
 
 def plain_batches(examples: Examples, task: Task, token_budget: int) -> Iterator[dict]:
     """Every example once, sorted by length, without units: for evaluation."""
-    for group in cut(examples.lengths, range(len(examples)), token_budget=token_budget):
+    for group in cut(examples.costs, range(len(examples)), token_budget=token_budget):
         yield task.collate([examples.features[place] for place in group])

@@ -6,7 +6,6 @@ from dpft.errors import RecipeError
 from dpft.recipe import DataTable, Recipe, TaskTable
 from dpft.training.files import read
 from dpft.training.units import check_count, unit_ids
-from dpft.values import class_number, kind, label_fault, missing
 
 __all__ = ["check", "column_of", "load", "load_public", "read"]
 
@@ -55,37 +54,21 @@ def column_of(rows, name: str) -> Iterator:
 
 
 def check(rows, task: TaskTable, data: DataTable, where: str) -> None:
-    """Refuse missing columns, what is no text, label or unit, and undeclared labels, naming the first row concerned.
+    """Refuse missing columns, cells that are not what the task declares, and what is no unit, naming the first row concerned.
 
     Raises:
         RecipeError: one sentence with row and column, which quotes no cell.
     """
-    wanted = task.columns + ([data.unit] if data.unit != "example" else [])
+    wanted = [*task.columns, *([data.unit] if data.unit != "example" else [])]
     absent = [column for column in wanted if column not in rows.column_names]
     if absent:
         raise RecipeError(f"{where} has no column {absent[0]!r}: it has {', '.join(rows.column_names)}.")
     if len(rows) == 0:
         raise RecipeError(f"{where} is empty: there is nothing to learn from.")
-    labelled = task.name == "sequence_classification"
-    for column in [column for column in task.columns if not (labelled and column == task.label)]:
-        for i, value in enumerate(column_of(rows, column)):
-            if missing(value):
-                fault = f"has no text in column {column!r}: remove such rows or fill them in."
-            elif not isinstance(value, str):
-                fault = f"has {kind(value)} in column {column!r}, not a text: {_way_out(value)}."
-            else:
-                continue
-            raise RecipeError(f"{where} row {i + 1:,} {fault}")
+    for name, column in task.columns.items():
+        for i, value in enumerate(column_of(rows, name), 1):
+            fault = column.fault(value, name)
+            if fault is not None:
+                raise RecipeError(f"{where} row {i:,} {fault}")
     if data.unit != "example":
         unit_ids(column_of(rows, data.unit), data.unit, where)
-    if labelled:
-        numbers = {label: i for i, label in enumerate(task.labels)}
-        for i, value in enumerate(column_of(rows, task.label)):
-            if class_number(value, numbers) is None:
-                raise RecipeError(f"{where} row {i + 1:,} {label_fault(value, task.label, len(numbers))}")
-
-
-def _way_out(value) -> str:
-    if isinstance(value, (list, dict)):
-        return "write it as one text, a chat by the tokenizer's apply_chat_template"
-    return "write it in quotation marks if it is meant as one"

@@ -248,15 +248,19 @@ def _split(folder: Path) -> Path:
 
 
 def _with_class_names(rows):
-    """Class numbers of ``datasets.ClassLabel`` columns as their names; -1, its word for no class, is missing."""
+    """Class numbers of ``datasets.ClassLabel`` columns, or lists of them, as their names; -1, its word for no class, is missing."""
     import datasets
 
-    order = rows.column_names
+    order, text = rows.column_names, datasets.Value("string")
     for name, feature in rows.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            numbers = [number for part in rows.select_columns([name]).iter(1000) for number in part[name]]
-            names = [None if number is None or number < 0 else feature.names[number] for number in numbers]
-            rows = rows.remove_columns(name).add_column(name, names, feature=datasets.Value("string"))
+        inner = getattr(feature, "feature", None)
+        classes = inner if isinstance(inner, datasets.ClassLabel) else feature
+        if isinstance(classes, datasets.ClassLabel):
+            named = lambda n, names=classes.names: None if n is None or n < 0 else names[n]
+            cells = (cell for part in rows.select_columns([name]).iter(1000) for cell in part[name])
+            names = [[*map(named, cell)] if isinstance(cell, list) else named(cell) for cell in cells]
+            kind = text if classes is feature else datasets.List(text)
+            rows = rows.remove_columns(name).add_column(name, names, feature=kind)
     return rows if rows.column_names == order else rows.select_columns(order)
 
 

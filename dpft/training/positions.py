@@ -6,6 +6,7 @@ from itertools import chain
 from torch import nn
 
 from dpft.errors import RecipeError
+from dpft.recipe import TaskTable
 
 DEFAULT_LENGTH = 128
 LIMITS = ("max_position_embeddings", "n_positions")
@@ -30,6 +31,12 @@ def positions(model: nn.Module) -> int | None:
             sizes.append(len(table) - getattr(modules.get(name), "offset", first))
     before = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
     return min([*sizes, *limits]) - before if sizes else None
+
+
+def fit(task, table: TaskTable, model: nn.Module) -> None:
+    """Let a task that cuts its examples cut them where the model needs it; see :func:`fitting_length`."""
+    if "max_length" in type(table).model_fields:
+        task.max_length = fitting_length(table.max_length, model)
 
 
 def fitting_length(asked: int | None, model: nn.Module) -> int:

@@ -7,7 +7,7 @@ system forgets when the process ends, however it ends, encrypted under a key tha
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -132,9 +132,10 @@ class FrozenPrefix:
         """Whether half of the free space of the disk suffices; how much is needed is rounded up, so that no one example decides it."""
         return 1 << self.bytes(examples).bit_length() < shutil.disk_usage(folder).free / 2
 
-    def lengths(self, examples: Examples) -> np.ndarray:
-        """What an example costs from now on, in tokens."""
-        return examples.lengths if any(self.per_token) else np.ones_like(examples.lengths)
+    def shortened(self, examples: Examples) -> Examples:
+        """The examples, as long as they are to what still runs."""
+        ones = np.ones_like(examples.lengths)
+        return examples if any(self.per_token) else replace(examples, lengths=ones, costs=ones)
 
     def fill(
         self,
@@ -159,7 +160,7 @@ class FrozenPrefix:
         for module in model_modules:
             module.training = False
         try:
-            for places in cut(examples.lengths, range(len(examples)), token_budget=token_budget):
+            for places in cut(examples.costs, range(len(examples)), token_budget=token_budget):
                 batch = collate(places)
                 kept, lengths = self._kept(losses, batch), _lengths(batch, len(places))
                 for row, place in enumerate(places.tolist()):

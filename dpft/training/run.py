@@ -22,7 +22,7 @@ from dpft.privacy.noise import Randomness
 from dpft.privacy.plan import Plan
 from dpft.recipe import ModelTable, Recipe, expand
 from dpft.training.data import load, load_public
-from dpft.training.positions import fitting_length
+from dpft.training.positions import fit
 from dpft.training.published import PRIVATE, published, round_dates, today
 
 PACKAGES = ("dpft", "torch", "opacus", "transformers", "peft", "dp-accounting", "numpy", "datasets")
@@ -55,7 +55,7 @@ def set_up(recipe: Recipe, *, with_validation: bool = True) -> Setup:
     subset = Subset(recipe.subset)
     examples = Examples.encode(public, task).features if subset.needs_public_data else ()
     model = subset.apply(model, lambda some: task.losses(model, task.collate(some)), examples)
-    task.max_length = fitting_length(recipe.task.max_length, model)  # a prompt tuner takes positions
+    fit(task, recipe.task, model)  # again, because a prompt tuner takes positions
     return Setup(recipe, model, task, train, validation)
 
 
@@ -68,39 +68,22 @@ def load_model(recipe: Recipe):
     import transformers
 
     from dpft.subset.base import quiet
-    from dpft.tasks import CausalLM, SequenceClassification
+    from dpft.tasks.registry import find
+    from dpft.tasks.source import Source
 
-    path, table = expand(recipe.model.path), recipe.task
-    options = {"revision": recipe.model.revision, "dtype": recipe.model.dtype, **_quantization(recipe.model)}
+    path, revision = expand(recipe.model.path), recipe.model.revision
+    options = {"dtype": recipe.model.dtype, **_quantization(recipe.model)}
     transformers.set_seed(recipe.run.seed)
     with quiet():
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=recipe.model.revision)
-            if table.name == "sequence_classification":
-                task = SequenceClassification(tokenizer, table.labels, text=table.text, label=table.label)
-                names = dict(enumerate(table.labels))
-                model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                    path,
-                    **options,
-                    num_labels=len(names),
-                    id2label=names,
-                    label2id={v: k for k, v in names.items()},
-                )
-                if model.config.pad_token_id is None:  # decoders find an example's last token by it
-                    padding = tokenizer.pad_token_id
-                    model.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding
-            else:
-                columns = dict(text=table.text, prompt=table.prompt, response=table.response)
-                task = CausalLM(tokenizer, **columns)
-                model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+            task, model = find(recipe.task.name).load(recipe.task, Source(path, revision, options))
         except (OSError, ValueError, ImportError) as error:
             if isinstance(error, RecipeError):
                 raise
-            reason = first_line(error)
             raise RecipeError(
-                f"The model {path} cannot be loaded ({reason}): give a folder that AutoModel loads, or a hub name."
+                f"The model {path} cannot be loaded ({first_line(error)}): give a folder that AutoModel loads, or a hub name."
             ) from error
-    task.max_length = fitting_length(table.max_length, model)
+    fit(task, recipe.task, model)
     if not recipe.model.dropout:
         _without_dropout(model)
     return task, model

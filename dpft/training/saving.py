@@ -5,12 +5,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dpft.recipe import Recipe, TaskTable
+from dpft.recipe import Recipe
 from dpft.subset import check_room, check_savable, check_saved, outputs, save_weights
 from dpft.training.tuning import free_memory
 
 CHECKPOINTS = 3  # that lie side by side for a moment, where two are kept
-TEXTS = ("An example.", "Another example, which is a little longer than the first one.")
 
 
 class Saving:
@@ -21,7 +20,7 @@ class Saving:
     """
 
     def __init__(self, recipe: Recipe, task, load_base) -> None:
-        self._task, self._batch = task, task.collate(task.encode(_rows(recipe.task)))
+        self._task, self._batch = task, task.collate(task.encode(task.examples()))
         self._checkpoints = CHECKPOINTS if recipe.run.save_steps else 0
         other = recipe.run.model_copy(
             update=dict(seed=recipe.run.seed + 1)
@@ -42,7 +41,7 @@ class Saving:
         """Save the weights; returns how to load them, and what the trained model gives on the made-up rows."""
         expected = outputs(model, self._evaluate)  # saving may merge the model
         line = save_weights(model, folder)
-        self._task.tokenizer.save_pretrained(folder)
+        self._task.save(folder)
         return line, expected
 
     def check(self, folder: Path, line: str, expected: Tensor) -> None:
@@ -52,10 +51,3 @@ class Saving:
     def _evaluate(self, model: nn.Module) -> Tensor:
         batch: Mapping[str, Tensor] = {key: value.to(model.device) for key, value in self._batch.items()}
         return self._task.losses(model, batch)
-
-
-def _rows(table: TaskTable) -> dict[str, list[str]]:
-    rows = {column: list(TEXTS) for column in table.columns}
-    if table.name == "sequence_classification":
-        rows[table.label] = table.labels[: len(TEXTS)]
-    return rows

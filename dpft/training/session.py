@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -301,9 +301,7 @@ class Session:
     @property
     def step_examples(self) -> Examples:
         """The examples, as long as they are to what a step computes."""
-        return (
-            self.examples if self.prefix is None else replace(self.examples, lengths=self.prefix.lengths(self.examples))
-        )
+        return self.examples if self.prefix is None else self.prefix.shortened(self.examples)
 
     @property
     def device(self) -> torch.device:

@@ -17,6 +17,12 @@ def kept_prefix(session) -> FrozenPrefix | None:
     if session.options.frozen_prefix == "off":
         return None
     examples = session.examples
+    if examples.chance is not None:
+        if asked:
+            raise RecipeError(
+                "frozen_prefix is on, but the task draws each example anew in every step, so nothing of it can be kept: switch it off."
+            )
+        return None
     uses = session.plan.sample_rate * (session.plan.steps - session.engine.steps_released)
     if uses < WORTH and not asked:
         return None
@@ -45,9 +51,10 @@ def timed_budget(session, memory: int) -> Budget:
     """Nothing of it is released; the budget stays in this process, because times of private examples made it."""
     examples = session.step_examples
     place = examples.spread_places()[-1]
+    example = examples.drawn([place])
 
     def losses(n: int) -> Tensor:
-        batch = session.collated([examples.features[place]] * n)
+        batch = session.collated(example * n)
         if session.prefix is not None:
             session.prefix.select(np.full(n, place), batch)
         return session.losses(batch)
@@ -56,15 +63,15 @@ def timed_budget(session, memory: int) -> Budget:
         session.engine.accumulate(found, range(len(found)))  # which forgets all of it by itself if it fails
         session.engine.discard()
 
-    tokens = max(1, int(examples.lengths[place]))
+    cost, tokens = max(1, int(examples.costs[place])), max(1, int(examples.lengths[place]))
     session.model.train()
     with session.prefix or nullcontext():
         return fastest_budget(
             losses,
             accumulate,
             model=session.model,
-            tokens=tokens,
+            tokens=cost,
             most=session.engine.max_examples(tokens),
             memory=memory,
-            draw=examples.expected(session.plan) * float(examples.lengths.mean()),
+            draw=examples.expected(session.plan) * float(examples.costs.mean()),
         )

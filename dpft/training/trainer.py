@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dpft.errors import GuaranteeError, RecipeError
 from dpft.privacy.plan import Plan
-from dpft.tasks.task import LabelledTask, Task
+from dpft.tasks import LabelledTask, Task
 from dpft.training.arguments import check_arguments
 from dpft.training.batches import LogicalBatch, LogicalBatches
 from dpft.training.checks import check_evaluation, copied_optimizer, refuse_unused, try_optimizer

@@ -5,13 +5,12 @@ import stat
 
 import numpy as np
 import pytest
-import transformers
 
 from dpft.audit.canaries import Canaries, Canary, columns, features, make
 from dpft.errors import RecipeError
 from dpft.privacy.noise import SeededRandomness
 from dpft.recipe import Recipe
-from dpft.tasks.task import IGNORED
+from dpft.tasks.losses import IGNORED
 from dpft.training.data import load
 from dpft.training.run import load_model
 
@@ -19,8 +18,7 @@ from dpft.training.run import load_model
 def planted(tables, kind, number=20, **options):
     recipe = Recipe.parse(tables)
     rows, validation = load(recipe)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tables["model"]["path"])
-    return recipe, rows, make(kind, number, recipe, tokenizer, public=validation, **options)
+    return recipe, rows, make(kind, number, recipe, load_model(recipe)[0], public=validation, **options)
 
 
 def test_every_coin_decides_for_its_canary(language):
@@ -52,8 +50,7 @@ def test_a_canary_is_nobody_s_unit(recipe, unit):
     recipe["data"].pop("validation")
     found = Recipe.parse(recipe)
     rows, _ = load(found)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(recipe["model"]["path"])
-    canaries = make("random-tokens", 10, found, tokenizer, repetitions=2)
+    canaries = make("random-tokens", 10, found, load_model(found)[0], repetitions=2)
     whole = canaries.planted(rows, found)
     owners = list(whole[unit])
     mine = set(owners) - set(rows[unit])
@@ -86,16 +83,17 @@ def test_a_mislabelled_row_has_another_label(recipe):
     _, public = load(found)
     rows = list(zip(public["text"], public["label"], strict=True))
     for canary in canaries.canaries:
-        labels = {label for text, label in rows if text == canary.text}
-        assert labels and (canary.label not in labels or len(labels) > 1) and canary.label in "abc"
+        labels = {label for text, label in rows if text == canary.record["text"]}
+        other = canary.record["label"]
+        assert labels and (other not in labels or len(labels) > 1) and other in "abc"
 
 
 def test_labels_are_written_as_the_data_write_them(recipe):
     recipe["task"]["labels"] = ["True", "False"]
     found = Recipe.parse(recipe)
     values = {"True": True, "False": False}
-    assert columns(Canary("text", "False"), found, values)["label"] is False
-    assert columns(Canary("text", "2"), found, {"1": 1})["label"] == 2
+    assert columns(Canary({"text": "w1", "label": "False"}), found, values)["label"] is False
+    assert columns(Canary({"text": "w1", "label": "2"}), found, {"1": 1})["label"] == 2
 
 
 def test_what_max_length_cuts_off_is_refused_before_training(language):
@@ -108,15 +106,15 @@ def test_what_max_length_cuts_off_is_refused_before_training(language):
 def test_prompts_and_responses(language):
     language["task"] |= {"prompt": "question", "response": "answer"}
     recipe = Recipe.parse(language)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(language["model"]["path"])
+    task, _ = load_model(recipe)
     import datasets
 
     rows = datasets.Dataset.from_dict({"question": ["kab kac"] * 3, "answer": ["kad"] * 3})
-    canaries = make("secret", 10, recipe, tokenizer)
+    canaries = make("secret", 10, recipe, task)
     row = columns(canaries.canaries[0], recipe)
     assert row["question"].endswith("is") and canaries.canaries[0].secret in row["answer"]
     assert len(canaries.planted(rows, recipe)) == 3 + canaries.included.sum()
-    random = columns(make("random-tokens", 10, recipe, tokenizer).canaries[0], recipe)
+    random = columns(make("random-tokens", 10, recipe, task).canaries[0], recipe)
     assert len(random["question"].split()) == 4 and len(random["answer"].split()) == 12
 
 
@@ -132,7 +130,7 @@ def test_they_are_kept_for_the_scoring_alone(language, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "number", "said"),
     [
-        ("mislabelled", 20, "a language model has none"),
+        ("mislabelled", 20, "causal_lm has none"),
         ("random-tokens", 5, "show nothing"),
         ("random-words", 20, "choose one of random-tokens"),
         ("new-token", 10_000, "rare words of one token"),
@@ -153,6 +151,6 @@ def test_a_classifier_s_canaries(recipe, kind, said):
 
 def test_random_labels_are_declared_ones(recipe):
     _, _, canaries = planted(recipe, "random-tokens", 60)
-    assert {canary.label for canary in canaries.canaries} == {"a", "b", "c"}
-    assert len({canary.text for canary in canaries.canaries}) == 60
-    assert np.mean([len(canary.text.split()) for canary in canaries.canaries]) == 12
+    assert {canary.record["label"] for canary in canaries.canaries} == {"a", "b", "c"}
+    assert len({canary.record["text"] for canary in canaries.canaries}) == 60
+    assert np.mean([len(canary.record["text"].split()) for canary in canaries.canaries]) == 12

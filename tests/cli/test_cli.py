@@ -109,8 +109,9 @@ def test_params_counts_what_trains(in_folder):
 
 def test_a_fresh_recipe_is_valid_and_commented(in_folder):
     from dpft.recipe import Recipe
+    from dpft.tasks.registry import names
 
-    for task in ("sequence_classification", "causal_lm"):
+    for task in names():
         assert run("init", "--task", task, "--model", "m", "--output", f"{task}.toml").exit_code == 0
         text = (in_folder / f"{task}.toml").read_text()
         assert Recipe.read(in_folder / f"{task}.toml").task.name == task

@@ -15,7 +15,7 @@ from dpft.privacy import noise
 from dpft.privacy.clipping import AutoClip, FlatClip
 from dpft.privacy.noise import SecureRandomness, SeededRandomness
 from dpft.subset import Subset
-from dpft.tasks.task import class_losses
+from dpft.tasks.losses import class_losses
 
 C = 0.05  # small enough that every gradient of these models is clipped
 

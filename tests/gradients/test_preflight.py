@@ -14,7 +14,7 @@ from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import fingerprint, preflight
 from dpft.privacy.clipping import FlatClip
 from dpft.subset import Subset
-from dpft.tasks.task import class_losses, pad_features, token_losses
+from dpft.tasks.losses import class_losses, pad_features, token_losses
 
 SUBSETS = [
     "lora",

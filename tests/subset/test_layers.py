@@ -10,7 +10,7 @@ from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import preflight
 from dpft.subset import Subset, replace_batchnorm
 from dpft.subset.layers import heads, untied_heads
-from dpft.tasks.task import class_losses
+from dpft.tasks.losses import class_losses
 from tests.support.zoo import BLOCKS, FAMILIES, IMAGES, VOCABULARY, _bart_settings
 
 

@@ -23,7 +23,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from dpft.tasks.task import IGNORED, class_losses, pad_features, token_losses
+from dpft.tasks.losses import IGNORED, class_losses, pad_features, token_losses
 
 # -- families ----------------------------------------------------------------------------------------------------------
 

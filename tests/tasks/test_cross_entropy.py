@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from dpft.tasks import cross_entropy as module
 from dpft.tasks.cross_entropy import cross_entropies
-from dpft.tasks.task import IGNORED, token_losses
+from dpft.tasks.losses import IGNORED, token_losses
 
 
 @pytest.fixture(params=[7, 40, 1 << 19])

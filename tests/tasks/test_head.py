@@ -14,7 +14,7 @@ from dpft.tasks import LabelledTask, head
 from dpft.tasks import cross_entropy as module
 from dpft.tasks.cross_entropy import head_cross_entropies
 from dpft.tasks.head import before_head
-from dpft.tasks.task import IGNORED, token_losses
+from dpft.tasks.losses import IGNORED, token_losses
 
 WORDS = 60
 SIZES = dict(vocab_size=WORDS, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dpft.errors import RecipeError
 from dpft.tasks import CausalLM, LabelledTask, SequenceClassification, Task
+from dpft.tasks.losses import IGNORED, pad_features, token_losses
 from dpft.tasks.own_loss import check_own_loss
-from dpft.tasks.task import IGNORED, pad_features, token_losses
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_lengths_count_the_tokens_before_padding(prepared):
     task, _ = prepared
     features = encoded(task)
     batch = task.collate(features)
-    assert [task.length(f) for f in features] == batch["attention_mask"].sum(1).tolist()
+    assert [task.size(f).tokens for f in features] == batch["attention_mask"].sum(1).tolist()
 
 
 def test_a_response_alone_has_a_loss(tokenizer):

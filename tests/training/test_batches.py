@@ -13,8 +13,8 @@ from dpft.errors import RecipeError
 from dpft.gradients.engine import Engine
 from dpft.privacy.noise import SecureRandomness, SeededRandomness
 from dpft.privacy.sampling import PoissonSampler
-from dpft.tasks import Encoded
-from dpft.tasks.task import LabelledTask, pad_features
+from dpft.tasks import Encoded, LabelledTask
+from dpft.tasks.losses import pad_features
 from dpft.training.batches import Examples, LogicalBatches, check_units, cut
 
 TASK = LabelledTask(lambda features: pad_features(features, 0, token_labels=True))

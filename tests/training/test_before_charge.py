@@ -16,7 +16,7 @@ from dpft.ledger import Ledger
 from dpft.privacy.noise import SeededRandomness
 from dpft.recipe import Recipe
 from dpft.subset import Subset
-from dpft.tasks.task import LabelledTask
+from dpft.tasks import LabelledTask
 from dpft.training.checks import copied_optimizer, try_optimizer
 from dpft.training.releases import Releases
 from dpft.training.run import train

@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 
 from dpft.audit.canaries import make
 from dpft.errors import RecipeError
-from dpft.recipe import Recipe, TaskTable
+from dpft.recipe import Recipe
+from dpft.tasks import SequenceClassification
 from dpft.training.batches import Examples
 from dpft.training.data import check, load, read
 from dpft.training.positions import positions
@@ -112,7 +113,12 @@ NUMBERED = datasets.Dataset.from_dict({"text": ["fever", "cough"], "label": [1, 
 def test_labels_are_what_the_file_says(tmp_path, recipe, file, content, declared):
     rows = read(written(tmp_path, file, content))
     assert rows.column_names == ["text", "label"]
-    check(rows, TaskTable(name="sequence_classification", labels=declared), Recipe.parse(recipe).data, "data.train")
+    check(
+        rows,
+        SequenceClassification.Settings(name="sequence_classification", labels=declared),
+        Recipe.parse(recipe).data,
+        "data.train",
+    )
 
 
 @pytest.mark.parametrize(
@@ -296,8 +302,7 @@ def test_no_file_holds_a_row_during_a_run_or_after_it(recipe, tmp_path, monkeypa
     recipe["data"] |= {"train": str(data), "validation": str(data), "validation_rows": 9}
     parsed = Recipe.parse(recipe)
     train(parsed, tmp_path / "run", callbacks=[walks])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(recipe["model"]["path"])
-    whole = make("random-tokens", 10, parsed, tokenizer).planted(load(parsed)[0], parsed)
+    whole = make("random-tokens", 10, parsed, load_model(parsed)[0]).planted(load(parsed)[0], parsed)
     walks.check()
     assert walks.times == 2 + 4 + 1 and row.decode() in whole["text"]
 

@@ -9,7 +9,8 @@ from transformers import TrainerCallback, TrainingArguments
 from dpft.errors import IsolationError, RecipeError
 from dpft.privacy.noise import SeededRandomness
 from dpft.subset import Subset
-from dpft.tasks.task import LabelledTask, class_losses, pad_features
+from dpft.tasks import LabelledTask
+from dpft.tasks.losses import class_losses, pad_features
 from dpft.training.batches import Examples
 from dpft.training.prefix import FrozenPrefix
 from dpft.training.run import _without_dropout
@@ -81,7 +82,7 @@ def test_only_what_the_loss_depends_on_is_kept(bert, tmp_path):
     """A classifier looks at the pooled vector alone: so many numbers for an example, and none for a token."""
     task, prefix = filled(bert, 'layers("classifier*")', tmp_path)
     assert prefix.numbers == (0, task.model.config.hidden_size)
-    assert prefix.lengths(task.examples).tolist() == [1] * 5
+    assert prefix.shortened(task.examples).lengths.tolist() == [1] * 5
     assert prefix.bytes(task.examples) == 5 * 4 * task.model.config.hidden_size
 
 

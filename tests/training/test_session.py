@@ -8,7 +8,7 @@ from dpft.errors import BudgetError, GuaranteeError, RecipeError
 from dpft.ledger import Ledger
 from dpft.privacy.noise import SeededRandomness
 from dpft.subset import Subset
-from dpft.tasks.task import LabelledTask
+from dpft.tasks import LabelledTask
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_a_checkpoint_of_a_plain_loop_goes_on_elsewhere(make, tmp_path):
 
 def test_the_ledger_pays_and_ends_a_plain_loop(make, tmp_path, plan):
     whole = plan(units=30, steps=40)
-    account = Ledger(str(tmp_path / "ledger.db")).create("notes", epsilon=whole.epsilon, delta=1e-3)
+    account = Ledger(str(tmp_path / "ledger.db")).create("notes", epsilon=1.01 * whole.epsilon, delta=1e-3)
     session = make(ledger=account, purpose="a plain loop", plan=whole)
     optimizer = optimizer_of(session)
     with session:
@@ -95,7 +95,7 @@ def test_the_ledger_pays_and_ends_a_plain_loop(make, tmp_path, plan):
             if session.engine.steps_released == 5:  # somebody else spends of the same account
                 account.open(plan(units=30, steps=20)).charge(20)
     assert 5 < session.engine.steps_released <= 20 and "notes" in session.halted
-    assert account.spent() <= whole.epsilon
+    assert account.spent() <= 1.01 * whole.epsilon
     assert next(iter(account.record.runs.values())).steps == session.engine.steps_released
 
 

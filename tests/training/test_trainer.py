@@ -22,7 +22,7 @@ from dpft.gradients.gradients import Gradients
 from dpft.gradients.preflight import preflight
 from dpft.privacy.noise import SeededRandomness
 from dpft.subset import Subset
-from dpft.tasks.task import LabelledTask
+from dpft.tasks import LabelledTask
 from dpft.training.arguments import FORBIDDEN
 from dpft.training.batches import Examples, LogicalBatches
 from dpft.training.run import _without_dropout

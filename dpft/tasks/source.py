@@ -1,0 +1,41 @@
+"""Where a task's model comes from, and how it is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint.
+
+    Args:
+        path: a folder, or a name on a hub.
+        revision: the hub's.
+        options: what every model's ``from_pretrained`` is given: type, quantization.
+    """
+
+    path: str
+    revision: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def processor(self, kind: str = "AutoTokenizer", **options):
+        """The tokenizer, or what else of transformers (``"AutoImageProcessor"``) prepares the data."""
+        import transformers
+
+        return getattr(transformers, kind).from_pretrained(self.path, revision=self.revision, **options)
+
+    def model(self, kind: str, **options):
+        """The model by a class of transformers, such as ``"AutoModelForCausalLM"``."""
+        import transformers
+
+        return getattr(transformers, kind).from_pretrained(self.path, revision=self.revision, **self.options, **options)
+
+    def labelled_model(self, kind: str, labels: list[str], tokenizer):
+        """The model with one output for each label, and with a padding token in its configuration."""
+        names = dict(enumerate(labels))
+        model = self.model(kind, num_labels=len(names), id2label=names, label2id={v: k for k, v in names.items()})
+        if model.config.pad_token_id is None:  # decoders find an example's last token by it
+            padding = tokenizer.pad_token_id
+            model.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding
+        return model

@@ -1,5 +1,6 @@
 """What of ``transformers.TrainingArguments`` would break the guarantee, and why."""
 
+import warnings
 from dataclasses import fields
 from typing import Any
 
@@ -26,6 +27,8 @@ FORBIDDEN = {
     "padding_free": (False, "it joins the records of a batch into one sequence"),
     "push_to_hub": (False, "it uploads the whole output folder, private/ included; push the finished weights"),
 }
+# What Trainer would read, and a private run takes from its plan.
+IGNORED = ("num_train_epochs", "per_device_train_batch_size", "dataloader_drop_last")
 INSIDE_BACKWARD = ("lomo", "layerwise")  # parts of the names of optimizers that step while gradients are being made
 
 
@@ -63,6 +66,17 @@ def check_arguments(args: TrainingArguments, plan: Plan, evaluation_is_public: b
     if str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
         raise GuaranteeError(
             "save_strategy='best' chooses a checkpoint by a metric, a release of its own: save by steps."
+        )
+
+
+def warn_of_ignored(args: TrainingArguments) -> None:
+    """One warning that names arguments which were set and which the plan decides instead."""
+    ignored = [name for name in IGNORED if getattr(args, name, None) != _default(args, name)]
+    if ignored:
+        warnings.warn(
+            f"{', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} not used: the plan says how many units a step draws and how many steps there "
+            "are, and token_budget how large a micro-batch is.",
+            stacklevel=4,
         )
 
 

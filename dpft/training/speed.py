@@ -1,12 +1,12 @@
 """What makes a trainer's run fast and changes nothing that it releases: the frozen prefix and the token budget."""
 
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from dpft.errors import RecipeError
+from dpft.runs.folder import RunFolder
 from dpft.training.batches import EVALUATION_TOKENS
 from dpft.training.prefix import WORTH, FrozenPrefix
 from dpft.training.tuning import Budget, fastest_budget
@@ -21,7 +21,7 @@ def kept_prefix(trainer) -> FrozenPrefix | None:
     if uses < WORTH and not asked:
         return None
     prefix = FrozenPrefix.find(trainer.model, trainer._losses, trainer._collated(examples.spread()))
-    folder = Path(trainer.args.output_dir) / "private"
+    folder = RunFolder(trainer.args.output_dir).private
     folder.mkdir(parents=True, exist_ok=True)
     if asked and prefix is None:
         raise RecipeError(

@@ -23,6 +23,7 @@ from dpft.gradients.side_effects import FrozenState
 from dpft.ledger import Dataset
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.privacy.plan import Plan
+from dpft.runs.folder import RunFolder
 from dpft.tasks.own_loss import check_own_loss
 from dpft.tasks.task import LabelledTask, Task
 from dpft.training.account import Account
@@ -218,7 +219,7 @@ class DPTrainerMixin:
 
     def _preflight(self) -> Preflight:
         """The proof, or what an earlier start of this very run found; it is the same for the same model and versions."""
-        path = Path(self.args.output_dir) / "private" / "preflight.json"  # its errors are numbers made from the data
+        path = RunFolder(self.args.output_dir).preflight_file  # its errors are numbers made from the data
         examples = self._examples()
         key = fingerprint(self.model, self.task, self.args.bf16, int(examples.lengths.max()))
         try:

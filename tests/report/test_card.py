@@ -10,7 +10,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from dpft.privacy import accounting
-from dpft.privacy.events import Event
+from dpft.privacy.events import Event, to_dp_event
 from dpft.privacy.rounding import rounded_up
 from dpft.report import write_card
 from dpft.report.meaning import meaning
@@ -145,3 +145,16 @@ def test_a_run_with_next_to_no_noise_has_a_card(folder):
     (folder / "run.json").write_text(json.dumps(run))
     text, page = (path.read_text() for path in write_card(folder))
     assert figures("ε = # at", text)[0] > 800 and "at most inf-fold" in text and "100 %" in page
+
+
+def test_what_a_run_releases_beside_its_steps_stands_on_the_card(folder):
+    run = json.loads((folder / "run.json").read_text())
+    means = Event(1, 2.0, 1.0, sensitivity=0.1, name="class | means")
+    run["events"].append(means.to_dict())
+    (folder / "run.json").write_text(json.dumps(run))
+    text, page = (path.read_text() for path in write_card(folder))
+    together = accounting.epsilon(to_dp_event(RunFolder(folder).record().events), 1e-5)
+    for card, name in ((text, "class \\| means"), (page, "class | means")):
+        assert f"; {name}: 1 release of the Gaussian mechanism, noise multiplier 2, sensitivity 0.1" in card
+        assert "500 releases of the Gaussian mechanism" in card and f"ε = {rounded_up(together)}" in card
+    assert together > 1.1 * EPSILON and page.count("<svg") == 2  # no curve over steps, where not all of it is steps

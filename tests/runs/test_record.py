@@ -77,7 +77,7 @@ def test_only_one_module_knows_where_files_are():
         "audit.json",
         "sweep.json",
     }
-    names |= {"preflight.json", "canaries.json", "trainer_state.json"}
+    names |= {"preflight.json", "canaries.json", "trainer_state.json", "private"}
     for path in (ROOT / "dpft").rglob("*.py"):
         if path.parent.name != "runs":
             found = {

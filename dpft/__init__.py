@@ -49,7 +49,7 @@ _HOMES = {
     "LedgerError": "dpft.errors",
     "Dataset": "dpft.ledger",
     "Ledger": "dpft.ledger",
-    "Event": "dpft.privacy.composition",
+    "Event": "dpft.privacy.events",
 }
 
 __all__ = sorted(_HOMES)

@@ -11,6 +11,7 @@ from dpft import toml
 from dpft.errors import DPFTError, RecipeError
 from dpft.privacy.accounting import Adjacency
 from dpft.privacy.clipping import AutoClip, Clip, FlatClip
+from dpft.privacy.delta import check_delta
 from dpft.privacy.plan import Plan
 from dpft.values import Column
 
@@ -223,11 +224,7 @@ class Recipe(_Table):
             raise ValueError(
                 f"privacy.batch_size is {self.privacy.batch_size:,} of {self.data.units:,} units: expect at most all of them"
             )
-        if self.privacy.delta >= 1 / self.data.units:
-            raise ValueError(
-                f"privacy.delta is {self.privacy.delta:g} for {self.data.units:,} units, which would permit publishing a unit whole: "
-                f"choose less than 1/units, such as {0.1 / self.data.units:.0e}"
-            )
+        check_delta(self.privacy.delta, self.data.units, subject="privacy.delta")
         if self.data.examples_per_unit > 1 and self.data.unit == "example":
             raise ValueError(
                 "data.examples_per_unit is above 1, but each example is its own unit: name the unit column in data.unit"

@@ -23,6 +23,7 @@ LAYERS = [
     "privacy",
     "ledger",
     "recipe",
+    "runs",
     "subset",
     "gradients",
     "tasks",

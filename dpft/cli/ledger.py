@@ -171,13 +171,13 @@ def spend(name, noise_multiplier, sample_rate, steps, epsilon, delta, purpose, u
     Example:
       dpft ledger spend notes --epsilon 0.5 --delta 1e-8 --purpose "table of counts, other tool"
     """
-    from dpft.privacy.composition import Event
+    from dpft.privacy.events import Event
 
     if (noise_multiplier is None) == (epsilon is None):
         raise click.UsageError("Give --noise-multiplier with --sample-rate and --steps, or --epsilon with --delta.")
     if epsilon is not None and (steps, sample_rate) != (1, 1.0):
         raise click.UsageError("--epsilon is of all releases together: leave --steps and --sample-rate out.")
-    event = Event(1, None, None, epsilon, delta) if epsilon is not None else Event(steps, noise_multiplier, sample_rate)
+    event = Event(steps, noise_multiplier, sample_rate) if epsilon is None else Event(epsilon=epsilon, delta=delta)
     dataset = _open(url).dataset(name)
     spent = dataset.spend([event], purpose=purpose)
     click.echo(

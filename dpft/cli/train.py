@@ -107,11 +107,12 @@ def demo(output: Path, fast: bool, as_json: bool) -> None:
     """
     from dpft.demo import recipe as demo_recipe
     from dpft.errors import RecipeError
+    from dpft.runs import RunFolder
 
     if (output / "runs").exists():
         raise RecipeError(f"{output} holds a demo already: choose another --output, or delete it.")
     chosen = demo_recipe(output / "data", fast=fast)
-    (output / "recipe.toml").write_text(chosen.to_toml(comments=True), encoding="utf-8")
+    RunFolder(output).write_recipe(chosen, comments=True)
     rows = _compare(chosen, output / "runs", None, range(1), as_json)
     private, plain = rows[-1], rows[1]
     if not as_json:
@@ -121,8 +122,8 @@ def demo(output: Path, fast: bool, as_json: bool) -> None:
             f"\nPrivacy cost {cost} here: every diagnosis' influence was bounded and "
             "covered by noise, which drowns what only a few of them say, so the rarest chapters lose most."
         )
-    folder = Path(private.folders[0])
-    for path in (folder / "card.md", folder / "card.html", folder / "weights"):
+    made = RunFolder(private.folders[0])
+    for path in (*made.cards, made.weights):
         click.echo(path, err=as_json)
 
 
@@ -170,17 +171,18 @@ def _compare(recipe, output: Path, epsilons: list[float] | None, seeds: range, a
 @contextmanager
 def _says_what_is_left(output: Path) -> Iterator[None]:
     """Note on whatever ends a training early how many steps stay charged, and what its folder is good for."""
-    from dpft.training.run import last_checkpoint
+    from dpft.runs import RunFolder
 
-    is_new, before = not output.exists(), _released(output)
+    folder = RunFolder(output)
+    is_new, before = not output.exists(), _released(folder)
     try:
         yield
     except BaseException as error:
-        released = _released(output)
+        released = _released(folder)
         charged = (
             f"{output} has released {released:,} step{'s, which stay' if released > 1 else ', which stays'} charged"
         )
-        if released > before and last_checkpoint(output):
+        if released > before and folder.last_checkpoint():
             error.add_note(f"{charged}: go on with --resume.")
         elif released > before:
             error.add_note(f"{charged}, and has no checkpoint to resume from: choose another --output.")
@@ -189,39 +191,40 @@ def _says_what_is_left(output: Path) -> Iterator[None]:
         raise
 
 
-def _released(output: Path) -> int:
+def _released(folder) -> int:
+    from dpft.runs.count import Count
+
     try:
-        return json.loads((output / "releases.json").read_text(encoding="utf-8"))["charged"]
-    except (OSError, ValueError, KeyError):
+        return Count.read(folder.releases_file).charged
+    except (OSError, ValueError):
         return 0
 
 
 def _show_run(folder: Path, as_json: bool) -> None:
-    from dpft.report.record import read_record
-    from dpft.training.run import read_metrics
+    from dpft.runs import RunFolder
 
-    record = read_record(folder)
-    metrics = read_metrics(folder) or {}
+    run = RunFolder(folder)
+    record, metrics = run.record(), run.metrics() or {}
     metrics.pop("notice", None)
     if as_json:
-        show({**record, "metrics": metrics, "folder": str(folder)}, True)
+        show({**record.to_dict(), "metrics": metrics, "folder": str(folder)}, True)
         return
-    if record["interrupted"]:
-        click.echo(f"Ended after {record['released_steps']:,} of {record['planned_steps']:,} steps.")
-    if record["halted"]:
-        click.echo(record["halted"])
-    click.echo(record["guarantee"])
-    account = record["ledger"]
-    if account and "spent" in account:
+    if record.interrupted:
+        click.echo(f"Ended after {record.released_steps:,} of {record.planned_steps:,} steps.")
+    if record.halted:
+        click.echo(record.halted)
+    click.echo(record.guarantee)
+    account = record.ledger
+    if account and account.spent is not None:
         click.echo(
-            f"{account['dataset']!r} has spent ε = {rounded_up(account['spent'])} of {account['budget']:g} "
-            f"at δ = {rounded_up(account['delta'], 6)}, over {account['runs']:,} run{'s' if account['runs'] != 1 else ''}."
+            f"{account.dataset!r} has spent ε = {rounded_up(account.spent)} of {account.budget:g} "
+            f"at δ = {rounded_up(account.delta, 6)}, over {account.runs:,} run{'s' if account.runs != 1 else ''}."
         )
-    marked = " (PRIVATE: computed without noise, do not publish)" if record["metrics_are_private"] else ""
+    marked = " (PRIVATE: computed without noise, do not publish)" if record.metrics_are_private else ""
     shown = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
     if shown:
         click.echo(f"\nValidation{marked}")
         show(shown, False)
     click.echo()
-    for path in (folder / "card.md", folder / "card.html", folder / "weights"):
+    for path in (*run.cards, run.weights):
         click.echo(path)

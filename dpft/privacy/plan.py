@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
-from dp_accounting import dp_event
-
 from dpft.errors import PlanError
 from dpft.privacy import accounting, composition, gaussian
 from dpft.privacy.accounting import ADJACENCY, Adjacency
 from dpft.privacy.clipping import Clip, FlatClip
+from dpft.privacy.delta import check_delta
+from dpft.privacy.events import Event, to_dp_event
 from dpft.privacy.rounding import rounded_up
 from dpft.privacy.sampling import PoissonSampler
 
@@ -83,11 +83,7 @@ class Plan:
             self.units is None or self.units >= 1,
             f"units is {self.units}: declare how many units the data set has, at least 1.",
         )
-        if self.units is not None and self.delta >= 1 / self.units:
-            raise PlanError(
-                f"delta is {self.delta:g} for {self.units:,} units, and a delta of 1/units or more permits publishing "
-                f"a random unit whole: choose a delta below {1 / self.units:.1e}, better {0.1 / self.units:.1e}."
-            )
+        check_delta(self.delta, self.units)
         _require(self.adjacency in ADJACENCY, f"adjacency is {self.adjacency!r}: choose one of {', '.join(ADJACENCY)}.")
         _require(
             self.examples_per_unit >= 1, f"examples_per_unit is {self.examples_per_unit}: a unit needs at least 1."
@@ -105,16 +101,9 @@ class Plan:
             raise PlanError("The plan declares no number of units, so its sums have no public normaliser: set units.")
         return self.sample_rate * self.units
 
-    @property
-    def event(self) -> dp_event.DpEvent:
-        """What the whole run releases, as dp-accounting sees it."""
-        return self.event_after(self.steps)
-
-    def event_after(self, steps: int) -> dp_event.DpEvent:
-        """What the first ``steps`` releases are."""
-        if steps == 0:
-            return dp_event.NoOpDpEvent()
-        return accounting.poisson_gaussian(self.noise_multiplier, self.sample_rate, steps)
+    def events(self, steps: int | None = None) -> tuple[Event, ...]:
+        """What the first ``steps`` releases are (default: all)."""
+        return (Event(self.steps if steps is None else steps, self.noise_multiplier, self.sample_rate),)
 
     @cached_property
     def epsilon(self) -> float:
@@ -133,14 +122,13 @@ class Plan:
         if steps == 0:
             return 0.0
         if not exact:
-            event = composition.Event(steps, self.noise_multiplier, self.sample_rate)
-            return composition.epsilon((event,), self.delta, self.adjacency)
-        return accounting.epsilon(self.event_after(steps), self.delta, self.adjacency)
+            return composition.epsilon(self.events(steps), self.delta, self.adjacency)
+        return accounting.epsilon(to_dp_event(self.events(steps)), self.delta, self.adjacency)
 
     @cached_property
     def epsilon_rdp(self) -> float:
         """The second opinion: ε of the whole run by Rényi DP."""
-        return accounting.epsilon_rdp(self.event, self.delta, self.adjacency)
+        return accounting.epsilon_rdp(to_dp_event(self.events()), self.delta, self.adjacency)
 
     def sampler(self, randomness: "Randomness") -> PoissonSampler:
         """The sampler that this plan's event assumes."""

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from opacus.grad_sample import register_grad_sampler
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,6 +15,7 @@ from dpft.gradients.precision import (
     precise,
     precise_bmm,
 )
+from dpft.gradients.rules.registry import register
 from dpft.gradients.rules.unmade import Unmade, made
 
 # Making a gradient (m, n), taking its norm and adding it up moves about 3 numbers of each weight through memory, while the norm
@@ -147,6 +147,6 @@ def _gradients(layer: nn.Module, grad_output: Tensor, product: Callable[[], Prod
     return gradients
 
 
-@register_grad_sampler(Conv1D)
+@register(Conv1D)
 def _conv1d_for_opacus(layer: Conv1D, activations: list[Tensor], grad_output: Tensor) -> dict[nn.Parameter, Tensor]:
     return {parameter: made(g) for parameter, g in conv1d(layer, activations, grad_output).items()}

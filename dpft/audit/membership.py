@@ -86,7 +86,7 @@ def audit_membership(
     return [_attack(name, each[inside], each[~inside], allowed) for name, each in scores.items()]
 
 
-def _allowed(run: dict | None) -> list[float | None]:
+def _allowed(run: dict | None) -> Sequence[float | None]:
     # Of a person with several rows the attack takes one, which the person's guarantee does not speak of.
     if run is None or not run["private"] or not run["released_steps"] or run["unit"] != "example":
         return [None] * len(RATES)

@@ -5,6 +5,7 @@ import weakref
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from dpft.errors import BypassError, GuaranteeError
 
@@ -23,7 +24,7 @@ class Guard:
         self._released: dict[int, tuple[Tensor, int]] = {}  # by parameter: the gradient released and its version then
         self._unstepped: set[int] = set()  # parameters whose released gradient no optimizer has used yet
         self._foreign: dict[int, weakref.ref] = {}  # leaves that losses came from and that are not the model's
-        self._hook = None
+        self._hook: RemovableHandle | None = None
 
     @property
     def attached(self) -> bool:
@@ -33,7 +34,8 @@ class Guard:
         self._hook = register_optimizer_step_pre_hook(self._check_step)
 
     def detach(self) -> None:
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         self._hook = None
 
     def release(self, gradients: dict[nn.Parameter, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Whether a recipe needs bitsandbytes, and how a command that needs it not does without.
 
-PEFT imports bitsandbytes wherever it is installed, which takes more than a second because PyTorch's compiler comes along.
+PEFT imports bitsandbytes wherever it is installed, which takes more than a second because PyTorch's compiler comes
+along.
 """
 
 import sys

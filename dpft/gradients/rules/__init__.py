@@ -1,8 +1,8 @@
 """Closed-form per-example gradients, one file per kind of layer.
 
 A rule is an Opacus grad sampler: ``rule(layer, [input], grad_output) -> {parameter: (B, *shape)}``. A class of layer
-that has none here has Opacus's, where there is one (:mod:`dpft.gradients.rules.registry`). To add one, write a file like
-these, import it below and add the layer to ``tests/gradients/test_rules.py``.
+that has none here has Opacus's, where there is one (:mod:`dpft.gradients.rules.registry`). To add one, write a file
+like these, import it below and add the layer to ``tests/gradients/test_rules.py``.
 """
 
 from torch import nn

@@ -76,7 +76,8 @@ def embedding(layer: nn.Embedding, activations: list[Tensor], grad_output: Tenso
     """Each token's output gradient ``(B, ..., n)`` belongs to its row.
 
     Raises:
-        IsolationError: the layer divides by how often a token occurs in the batch, or changes its table in its forward pass.
+        IsolationError: the layer divides by how often a token occurs in the batch, or changes its table in its forward
+            pass.
     """
     if layer.scale_grad_by_freq:
         raise IsolationError(
@@ -85,7 +86,8 @@ def embedding(layer: nn.Embedding, activations: list[Tensor], grad_output: Tenso
         )
     if layer.max_norm is not None:
         raise IsolationError(
-            f"An embedding with max_norm={layer.max_norm:g} shrinks the rows of the words that occur, un-noised: set it to None."
+            f"An embedding with max_norm={layer.max_norm:g} shrinks the rows of the words that occur, un-noised: set "
+            "it to None."
         )
     if not layer.weight.requires_grad:
         return {}

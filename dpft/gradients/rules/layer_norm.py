@@ -8,7 +8,8 @@ from dpft.gradients.rules.registry import register
 
 @register(nn.LayerNorm)
 def layer_norm(layer: nn.LayerNorm, activations: list[Tensor], grad_output: Tensor) -> dict[nn.Parameter, Tensor]:
-    """``y = w · x̂ + b``, so ``dw = Σ dy · x̂`` and ``db = Σ dy`` over all but the example and the weight's dimensions."""
+    """``y = w · x̂ + b``, so ``dw = Σ dy · x̂`` and ``db = Σ dy`` over all but the example and the weight's
+    dimensions."""
     x, gradients = activations[0], {}
     if layer.weight.requires_grad:
         normal = torch.nn.functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)

@@ -1,4 +1,5 @@
-"""Linear layers: the per-example gradient of a weight is a product of two known matrices, and need not be made to be used."""
+"""Linear layers: the per-example gradient of a weight is a product of two known matrices, and need not be made to be
+used."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from dpft.gradients.precision import (
 from dpft.gradients.rules.registry import register
 from dpft.gradients.rules.unmade import Unmade, made
 
-# Making a gradient (m, n), taking its norm and adding it up moves about 3 numbers of each weight through memory, while the norm
-# alone costs 2 T² (m + n) operations. Memory is taken to move one number in the time of so many operations: an estimate,
-# which changes speed alone; benchmarks/speed.py shows what comes of it on either side.
+# Making a gradient (m, n), taking its norm and adding it up moves about 3 numbers of each weight through memory, while
+# the norm alone costs 2 T² (m + n) operations. Memory is taken to move one number in the time of so many operations: an
+# estimate, which changes speed alone; benchmarks/speed.py shows what comes of it on either side.
 OPERATIONS_PER_NUMBER = 40
 FEW_TOKENS = 24  # below it a product in float64 costs less than to add up each example's by itself
 ROUNDING = 2.0**-21  # of sums of products in float32, relative to the sum of their absolute values

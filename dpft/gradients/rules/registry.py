@@ -1,6 +1,7 @@
 """Rules by class of layer: the ones of this package, and Opacus's, which is imported for a layer that needs its rule.
 
-To import Opacus takes seconds: its accountants and optimizers come along, and with them most of scipy. Few layers need it.
+To import Opacus takes seconds: its accountants and optimizers come along, and with them most of scipy. Few layers need
+it.
 """
 
 import sys

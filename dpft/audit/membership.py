@@ -87,7 +87,7 @@ def audit_membership(
     return [_attack(name, each[inside], each[~inside], allowed) for name, each in scores.items()]
 
 
-def _allowed(run: RunRecord | None) -> list[float | None]:
+def _allowed(run: RunRecord | None) -> Sequence[float | None]:
     # Of a person with several rows the attack takes one, which the person's guarantee does not speak of.
     if run is None or not run.claims or run.unit != "example":
         return [None] * len(RATES)

@@ -260,8 +260,8 @@ def verify(exported, public_key, quick, url, as_json) -> None:
     found = check(rows, end, public_key=public_key, figures=not quick)
     if found.verified and not exported:
         _open(url)  # refuses an older copy of what this machine has seen
-    facts = {"verified": found.verified, "entries": found.entries, "figures": found.figures}
-    facts |= {"public_key": found.public_key, "problems": found.problems}
+    names = ("verified", "entries", "figures", "public_key", "problems")
+    facts = {name: getattr(found, name) for name in names}
     if as_json:
         show(facts, True)
     elif found.verified:

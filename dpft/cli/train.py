@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from dpft.cli.common import as_json, overrides, recipe_file, show, table
+from dpft.cli.common import as_json, overrides, recipe_file, recipe_to_run, show, table
 from dpft.privacy.rounding import rounded_up
 
 NON_PRIVATE = "non-private"  # the setting of dpft.sweep, whose import would slow --help
@@ -40,16 +40,15 @@ def train(
     Example:
       dpft train recipe.toml --output runs/notes --set privacy.epsilon=1
     """
-    from dpft.cli.progress import progress
-    from dpft.privacy.noise import SeededRandomness
-    from dpft.recipe import Recipe
-    from dpft.training.run import train as run
-
     account = {"ledger.url": ledger, "ledger.purpose": purpose}
-    chosen = Recipe.read(
+    chosen = recipe_to_run(
         recipe,
         (*overrides, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in account.items() if value)),
     )
+    from dpft.cli.progress import progress
+    from dpft.privacy.noise import SeededRandomness
+    from dpft.training.run import train as run
+
     with _says_what_is_left(output), progress() as bar:
         randomness = None if seeded_noise is None else SeededRandomness(seeded_noise)
         folder = run(chosen, output, randomness=randomness, callbacks=[bar.callback()], resume=resume)
@@ -83,9 +82,8 @@ def compare(
     Example:
       dpft compare recipe.toml --output runs/sweep --epsilon 8 --epsilon 3 --epsilon 1 --seeds 3
     """
-    from dpft.recipe import Recipe
-
-    _compare(Recipe.read(recipe, overrides), output, list(epsilons) or None, range(seeds), as_json, not private_only)
+    chosen = recipe_to_run(recipe, overrides)
+    _compare(chosen, output, list(epsilons) or None, range(seeds), as_json, not private_only)
 
 
 @click.command()
@@ -160,7 +158,7 @@ def _compare(recipe, output: Path, epsilons: list[float] | None, seeds: range, a
             "so no guarantee covers what its figures show."
         )
     private = sum(len(r.folders) for r in rows if r.setting.startswith("ε"))
-    if private > 1:
+    if private > 1 and composed is not None:
         click.echo(
             f"\nThe {private} private runs used the same data: "
             f"together they cost ε = {rounded_up(composed)} at δ = {rounded_up(recipe.privacy.delta, 6)}."

@@ -1,7 +1,7 @@
 """Apply each mutant to a copy of the tree and demand that the tests catch it.
 
-A mutant is a TOML file that re-introduces one known way of breaking ε (docs/pitfalls.md) by replacing text, so that it survives
-whatever moves around it:
+A mutant is a TOML file that re-introduces one known way of breaking ε (docs/pitfalls.md) by replacing text, so that it
+survives whatever moves around it:
 
     row = "T6"
     break = "the noise ignores the clip"
@@ -10,7 +10,7 @@ whatever moves around it:
 
     [[edit]]
     file = "dpft/privacy/plan.py"
-    symbol = "Plan.noise_std"               # the function, class or method in which the old text stands once; "" for the file
+    symbol = "Plan.noise_std"               # the function, class or method that holds the text once; "" for the file
     old = '''self.noise_multiplier * self.clip.sensitivity'''
     new = '''self.noise_multiplier'''
 

@@ -38,7 +38,7 @@ def items_of(markdown):
 
 
 @pytest.mark.parametrize(
-    ("ledger", "overlap", "metrics", "audit", "private"), itertools.product([True, False], repeat=5)
+    ("ledger", "overlap", "metrics", "audit", "private"), list(itertools.product([True, False], repeat=5))
 )
 def test_every_item_of_the_card_is_an_item_of_its_own(folder, ledger, overlap, metrics, audit, private):
     account = {**FACTS["ledger"], "overlap": 0.875 if overlap else None}

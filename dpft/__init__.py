@@ -5,6 +5,8 @@ from importlib import import_module
 _HOMES = {
     "AutoClip": "dpft.privacy.clipping",
     "FlatClip": "dpft.privacy.clipping",
+    "PerLayerClip": "dpft.privacy.clipping",
+    "Statistics": "dpft.privacy.mechanisms.statistics",
     "Plan": "dpft.privacy.plan",
     "SecureRandomness": "dpft.privacy.noise",
     "SeededRandomness": "dpft.privacy.noise",

@@ -31,6 +31,7 @@ KEYS = {
     "halted": "ledger",
     "ledger": "ledger",
     "expected_batch_size": "plan",
+    "mechanism": "released",
     "clip": "plan",
     "subset": "plan",
     "trainable_parameters": "software",

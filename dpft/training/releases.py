@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -13,7 +14,11 @@ from dpft.errors import GuaranteeError
 from dpft.privacy.noise import Randomness
 from dpft.privacy.plan import Plan
 
+if TYPE_CHECKING:
+    from dpft.gradients.engine import Engine
+
 FILE = "releases.json"
+NUMBERS = "released.json"  # in a checkpoint: what the next step needs of what was released, beside the weights
 ACCOUNT = "ledger.json"  # which run of the ledger was charged for them
 
 
@@ -30,7 +35,7 @@ class Releases:
         self._mechanism = {
             "noise_multiplier": plan.noise_multiplier,
             "sample_rate": plan.sample_rate,
-            "clip": repr(plan.clip),
+            "clip": plan.mechanism.clipping,
             "unit": plan.unit,
             "adjacency": plan.adjacency,
             "private_randomness": randomness.private,
@@ -105,10 +110,17 @@ class Releases:
             )
         self._write({"run": known.get("run") or token_hex(8), "charged": number, "mechanism": self._mechanism})
 
-    def save(self, checkpoint: Path) -> None:
-        """A copy for a checkpoint, with the account that was charged."""
+    def save(self, checkpoint: Path, engine: "Engine | None" = None) -> None:
+        """A copy for a checkpoint, with the account that was charged, and the released numbers that the engine's next step needs."""
         for name in (FILE, ACCOUNT):
             _copy(self.path.with_name(name), checkpoint / name)
+        if engine is not None and engine.released_numbers:
+            (checkpoint / NUMBERS).write_text(json.dumps(engine.released_numbers), encoding="utf-8")
+
+    def take_up_numbers(self, checkpoint: Path | str, engine: "Engine | None") -> None:
+        """Raises GuaranteeError: the engine's next step needs a number that the checkpoint does not hold."""
+        if engine is not None:
+            engine.take_up(_read(Path(checkpoint) / NUMBERS))
 
     def _write(self, facts: dict) -> None:
         """The file, its name and its content are on disk when this returns."""

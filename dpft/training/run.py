@@ -11,7 +11,7 @@ DIR/private/          un-noised metrics, times, techniques          PRIVATE: nev
 import json
 import math
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -319,6 +319,7 @@ def write(output: Path, recipe: Recipe, trainer, loading: str, metrics: dict | N
         "halted": trainer.halted,
         "ledger": _account(trainer),
         "expected_batch_size": plan.expected_batch_size,
+        "mechanism": asdict(plan.mechanism.describe(engine.steps_released)),
         "clip": {"rule": type(plan.clip).__name__, "clip_norm": plan.clip.sensitivity},
         "subset": recipe.subset,
         "trainable_parameters": trainer.preflight.trainable_parameters if trainer.preflight else None,

@@ -299,7 +299,7 @@ class DPTrainerMixin:
         folder = Path(output_dir or self.args.output_dir)
         save_file({name: p.detach().contiguous() for name, p in trainable(self.model)}, folder / TRAINABLE)
         if folder != self.releases.path.parent:
-            self.releases.save(folder)
+            self.releases.save(folder, self.engine)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing: the generators' states tell how much chance a step took, and so who was drawn."""
@@ -315,8 +315,8 @@ class DPTrainerMixin:
 
     def load(self, checkpoint: str) -> None:
         """Take up a checkpoint's weights after all of the plan was released; the claim is for all of it."""
-        self._load_from_checkpoint(checkpoint)
         self.engine = self._spent_engine()
+        self._load_from_checkpoint(checkpoint)
         self.account = self._opened_account(self.releases.charged)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
@@ -325,6 +325,7 @@ class DPTrainerMixin:
         with torch.no_grad():
             for name, parameter in trainable(self.model):
                 parameter.copy_(saved[name])
+        self.releases.take_up_numbers(resume_from_checkpoint, self.engine)
 
     # -- what is shown -------------------------------------------------------------------------------------------
 

@@ -67,6 +67,12 @@ class AdaptiveClip(DpSgd):
         return self.noise_multiplier / (2 * math.sqrt(self.quantile_share))
 
     @property
+    def clipping(self) -> str:
+        """The first clip, and what makes the next ones."""
+        settings = f"quantile={self.quantile}, clip_rate={self.clip_rate}, quantile_share={self.quantile_share}"
+        return f"{self.clip!r} at first, then {self.name}({settings})"
+
+    @property
     def gradient_noise_multiplier(self) -> float:
         """z_Δ (Theorem 1); 0 without noise."""
         if self.noise_multiplier == 0:

@@ -139,6 +139,11 @@ class Mechanism(ABC):
         return FreshNoise(size, randomness, device)
 
     @property
+    def clipping(self) -> str:
+        """The bound on one unit's part and all that moves it, in which two runs that one claim covers must agree."""
+        return repr(self.clip)
+
+    @property
     def gradient_noise_multiplier(self) -> float:
         """The noise on the sum alone, in units of its sensitivity: σ, or more where other sums are released with it."""
         return self.noise_multiplier

@@ -12,7 +12,6 @@ from dpft.audit.report import describe
 from dpft.errors import PlanError, RecipeError
 from dpft.ledger import Ledger
 from dpft.privacy.mechanisms import Mechanism
-from dpft.privacy.plan import Plan
 from dpft.recipe import Recipe
 from dpft.training.run import train
 

@@ -137,7 +137,7 @@ def test_a_unit_moves_the_sum_by_the_clip_and_no_more(shares, large, monkeypatch
 
 
 @pytest.mark.parametrize("large", [64, 1 << 16])
-def test_a_unit_that_is_not_finite_in_one_layer_adds_nothing_to_any(large, monkeypatch):
+def test_a_unit_that_is_not_finite_adds_nothing_to_any_layer(large, monkeypatch):
     """T12."""
     monkeypatch.setattr(sites, "LARGE", large)
     torch.manual_seed(2)
@@ -145,6 +145,33 @@ def test_a_unit_that_is_not_finite_in_one_layer_adds_nothing_to_any(large, monke
     wanted = brute_force(model, lambda chosen: model(ids[chosen]), [[0], [1]], clip)
     with Engine(model, plan(clip)) as engine:
         engine.accumulate(model(ids) * torch.tensor([1.0, 1.0, torch.inf]))
+        engine.release()
+        assert engine.nonfinite_units == 1
+    check(model, wanted, clip)
+
+
+class Apart(nn.Module):
+    """Two layers on two inputs, of which one may be infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x, y):
+        return self.first(x).mean(1) + self.second(y).mean(1)
+
+
+@pytest.mark.parametrize("large", [64, 1 << 16])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_unit_that_is_finite_in_one_layer_alone_adds_nothing_to_it(large, lost, monkeypatch):
+    """T12: a unit counts whole or not at all."""
+    monkeypatch.setattr(sites, "LARGE", large)
+    torch.manual_seed(3)
+    model, inputs, clip = Apart(), [torch.randn(3, 12), torch.randn(3, 12)], PerLayerClip(0.3)
+    wanted = brute_force(model, lambda chosen: model(*(x[chosen] for x in inputs)), [[0], [2]], clip)
+    inputs[lost][1, 4] = torch.inf
+    with Engine(model, plan(clip)) as engine:
+        engine.accumulate(model(*inputs))
         engine.release()
         assert engine.nonfinite_units == 1
     check(model, wanted, clip)

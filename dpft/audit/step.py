@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dpft.audit.bounds import gaussian_epsilon, least_mu
 from dpft.errors import GuaranteeError, PlanError
 from dpft.gradients.engine import Engine
+from dpft.privacy.clipping import to_dict
 from dpft.privacy.mechanisms import Mechanism
 from dpft.privacy.noise import SecureRandomness
 from dpft.privacy.plan import Plan
@@ -169,7 +170,8 @@ class _Arena:
     def release(self) -> Tensor:
         """``(width,)``, in units of the clip, which is the plan's in each step: one step is audited, whatever came before."""
         self.engine.release()
-        self.moved, self.engine.clip = self.engine.clip, self.engine.plan.clip
+        self.moved = self.engine.clip
+        self.engine.take_up({"clip": to_dict(self.engine.plan.clip)})
         return self.model.weight.grad[0] * self._scale
 
 

@@ -89,7 +89,7 @@ class Engine:
         self._before_release = before_release
         self._guard = Guard(model, [slot.parameter for slot in self.capture.slots])
         self._chance = StepChance(self.randomness)
-        self.clip = plan.clip  # as what was released so far has made it
+        self._clip_by(plan.clip)
         self._noise: NoiseStream | None = None
         self._total: Tensor | None = None
         self._tally: Tensor | float = 0.0  # what the mechanism counts of the units added so far; private
@@ -134,8 +134,7 @@ class Engine:
         """The clip of the next release. It follows from what was released, so it is no secret."""
         return self._clip
 
-    @clip.setter
-    def clip(self, clip: Clip) -> None:
+    def _clip_by(self, clip: Clip) -> None:
         sizes = {slot.name: slot.parameter.numel() for slot in self.capture.slots}
         self._clip, self._rule = clip, clip.over(sizes)
         groups = self._rule.groups
@@ -150,16 +149,21 @@ class Engine:
         """Go on from a checkpoint's :attr:`released_numbers`.
 
         Raises:
-            GuaranteeError: the mechanism moves its clip, and the checkpoint lacks it.
+            GuaranteeError: the mechanism moves its clip, and the checkpoint lacks it; or units were clipped by another one already.
         """
         if not self.plan.mechanism.adapts:
             return
+        if self._total is not None or self._open is not None:
+            raise GuaranteeError(
+                "A clip was given in the middle of a step, some of whose units were clipped by another, and noise follows one of them alone: give it "
+                "before the step, or call engine.discard first."
+            )
         if "clip" not in released_numbers:
             raise GuaranteeError(
                 f"The checkpoint of a run by {self.plan.mechanism.name} holds no clip, which its next step needs: resume from one that this "
                 "mechanism made."
             )
-        self.clip = clipping.from_dict(released_numbers["clip"])
+        self._clip_by(clipping.from_dict(released_numbers["clip"]))
 
     # -- one logical step ----------------------------------------------------------------------------------------
 
@@ -223,7 +227,7 @@ class Engine:
             gradients, clip = self._noisy_gradients(), self._next_clip()
             self._guard.release(gradients)
             if clip != self.clip:
-                self.clip = clip
+                self._clip_by(clip)
         finally:
             self.discard()  # a draw whose release failed must not join the next
         self.renew_chance()

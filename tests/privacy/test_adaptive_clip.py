@@ -143,6 +143,12 @@ def test_a_checkpoint_keeps_the_clip_and_nothing_that_noise_follows_from():
     assert other.clip == clip
     with pytest.raises(GuaranteeError, match="holds no clip"):
         other.take_up({})
+    with other:
+        other.accumulate(other.capture.model(torch.ones(1, 3)).squeeze(1))
+        with pytest.raises(GuaranteeError, match="middle of a step"):
+            other.take_up(kept)
+        other.discard()
+        other.take_up(kept)
     plain = Engine(nn.Linear(3, 1), Plan(noise_multiplier=1.0, sample_rate=0.5, steps=1, delta=1e-3, units=8))
     assert plain.released_numbers == {}
 

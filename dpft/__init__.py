@@ -54,6 +54,8 @@ if TYPE_CHECKING:  # the names of _HOMES again, for type checkers and editors, w
 _HOMES = {
     "AutoClip": "dpft.privacy.clipping",
     "FlatClip": "dpft.privacy.clipping",
+    "PerLayerClip": "dpft.privacy.clipping",
+    "Statistics": "dpft.privacy.mechanisms.statistics",
     "Plan": "dpft.privacy.plan",
     "SecureRandomness": "dpft.privacy.noise",
     "SeededRandomness": "dpft.privacy.noise",

@@ -10,12 +10,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from dpft import toml
 from dpft.errors import DPFTError, RecipeError
 from dpft.privacy.accounting import Adjacency
-from dpft.privacy.clipping import AutoClip, Clip, FlatClip
+from dpft.privacy.clipping import AutoClip, Clip, FlatClip, PerLayerClip, Shares
 from dpft.privacy.delta import check_delta
 from dpft.privacy.plan import Plan
 from dpft.values import Column
 
 PATHS = ("model.path", "data.train", "data.validation", "data.public", "ledger.url")
+
+CLIP_SETTINGS = {  # of the privacy table, and the clipping that uses each
+    "clip_shares": "per-layer",
+    "clip_quantile": "adaptive",
+    "clip_rate": "adaptive",
+    "clip_budget": "adaptive",
+}
 
 
 class _Table(BaseModel):
@@ -113,8 +120,22 @@ class PrivacyTable(_Table):
     batch_size: int = Field(ge=1, description="Expected units per step; a draw's true size is random and private.")
     steps: int | None = Field(None, ge=1, description="Releases; or give epochs.")
     epochs: float | None = Field(None, gt=0, description="Expected passes over the data; or give steps.")
-    clipping: Literal["flat", "automatic"] = Field("flat", description="flat, or automatic (AUTO-S).")
-    clip_norm: float = Field(1.0, gt=0, description="The bound on one unit's gradient.")
+    clipping: Literal["flat", "automatic", "per-layer", "adaptive"] = Field(
+        "flat",
+        description="flat; automatic (AUTO-S); per-layer, each layer to its share; adaptive, flat at a quantile of norms.",
+    )
+    clip_norm: float = Field(1.0, gt=0, description="The bound on one unit's gradient; adaptive: of the first step.")
+    clip_shares: Shares = Field(
+        "equal",
+        description="per-layer: each layer's share of the bound is equal, or follows its size (√ of its parameters).",
+    )
+    clip_quantile: float = Field(
+        0.5, ge=0, le=1, description="adaptive: the share of units that are to stay unclipped."
+    )
+    clip_rate: float = Field(0.2, gt=0, le=1, description="adaptive: how fast the bound follows.")
+    clip_budget: float = Field(
+        0.01, gt=0, lt=1, description="adaptive: the share of the budget (of 1/σ²) that is paid for the quantile."
+    )
     adjacency: Adjacency = Field("add-or-remove-one", description="Which data sets are indistinguishable.")
 
     @model_validator(mode="after")
@@ -125,9 +146,29 @@ class PrivacyTable(_Table):
             raise ValueError("privacy needs steps or epochs, one of them, and the other follows")
         return self
 
+    @model_validator(mode="after")
+    def _uses_what_is_set(self):
+        for name, clipping in CLIP_SETTINGS.items():
+            if self.clipping != clipping and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"privacy.{name} is {getattr(self, name)!r}, which clipping = {self.clipping!r} does not use: remove it, or choose clipping = {clipping!r}"
+                )
+        return self
+
     @property
     def clip(self) -> Clip:
-        return FlatClip(self.clip_norm) if self.clipping == "flat" else AutoClip(self.clip_norm)
+        """The clip of the first step."""
+        if self.clipping == "per-layer":
+            return PerLayerClip(self.clip_norm, self.clip_shares)
+        return AutoClip(self.clip_norm) if self.clipping == "automatic" else FlatClip(self.clip_norm)
+
+    @property
+    def mechanism(self) -> dict:
+        """The mechanism's name and its facts but for noise, rate and steps, as :class:`Plan` takes them."""
+        if self.clipping != "adaptive":
+            return {"mechanism": "dp-sgd", "clip": self.clip}
+        settings = dict(quantile=self.clip_quantile, clip_rate=self.clip_rate, quantile_share=self.clip_budget)
+        return {"mechanism": "dp-sgd-adaptive-clip", "clip": self.clip, **settings}
 
 
 class OptimizerTable(_Table):
@@ -264,7 +305,7 @@ class Recipe(_Table):
                 batch_size=privacy.batch_size,
                 steps=privacy.steps,
                 epochs=privacy.epochs,
-                clip=privacy.clip,
+                **privacy.mechanism,
                 adjacency=privacy.adjacency,
                 unit=data.unit,
                 examples_per_unit=data.examples_per_unit,
@@ -276,6 +317,7 @@ class Recipe(_Table):
     def without_privacy(self) -> "Recipe":
         """The same run with no noise and a bound that clips nothing: the baseline beside which privacy is judged."""
         privacy = dict(epsilon=None, noise_multiplier=0.0, clipping="flat", clip_norm=1e9)
+        privacy |= {name: PrivacyTable.model_fields[name].default for name in CLIP_SETTINGS}
         if self.baseline.steps:
             privacy |= dict(steps=self.baseline.steps, epochs=None)
         optimizer = dict(learning_rate=self.baseline.learning_rate or self.optimizer.learning_rate)

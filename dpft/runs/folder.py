@@ -27,6 +27,7 @@ from dpft.runs.record import RunRecord, read_json
 RELEASES = "releases.json"  # also in each checkpoint
 ACCOUNT = "ledger.json"  # also in each checkpoint
 STATE = "trainer_state.json"  # in a checkpoint, and the last file of it: the steps that its weights are after
+NUMBERS = "released.json"  # in a checkpoint: what the next step needs of what was released, beside the weights
 PRIVATE = "private"  # the folder that is never published
 RECORD = "run.json"
 AUDIT = "audit.json"

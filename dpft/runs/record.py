@@ -53,6 +53,13 @@ class ClipFacts(_Published):
     clip_norm: float = _from("plan")
 
 
+class MechanismFacts(_Published):
+    """What the mechanism says of itself, as the card prints it."""
+
+    sampler: str = _from("released")
+    mechanism: str = _from("released")
+
+
 class AccountFacts(_Published):
     """Where a run was charged, and what its data set had spent when it ended."""
 
@@ -95,6 +102,7 @@ class RunRecord(_Published):
     halted: str | None = _from("ledger", default=None)
     ledger: AccountFacts | None = _from("ledger", default=None)
     expected_batch_size: float | None = _from("plan", default=None)
+    mechanism: MechanismFacts | None = _from("released", default=None)
     clip: ClipFacts = _from("plan")
     subset: str = _from("plan")
     trainable_parameters: int | None = _from("software", default=None)

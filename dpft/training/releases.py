@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -14,7 +15,11 @@ from dpft.errors import GuaranteeError
 from dpft.privacy.noise import Randomness
 from dpft.privacy.plan import Plan
 from dpft.runs.count import Count, Mechanism
-from dpft.runs.folder import ACCOUNT, RELEASES, RunFolder, step_of
+from dpft.runs.folder import ACCOUNT, NUMBERS, RELEASES, RunFolder, step_of
+from dpft.runs.record import read_json
+
+if TYPE_CHECKING:
+    from dpft.gradients.engine import Engine
 
 
 class Releases:
@@ -31,7 +36,7 @@ class Releases:
         (event,) = plan.events(1)
         self._mechanism = Mechanism(
             event=event,
-            clip=repr(plan.clip),
+            clip=plan.mechanism.clipping,
             unit=plan.unit,
             adjacency=plan.adjacency,
             private_randomness=randomness.private,
@@ -102,10 +107,18 @@ class Releases:
             )
         self._write(Count(number, known.run or token_hex(8), self._mechanism))
 
-    def save(self, checkpoint: Path) -> None:
-        """A copy for a checkpoint, with the account that was charged."""
+    def save(self, checkpoint: Path, engine: "Engine | None" = None) -> None:
+        """A copy for a checkpoint, with the account that was charged, and the released numbers that the engine's next step needs."""
         for file in (self.path, self._folder.account_file):
             _copy(file, checkpoint / file.name)
+        if engine is not None and engine.released_numbers:
+            (checkpoint / NUMBERS).write_text(json.dumps(engine.released_numbers), encoding="utf-8")
+
+    def take_up_numbers(self, checkpoint: Path | str, engine: "Engine | None") -> None:
+        """Raises GuaranteeError: the engine's next step needs a number that the checkpoint does not hold."""
+        file = Path(checkpoint) / NUMBERS
+        if engine is not None:
+            engine.take_up(read_json(file) if file.exists() else {})
 
     def _write(self, count: Count) -> None:
         """The file, its name and its content are on disk when this returns."""

@@ -2,7 +2,7 @@
 
 import math
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +13,7 @@ from dpft.privacy.noise import Randomness
 from dpft.privacy.plan import Plan
 from dpft.recipe import ModelTable, Recipe, expand
 from dpft.runs.folder import RunFolder, today
-from dpft.runs.record import AccountFacts, ClipFacts, RunRecord
+from dpft.runs.record import AccountFacts, ClipFacts, MechanismFacts, RunRecord
 from dpft.training.data import load, load_public
 from dpft.training.positions import fit
 
@@ -281,6 +281,7 @@ def write(folder: RunFolder, recipe: Recipe, trainer, loading: str, metrics: dic
         halted=trainer.session.halted,
         ledger=_account(trainer),
         expected_batch_size=plan.expected_batch_size,
+        mechanism=MechanismFacts(**asdict(plan.mechanism.describe(released))),
         clip=ClipFacts(rule=type(plan.clip).__name__, clip_norm=plan.clip.sensitivity),
         subset=recipe.subset,
         trainable_parameters=trainer.session.preflight.trainable_parameters if trainer.session.preflight else None,

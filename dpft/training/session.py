@@ -281,6 +281,7 @@ class Session:
         with torch.no_grad():
             for name, parameter in trainable(self.model):
                 parameter.copy_(saved[name])
+        self.releases.take_up_numbers(folder, self.engine)
         if optimizer is not None:
             optimizer.load_state_dict(torch.load(Path(folder) / "optimizer.pt", weights_only=True))
 
@@ -289,7 +290,7 @@ class Session:
         self.check_frozen()
         save_file({name: p.detach().contiguous() for name, p in trainable(self.model)}, folder / TRAINABLE)
         if folder != self.folder:
-            self.releases.save(folder)
+            self.releases.save(folder, self.engine)
 
     # -- what the session's parts ask of it -------------------------------------------------------------------------------
 

@@ -147,8 +147,8 @@ class DPTrainerMixin(Evaluation):
 
     def load(self, checkpoint: str) -> None:
         """Take up a checkpoint's weights after all of the plan was released; the claim is for all of it."""
-        self._load_from_checkpoint(checkpoint)
         self.session.take_up_finished()
+        self._load_from_checkpoint(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

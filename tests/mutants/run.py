@@ -9,10 +9,10 @@ survives whatever moves around it:
     audit = "VIOLATION"                     # where the break shows from outside: what `dpft audit step` must say
 
     [[edit]]
-    file = "dpft/privacy/plan.py"
-    symbol = "Plan.noise_std"               # the function, class or method that holds the text once; "" for the file
-    old = '''self.noise_multiplier * self.clip.sensitivity'''
-    new = '''self.noise_multiplier'''
+    file = "dpft/privacy/mechanisms/mechanism.py"
+    symbol = "Mechanism.noise_std"          # the function, class or method that holds the text once; "" for the file
+    old = '''self.gradient_noise_multiplier * clip.sensitivity'''
+    new = '''self.gradient_noise_multiplier'''
 
 Usage: python tests/mutants/run.py [NAME ...]     (exit 1 if a mutant survives or no longer applies)
 """

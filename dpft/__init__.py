@@ -19,8 +19,9 @@ if TYPE_CHECKING:  # the names of _HOMES again, for type checkers and editors, w
     from dpft.gradients.engine import Engine as Engine
     from dpft.gradients.preflight import Preflight as Preflight, preflight as preflight
     from dpft.ledger import Dataset as Dataset, Ledger as Ledger
-    from dpft.privacy.clipping import AutoClip as AutoClip, FlatClip as FlatClip
-    from dpft.privacy.composition import Event as Event
+    from dpft.privacy.clipping import AutoClip as AutoClip, FlatClip as FlatClip, PerLayerClip as PerLayerClip
+    from dpft.privacy.events import Event as Event
+    from dpft.privacy.mechanisms.statistics import Statistics as Statistics
     from dpft.privacy.noise import SecureRandomness as SecureRandomness, SeededRandomness as SeededRandomness
     from dpft.privacy.plan import Plan as Plan
     from dpft.recipe import Recipe as Recipe

@@ -18,7 +18,6 @@ sys.path.insert(0, str(ROOT / "tests" / "mutants"))
 mutants = import_module("run")
 LAYERS = [
     "errors",
-    "toml",
     "values",
     "privacy",
     "ledger",

@@ -1,21 +1,13 @@
-"""A run's recipe: public information only, validated before anything is read or charged."""
+"""The tables of a recipe, each with its keys, their defaults and what they mean."""
 
-import os
 import re
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dpft import toml
-from dpft.errors import DPFTError, RecipeError
 from dpft.privacy.accounting import Adjacency
 from dpft.privacy.clipping import AutoClip, Clip, FlatClip, PerLayerClip, Shares
-from dpft.privacy.delta import check_delta
-from dpft.privacy.plan import Plan
 from dpft.values import Column
-
-PATHS = ("model.path", "data.train", "data.validation", "data.public", "ledger.url")
 
 CLIP_SETTINGS = {  # of the privacy table, and the clipping that uses each
     "clip_shares": "per-layer",
@@ -25,11 +17,11 @@ CLIP_SETTINGS = {  # of the privacy table, and the clipping that uses each
 }
 
 
-class _Table(BaseModel):
+class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelTable(_Table):
+class ModelTable(Table):
     path: str = Field(description="A checkpoint folder, or a model's name on a hub. $VARIABLES are expanded.")
     revision: str | None = Field(None, description="The hub revision.")
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -44,7 +36,7 @@ class ModelTable(_Table):
     )
 
 
-class TaskTable(_Table):
+class TaskTable(Table):
     """What every task's table has. A task adds its keys in a subclass: :attr:`dpft.tasks.Task.Settings`."""
 
     former: ClassVar[tuple[str, ...]] = ()  # keys of other tasks, which recipes of earlier versions hold: left out
@@ -61,13 +53,13 @@ class TaskTable(_Table):
         return {}
 
 
-class _TaskError(ValueError):
+class TaskError(ValueError):
     def __init__(self, table: type[TaskTable], error: ValidationError) -> None:
         super().__init__(str(error))
         self.table, self.error = table, error
 
 
-def _by_its_task(table):
+def by_its_task(table):
     """The table as the task of its name reads it."""
     if not isinstance(table, dict) or not isinstance(table.get("name"), str):
         return table
@@ -77,7 +69,7 @@ def _by_its_task(table):
     try:
         return kind.model_validate(table)
     except ValidationError as error:
-        raise _TaskError(kind, error) from error
+        raise TaskError(kind, error) from error
 
 
 def check_labels(labels: list[str]) -> None:
@@ -90,7 +82,7 @@ def check_labels(labels: list[str]) -> None:
         raise ValueError("task.labels names a label twice: keep each once")
 
 
-class DataTable(_Table):
+class DataTable(Table):
     train: str | list[str] = Field(
         description="The private data: CSV, TSV, JSON lines, Parquet, or a folder saved by `datasets`. "
         "A CSV cell is a text: 01 is not 1, and NA is not missing."
@@ -113,7 +105,7 @@ class DataTable(_Table):
     unit_gradient: Literal["mean", "sum"] = Field("mean", description="How a unit's examples make its gradient.")
 
 
-class PrivacyTable(_Table):
+class PrivacyTable(Table):
     epsilon: float | None = Field(None, gt=0, description="The target; or give noise_multiplier.")
     noise_multiplier: float | None = Field(None, ge=0, description="The noise; or give epsilon.")
     delta: float = Field(gt=0, lt=1, description="Must be below 1/units.")
@@ -171,7 +163,7 @@ class PrivacyTable(_Table):
         return {"mechanism": "dp-sgd-adaptive-clip", "clip": self.clip, **settings}
 
 
-class OptimizerTable(_Table):
+class OptimizerTable(Table):
     name: str = Field("adamw_torch", description="Any optimizer of transformers.TrainingArguments.")
     learning_rate: float = Field(5e-4, gt=0, description="Higher than without privacy, where steps are few.")
     schedule: str = Field("constant", description="Any scheduler of transformers, such as linear or cosine.")
@@ -179,14 +171,14 @@ class OptimizerTable(_Table):
     weight_decay: float = Field(0.0, ge=0, description="As in the optimizer.")
 
 
-class BaselineTable(_Table):
+class BaselineTable(Table):
     """The run without privacy in ``dpft compare``: noise and clipping slow learning, so it may need other settings."""
 
     learning_rate: float | None = Field(None, gt=0, description="By default the private run's.")
     steps: int | None = Field(None, ge=1, description="By default the private run's.")
 
 
-class RunTable(_Table):
+class RunTable(Table):
     seed: int = Field(
         0, description="Initialises new layers, and nothing else: noise, sampling and dropout are secret."
     )
@@ -202,7 +194,7 @@ class RunTable(_Table):
     save_steps: int | None = Field(None, ge=1, description="Write a checkpoint every so many steps, to resume from.")
 
 
-class LedgerTable(_Table):
+class LedgerTable(Table):
     """The account that pays."""
 
     dataset: str | None = Field(
@@ -224,186 +216,3 @@ class LedgerTable(_Table):
         if self.dataset is None and (self.url or self.purpose):
             raise ValueError("ledger.dataset is not named, so nothing would be charged: name the data set's account")
         return self
-
-
-class Recipe(_Table):
-    """One run, as one TOML file.
-
-    Raises:
-        RecipeError: from :meth:`read` and :meth:`parse`, one sentence for the first thing that is wrong.
-    """
-
-    subset: str = Field(description="Which parameters train, such as 'lora(rank=8) + head'.")
-    model: ModelTable
-    task: SerializeAsAny[Annotated[TaskTable, BeforeValidator(_by_its_task)]]
-    data: DataTable
-    privacy: PrivacyTable
-    optimizer: OptimizerTable = OptimizerTable()
-    baseline: BaselineTable = BaselineTable()
-    run: RunTable = RunTable()
-    ledger: LedgerTable = LedgerTable()
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        from dpft.subset import Subset
-
-        subset = Subset(self.subset)
-        if subset.needs_public_data and self.data.public is None:
-            raise ValueError(
-                f"{self.subset} chooses weights by gradients, which would reveal whose data made them: declare public data in data.public, or choose by magnitude"
-            )
-        if self.data.public is not None:
-            public = {os.path.realpath(_expanded(path)) for path in listed(self.data.public)}
-            validation = None if self.data.validation_is_public else self.data.validation
-            private = [*listed(self.data.train), *listed(validation)]
-            shared = [path for path in private if os.path.realpath(_expanded(path)) in public]
-            if shared:
-                raise ValueError(
-                    f"data.public names the private file {shared[0]}, whose gradients would be released un-noised: name public data"
-                )
-        if self.privacy.batch_size > self.data.units:
-            raise ValueError(
-                f"privacy.batch_size is {self.privacy.batch_size:,} of {self.data.units:,} units: expect at most all of them"
-            )
-        check_delta(self.privacy.delta, self.data.units, subject="privacy.delta")
-        if self.data.examples_per_unit > 1 and self.data.unit == "example":
-            raise ValueError(
-                "data.examples_per_unit is above 1, but each example is its own unit: name the unit column in data.unit"
-            )
-        return self
-
-    @classmethod
-    def read(cls, path: Path | str, overrides: tuple[str, ...] = ()) -> "Recipe":
-        """Read a TOML file, with ``overrides``: ``"table.key=value"`` with a TOML value or a bare string.
-
-        UTF-8 is read with a byte-order mark or without, and UTF-16 with one, as Windows PowerShell 5 writes it.
-
-        Raises:
-            RecipeError: one sentence for the first thing that is wrong.
-        """
-        tables = toml.read(path, overrides)
-        for key in PATHS:
-            _check_path(tables, key)
-        return cls.parse(tables)
-
-    @classmethod
-    def parse(cls, tables: dict) -> "Recipe":
-        try:
-            return cls.model_validate(tables)
-        except ValidationError as error:
-            raise RecipeError(_sentence(error)) from error
-
-    def plan(self) -> Plan:
-        """The plan, calibrated; takes seconds when ε is the target."""
-        privacy, data = self.privacy, self.data
-        try:
-            return Plan.calibrate(
-                epsilon=privacy.epsilon,
-                noise_multiplier=privacy.noise_multiplier,
-                delta=privacy.delta,
-                units=data.units,
-                batch_size=privacy.batch_size,
-                steps=privacy.steps,
-                epochs=privacy.epochs,
-                **privacy.mechanism,
-                adjacency=privacy.adjacency,
-                unit=data.unit,
-                examples_per_unit=data.examples_per_unit,
-                unit_gradient=data.unit_gradient,
-            )
-        except DPFTError as error:
-            raise RecipeError(str(error)) from error
-
-    def without_privacy(self) -> "Recipe":
-        """The same run with no noise and a bound that clips nothing: the baseline beside which privacy is judged."""
-        privacy = dict(epsilon=None, noise_multiplier=0.0, clipping="flat", clip_norm=1e9)
-        privacy |= {name: PrivacyTable.model_fields[name].default for name in CLIP_SETTINGS}
-        if self.baseline.steps:
-            privacy |= dict(steps=self.baseline.steps, epochs=None)
-        optimizer = dict(learning_rate=self.baseline.learning_rate or self.optimizer.learning_rate)
-        return self.model_copy(
-            update=dict(
-                privacy=self.privacy.model_copy(update=privacy), optimizer=self.optimizer.model_copy(update=optimizer)
-            )
-        )
-
-    def to_toml(self, *, comments: bool = False) -> str:
-        """The recipe as resolved; with ``comments``, each key explained."""
-        lines = (
-            []
-            if comments is False
-            else ["# A run of dpft. Everything in this file is public: declare it, never compute it from the data."]
-        )
-
-        def write(name: str, field, value) -> None:
-            if comments and field.description:
-                lines.append(f"# {field.description}")
-            if value is not None:
-                lines.append(f"{name} = {toml.dumps(value)}")
-            elif comments:
-                lines.append(f"# {name} =")
-
-        for key, field in type(self).model_fields.items():
-            value = getattr(self, key)
-            if isinstance(value, _Table):
-                lines += ["", f"[{key}]"]
-                for name, inner in type(value).model_fields.items():
-                    write(name, inner, getattr(value, name))
-            else:
-                write(key, field, value)
-        return "\n".join(lines) + "\n"
-
-
-def listed(paths: str | list[str] | None) -> list[str]:
-    """One path, several or none, as a list."""
-    return [paths] if isinstance(paths, str) else list(paths or ())
-
-
-def _expanded(path: str) -> str:
-    return os.path.expanduser(os.path.expandvars(path))
-
-
-def expand(path: str) -> str:
-    """``$VARIABLES`` and ``~`` in a path.
-
-    Raises:
-        RecipeError: a variable is not set.
-    """
-    expanded = _expanded(path)
-    unset = re.search(r"\$\{?(\w+)", expanded)
-    if unset:
-        raise RecipeError(
-            f"The path {path} needs the environment variable {unset[1]}, which is not set: export it or write the path out."
-        )
-    return expanded
-
-
-def _check_path(tables: dict, key: str) -> None:
-    """Raises RecipeError: an escape such as \\t made a control character of a path's backslash."""
-    table, name = key.split(".")
-    found = tables.get(table)
-    values = found.get(name) if isinstance(found, dict) else None
-    for value in values if isinstance(values, list) else [values]:
-        if isinstance(value, str) and re.search(r"[\x00-\x1f]", value):
-            raise RecipeError(f"The recipe's {key} is {value!r}, with a control character: {toml.WINDOWS_PATHS}")
-
-
-def _sentence(error: ValidationError, table: type[_Table] = Recipe, above: tuple = ()) -> str:
-    first = error.errors()[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, _TaskError):
-        return _sentence(cause.error, cause.table, first["loc"])
-    place = ".".join([*above, *first["loc"]][:2])  # a table's key; what follows says which alternative of a type failed
-    if first["type"] == "extra_forbidden":
-        from difflib import get_close_matches
-
-        for part in first["loc"][:-1]:
-            table = table.model_fields[part].annotation
-        close = get_close_matches(str(first["loc"][-1]), table.model_fields, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(table.model_fields)}."
-        return f"The recipe has an unknown key {place}: {hint}"
-    if first["type"] == "missing":
-        return f"The recipe lacks {place}: add it, or start from `dpft init`."
-    if first["type"] == "value_error":
-        return f"{str(cause).removesuffix('.')}."
-    return f"The recipe's {place} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}: fix it."

@@ -24,7 +24,7 @@ SETS = {"diagnoses": ("random-tokens", 400), "notes": ("random-tokens", 120), "s
 
 
 def diagnoses(folder: Path) -> dict:
-    from dpft.demo import write_data
+    from dpft.workflows.demo import write_data
 
     train, _, chapters = write_data(folder, 1_000)
     return {

@@ -27,7 +27,7 @@ def loaded(count: int):
     import transformers
 
     import dpft
-    from dpft.demo import diagnoses, model_path
+    from dpft.workflows.demo import diagnoses, model_path
 
     torch.manual_seed(0)
     rows = [{"text": text, "label": label} for text, label in diagnoses()[:count]]

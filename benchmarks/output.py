@@ -15,7 +15,7 @@ def circumstances(device: str = "cpu") -> dict:
     """Where and with which versions something was measured."""
     import torch
 
-    from dpft.training.run import versions
+    from dpft.workflows.record import versions
 
     hardware = f"{os.cpu_count()} cores" if device == "cpu" else torch.cuda.get_device_name()
     return {"hardware": hardware, "versions": versions()}

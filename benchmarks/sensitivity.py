@@ -17,9 +17,9 @@ import torch
 import transformers
 
 from dpft import Engine, Examples, Plan, SecureRandomness, SequenceClassification, Subset
-from dpft.demo import diagnoses
 from dpft.tasks import CausalLM
 from dpft.training.batches import cut
+from dpft.workflows.demo import diagnoses
 
 LABELS = [f"chapter {i}" for i in range(1, 23)]
 

@@ -48,7 +48,9 @@ if TYPE_CHECKING:  # the names of _HOMES again, for type checkers and editors, w
         Task as Task,
     )
     from dpft.training.batches import Examples as Examples, LogicalBatches as LogicalBatches
-    from dpft.training.run import train as train
+    from dpft.workflows.compare import compare as compare
+    from dpft.workflows.preflight import preflight_recipe as preflight_recipe
+    from dpft.workflows.train import train as train
     from dpft.training.session import Session as Session, SessionOptions as SessionOptions
     from dpft.training.trainer import DPTrainer as DPTrainer, DPTrainerMixin as DPTrainerMixin
 
@@ -87,7 +89,9 @@ _HOMES = {
     "LogicalBatches": "dpft.training.batches",
     "Session": "dpft.training.session",
     "SessionOptions": "dpft.training.session",
-    "train": "dpft.training.run",
+    "compare": "dpft.workflows.compare",
+    "preflight_recipe": "dpft.workflows.preflight",
+    "train": "dpft.workflows.train",
     "write_card": "dpft.report",
     "DPFTError": "dpft.errors",
     "RecipeError": "dpft.errors",

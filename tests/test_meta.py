@@ -28,13 +28,12 @@ LAYERS = [
     "tasks",
     "training",
     "report",
+    "workflows",
     "audit",
-    "sweep",
-    "demo",
     "cli",
 ]
-# recipe is checked against the subset's grammar and takes [task] from the task, and makes plans; the run ends by writing its card.
-EXCEPTIONS = {("recipe", "subset"), ("recipe", "tasks"), ("training", "report")}
+# recipe is checked against the subset's grammar, and takes [task] from the task.
+EXCEPTIONS = {("recipe", "subset"), ("recipe", "tasks")}
 
 
 def imports(path):

@@ -9,12 +9,13 @@ import torch
 from click.testing import CliRunner
 
 from dpft.cli import main
-from dpft.demo import diagnoses, model_path, write_data
 from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import preflight
 from dpft.recipe import Recipe
 from dpft.training.batches import Examples
-from dpft.training.run import set_up, train
+from dpft.workflows.demo import diagnoses, model_path, write_data
+from dpft.workflows.setup import set_up
+from dpft.workflows.train import train
 
 pytestmark = pytest.mark.slow
 DATA = os.environ.get("DPFT_DATA")

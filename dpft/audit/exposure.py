@@ -20,7 +20,7 @@ from dpft.errors import RecipeError
 from dpft.privacy.noise import SecureRandomness
 from dpft.recipe import Recipe
 from dpft.runs import RunFolder
-from dpft.training.run import load_model
+from dpft.workflows.setup import load_model
 
 
 @dataclass(frozen=True)

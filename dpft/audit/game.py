@@ -23,7 +23,8 @@ from dpft.recipe import Recipe, listed
 from dpft.report import write_card
 from dpft.runs import RunFolder
 from dpft.training.data import load, load_public
-from dpft.training.run import go_on_unless_interrupted, load_model, set_up, train
+from dpft.workflows.setup import load_model, set_up
+from dpft.workflows.train import go_on_unless_interrupted, train
 
 SEES_WEIGHTS = "sees the released weights and the model before training, and chose the canaries"
 BASELINE = "without-privacy"

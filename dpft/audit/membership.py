@@ -17,7 +17,7 @@ from dpft.recipe import Recipe
 from dpft.runs import RunFolder, RunRecord
 from dpft.training.batches import Examples
 from dpft.training.data import check, read
-from dpft.training.run import load_model
+from dpft.workflows.setup import load_model
 
 RATES = (0.001, 0.01)  # of false alarms at which detection is reported
 

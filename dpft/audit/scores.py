@@ -15,7 +15,7 @@ from dpft.subset import load_weights
 from dpft.subset.weights import DELTA
 from dpft.tasks.task import Task, size_of
 from dpft.training.batches import EVALUATION_TOKENS, cut
-from dpft.training.run import load_model
+from dpft.workflows.setup import load_model
 
 LEAST = 0.2  # share of a text's tokens that Min-K% looks at
 

@@ -78,7 +78,8 @@ def params(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     Example:
       dpft params recipe.toml --set subset="norms + head"
     """
-    found, setup, engine = _checked(recipe, overrides)
+    checked = _checked(recipe, overrides)
+    found, setup, engine = checked.found, checked.setup, checked.engine
     rows = [
         {
             "parameter": s.name,
@@ -119,7 +120,7 @@ def preflight(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     Example:
       dpft preflight recipe.toml
     """
-    found, _, _ = _checked(recipe, overrides)
+    found = _checked(recipe, overrides).found
     if not as_json:
         click.echo(str(found))
         return
@@ -127,23 +128,7 @@ def preflight(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def _checked(path: str, overrides: tuple[str, ...]):
-    """The preflight's findings, the loaded setup and the engine that was checked."""
     recipe = recipe_to_run(path, overrides)
-    from dpft.gradients.engine import Engine
-    from dpft.gradients.preflight import preflight as run_preflight
-    from dpft.training.batches import Examples
-    from dpft.training.run import set_up
+    from dpft.workflows.preflight import preflight_recipe
 
-    setup = set_up(recipe, with_validation=False)
-    examples = Examples.encode(setup.train, setup.task)
-    losses = lambda batch: setup.task.losses(setup.model, setup.task.collate(batch))
-    with Engine(setup.model, _any_plan(recipe)) as engine:
-        found = run_preflight(engine, losses, examples.spread(), longest=examples.longest)
-    return found, setup, engine
-
-
-def _any_plan(recipe):
-    """The checks release nothing, so the noise need not be calibrated."""
-    from dpft.privacy.plan import Plan
-
-    return Plan(noise_multiplier=1.0, sample_rate=1.0, steps=1, delta=recipe.privacy.delta, clip=recipe.privacy.clip)
+    return preflight_recipe(recipe)

@@ -10,7 +10,7 @@ import click
 from dpft.cli.common import as_json, overrides, recipe_file, recipe_to_run, show, table
 from dpft.privacy.rounding import rounded_up
 
-NON_PRIVATE = "non-private"  # the setting of dpft.sweep, whose import would slow --help
+NON_PRIVATE = "non-private"  # the setting of dpft.workflows.compare, whose import would slow --help
 
 
 @click.command()
@@ -47,7 +47,7 @@ def train(
     )
     from dpft.cli.progress import progress
     from dpft.privacy.noise import SeededRandomness
-    from dpft.training.run import train as run
+    from dpft.workflows.train import train as run
 
     with _says_what_is_left(output), progress() as bar:
         randomness = None if seeded_noise is None else SeededRandomness(seeded_noise)
@@ -103,9 +103,9 @@ def demo(output: Path, fast: bool, as_json: bool) -> None:
     Example:
       dpft demo --fast --output demo
     """
-    from dpft.demo import recipe as demo_recipe
     from dpft.errors import RecipeError
     from dpft.runs import RunFolder
+    from dpft.workflows.demo import recipe as demo_recipe
 
     if (output / "runs").exists():
         raise RecipeError(f"{output} holds a demo already: choose another --output, or delete it.")
@@ -127,10 +127,11 @@ def demo(output: Path, fast: bool, as_json: bool) -> None:
 
 def _compare(recipe, output: Path, epsilons: list[float] | None, seeds: range, as_json: bool, non_private: bool = True):
     from dpft.cli.progress import progress
-    from dpft.sweep import composed_epsilon, sweep
+    from dpft.workflows.compare import compare as run
+    from dpft.workflows.compare import composed_epsilon
 
     with progress() as bar:
-        rows = sweep(
+        rows = run(
             recipe,
             output,
             epsilons=epsilons,

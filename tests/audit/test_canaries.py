@@ -12,7 +12,7 @@ from dpft.privacy.noise import SeededRandomness
 from dpft.recipe import Recipe
 from dpft.tasks.losses import IGNORED
 from dpft.training.data import load
-from dpft.training.run import load_model
+from dpft.workflows.setup import load_model
 
 
 def planted(tables, kind, number=20, **options):

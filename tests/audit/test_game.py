@@ -13,7 +13,7 @@ from dpft.errors import PlanError, RecipeError
 from dpft.ledger import Ledger
 from dpft.privacy.mechanisms import Mechanism
 from dpft.recipe import Recipe
-from dpft.training.run import train
+from dpft.workflows.train import train
 
 
 @pytest.fixture

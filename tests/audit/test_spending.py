@@ -11,7 +11,7 @@ from dpft.privacy import composition
 from dpft.privacy.composition import Event
 from dpft.privacy.plan import Plan
 from dpft.recipe import Recipe
-from dpft.training.run import train
+from dpft.workflows.train import train
 
 
 @pytest.fixture

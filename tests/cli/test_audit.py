@@ -13,7 +13,7 @@ from dpft.audit.canaries import KINDS
 from dpft.cli import main
 from dpft.cli.audit import audit as group
 from dpft.recipe import Recipe
-from dpft.training.run import train
+from dpft.workflows.train import train
 
 
 def run(command):

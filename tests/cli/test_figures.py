@@ -15,7 +15,7 @@ from dpft.cli.train import NON_PRIVATE, _show_run
 from dpft.privacy.accounting import epsilon
 from dpft.privacy.events import Event
 from dpft.recipe import Recipe
-from dpft.sweep import Row
+from dpft.workflows.compare import Row
 
 OLD = Path(__file__).parent.parent / "report" / "run-0.1.0"
 

@@ -18,7 +18,7 @@ import dpft
 from dpft import Event, Ledger, Plan
 from dpft.ledger.verify import export
 from dpft.recipe import Recipe
-from dpft.training.run import train
+from dpft.workflows.train import train
 
 VERSION = sys.argv[1]
 OUT = Path(VERSION)

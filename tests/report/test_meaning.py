@@ -8,7 +8,7 @@ from dpft.privacy.events import Event
 from dpft.recipe import Recipe
 from dpft.report.meaning import CHOICES, describe, meaning, of_recipe, of_run
 from dpft.report.plots import roc, trade_off
-from dpft.training.run import train
+from dpft.workflows.train import train
 
 
 @pytest.mark.parametrize(("adjacency", "apart"), [("add-or-remove-one", 1), ("replace-one", 2)])

@@ -19,8 +19,9 @@ from dpft.gradients.preflight import preflight
 from dpft.recipe import Recipe
 from dpft.tasks import LabelledTask, Size, Task, registry
 from dpft.training.batches import Examples, LogicalBatches
-from dpft.training.run import load_model, train
 from dpft.values import COLUMNS
+from dpft.workflows.setup import load_model
+from dpft.workflows.train import train
 from tests.support.recipes import WORDS
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "recipe.md"

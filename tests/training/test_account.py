@@ -20,7 +20,8 @@ from dpft.privacy.plan import Plan
 from dpft.recipe import Recipe
 from dpft.training.account import Account
 from dpft.training.data import read
-from dpft.training.run import make_trainer, set_up, train
+from dpft.workflows.setup import make_trainer, set_up
+from dpft.workflows.train import train
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from dpft.subset import Subset
 from dpft.tasks import LabelledTask
 from dpft.training.checks import copied_optimizer, try_optimizer
 from dpft.training.releases import Releases
-from dpft.training.run import train
 from dpft.training.trainer import DPTrainer, DPTrainerMixin
+from dpft.workflows.train import train
 
 
 @pytest.fixture

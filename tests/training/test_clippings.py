@@ -9,7 +9,8 @@ from dpft.ledger import Ledger
 from dpft.privacy.clipping import FlatClip, PerLayerClip
 from dpft.privacy.composition import Event
 from dpft.recipe import Recipe
-from dpft.training.run import make_trainer, set_up, train
+from dpft.workflows.setup import make_trainer, set_up
+from dpft.workflows.train import train
 from tests.support.recipes import changed
 
 

@@ -19,7 +19,8 @@ from dpft.tasks import SequenceClassification
 from dpft.training.batches import Examples
 from dpft.training.data import check, load, read
 from dpft.training.positions import positions
-from dpft.training.run import load_model, set_up, train
+from dpft.workflows.setup import load_model, set_up
+from dpft.workflows.train import train
 
 ODD = [
     "None",

@@ -17,8 +17,8 @@ from dpft.ledger import Ledger
 from dpft.recipe import Recipe
 from dpft.runs import RunFolder, RunRecord
 from dpft.runs.record import AccountFacts
-from dpft.sweep import sweep
-from dpft.training.run import train
+from dpft.workflows.compare import compare
+from dpft.workflows.train import train
 
 COVERED = {".safetensors", ".bin"}  # what the guarantee is for ...
 OPTIMIZER = {"optimizer.pt"}  # ... and the optimizer's state, which is made of released gradients
@@ -97,7 +97,7 @@ def test_neighbours_leave_the_same_comparison(tmp_path, recipe, monkeypatch, fix
     for folder in list(neighbours(tmp_path, recipe)):
         monkeypatch.chdir(folder)
         fixed_names()
-        sweep(made(recipe, {}), "runs", epsilons=[8.0])
+        compare(made(recipe, {}), "runs", epsilons=[8.0])
         found.append(files(folder / "runs"))
     assert found[0].keys() == found[1].keys()
     figures = {"sweep.json"} | {

@@ -13,8 +13,8 @@ from dpft.tasks import LabelledTask
 from dpft.tasks.losses import class_losses, pad_features
 from dpft.training.batches import Examples
 from dpft.training.prefix import FrozenPrefix
-from dpft.training.run import _without_dropout
 from dpft.training.trainer import DPTrainer
+from dpft.workflows.setup import without_dropout
 
 
 class Collated:
@@ -139,7 +139,7 @@ def test_padding_before_the_tokens_is_refused(bert, tmp_path):
 def run(case, plan, folder, subset, frozen_prefix, dropout=0.0, **fields):
     made = case("bert")
     model = Subset(subset).apply(made.model)
-    _without_dropout(model)
+    without_dropout(model)
     next(module for name, module in model.named_modules() if name.endswith("attention.output.dropout")).p = dropout
     arguments = dict(output_dir=str(folder), report_to=[], disable_tqdm=True, learning_rate=0.01, save_strategy="no")
     trainer = DPTrainer(

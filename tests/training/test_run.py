@@ -16,9 +16,9 @@ from dpft.cli import main
 from dpft.errors import BudgetError, GuaranteeError, RecipeError
 from dpft.recipe import Recipe
 from dpft.report import write_card
-from dpft.sweep import sweep
 from dpft.training import data
-from dpft.training.run import train
+from dpft.workflows.compare import compare
+from dpft.workflows.train import train
 
 
 def snapshot(folder):
@@ -221,9 +221,9 @@ def test_an_interrupt_ends_a_whole_comparison_and_private_figures_stay_private(r
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep(Recipe.parse(recipe), tmp_path / "all", epsilons=[3.0, 1.0], callbacks=lambda: [Interrupt()])
+        compare(Recipe.parse(recipe), tmp_path / "all", epsilons=[3.0, 1.0], callbacks=lambda: [Interrupt()])
     assert {path.name for path in (tmp_path / "all").iterdir()} == {"private"}
-    sweep(Recipe.parse(recipe), tmp_path / "one", epsilons=[3.0], non_private=False)
+    compare(Recipe.parse(recipe), tmp_path / "one", epsilons=[3.0], non_private=False)
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"epsilon-3", "private"}
 
 

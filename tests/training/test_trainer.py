@@ -25,8 +25,8 @@ from dpft.subset import Subset
 from dpft.tasks import LabelledTask
 from dpft.training.arguments import FORBIDDEN
 from dpft.training.batches import Examples, LogicalBatches
-from dpft.training.run import _without_dropout
 from dpft.training.trainer import DPTrainer, DPTrainerMixin
+from dpft.workflows.setup import without_dropout
 
 
 def arguments(tmp_path, **fields):
@@ -85,7 +85,7 @@ def test_a_hand_written_loop_gives_the_same_weights_bit_for_bit(make, tmp_path):
     trainer = make(randomness=SeededRandomness(7), token_budget=1024)
     other = make(randomness=SeededRandomness(7), folder=tmp_path / "other", token_budget=1024)
     for made in (trainer, other):
-        _without_dropout(made.model)
+        without_dropout(made.model)
     trainer.train()
 
     model, plan, task, source = other.model, other.session.plan, other.session.task, other.session.randomness

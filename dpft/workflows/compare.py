@@ -34,7 +34,7 @@ class Row:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
 
-def sweep(
+def compare(
     recipe: Recipe,
     output: Path | str,
     *,
@@ -58,7 +58,8 @@ def sweep(
         RecipeError: see :func:`dpft.train`; also if the recipe has no validation data to compare on.
     """
     from dpft.errors import RecipeError
-    from dpft.training.run import go_on_unless_interrupted, train, versions
+    from dpft.workflows.record import versions
+    from dpft.workflows.train import go_on_unless_interrupted, train
 
     if recipe.data.validation is None:
         raise RecipeError("A comparison needs data.validation: name held-out data in the recipe.")
@@ -128,7 +129,7 @@ def _untouched(recipe: Recipe, seeds: Sequence[int], announce) -> Row:
     from dpft.tasks.registry import find
     from dpft.training.batches import EVALUATION_TOKENS, Examples, plain_batches
     from dpft.training.data import load
-    from dpft.training.run import load_model
+    from dpft.workflows.setup import load_model
 
     announce("untouched model")
     _, validation = load(recipe)

@@ -79,7 +79,7 @@ def params(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
       dpft params recipe.toml --set subset="norms + head"
     """
     checked = _checked(recipe, overrides)
-    found, setup, engine = checked.found, checked.setup, checked.engine
+    setup, engine = checked.setup, checked.engine
     rows = [
         {
             "parameter": s.name,

@@ -20,6 +20,7 @@ from dpft.gradients.gradients import Gradients
 from dpft.gradients.groups import Layout
 from dpft.gradients.guard import Guard
 from dpft.gradients.precision import summing_device
+from dpft.gradients.world import Alone, World
 from dpft.privacy import clipping
 from dpft.privacy.chance import StepChance
 from dpft.privacy.clipping import Clip
@@ -43,6 +44,7 @@ class Engine:
         randomness: where noise comes from. The default is the only source that gives a guarantee.
         before_release: called with the release's number (1, 2, ...) before anything of it exists: the place to
             charge a budget. If it raises, nothing is released.
+        world: where a step's sums come together; by default this process is alone.
 
     Attributes:
         workspace_bytes: bounds a micro-batch: each of its examples needs 4 bytes for each parameter whose gradient is made.
@@ -64,6 +66,7 @@ class Engine:
         plan: Plan,
         randomness: Randomness | None = None,
         before_release: Callable[[int], None] | None = None,
+        world: World | None = None,
     ) -> None:
         if plan.mechanism.releases != "gradients":
             raise GuaranteeError(
@@ -86,7 +89,7 @@ class Engine:
         self.steps_released = 0
         self._nonfinite: Tensor | int = 0
         self._unproven = 0  # releases before a preflight had proven the gradients
-        self._before_release = before_release
+        self._before_release, self._world = before_release, world or Alone()
         self._guard = Guard(model, [slot.parameter for slot in self.capture.slots])
         self._chance = StepChance(self.randomness)
         self._clip_by(plan.clip)
@@ -220,7 +223,7 @@ class Engine:
                     "make a plan with more steps."
                 )
             if self._before_release is not None:
-                self._before_release(self.steps_released + 1)
+                self._world.first(lambda: self._before_release(self.steps_released + 1))
             self.steps_released += 1  # it was charged, so it counts whatever happens from here on
             self._unproven += not self.capture.settled
             self._close_open_unit()
@@ -234,7 +237,7 @@ class Engine:
 
     def _noisy_gradients(self) -> dict[nn.Parameter, Tensor]:
         """What is released. Noise is added in float64, and only the noisy mean is rounded to what a parameter holds."""
-        total, start = self._sum(), 0
+        total, start = self._world.sum_(self._sum()), 0
         noise_std = self.plan.mechanism.noise_std(self.clip)
         if noise_std > 0:
             if self._noise is None:
@@ -247,7 +250,7 @@ class Engine:
 
     def _next_clip(self) -> Clip:
         """The clip of the next step, from this step's noisy tally; it is released with the gradient."""
-        mechanism, tally = self.plan.mechanism, float(self._tally)
+        mechanism, tally = self.plan.mechanism, float(self._world.sum_(torch.as_tensor(self._tally)))
         if mechanism.tally_noise > 0:
             tally += mechanism.tally_noise * float(self.randomness.gaussian(1))
         return mechanism.next_clip(self.clip, tally, self.plan.expected_batch_size)

@@ -23,6 +23,8 @@ def kept_prefix(session) -> FrozenPrefix | None:
                 "frozen_prefix is on, but the task draws each example anew in every step, so nothing of it can be kept: switch it off."
             )
         return None
+    if examples.varies and not asked:
+        return None
     uses = session.plan.sample_rate * (session.plan.steps - session.engine.steps_released)
     if uses < WORTH and not asked:
         return None

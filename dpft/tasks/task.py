@@ -172,7 +172,9 @@ class MeanLoss:
 def _tokens(value: Any) -> int:
     """What a feature counts by default; 1 for a single number."""
     size = getattr(value, "size", None)
-    shape = [3, *size] if isinstance(size, tuple) else list(getattr(value, "shape", ()))  # a picture of Pillow has a width and a height
+    shape = (
+        [3, *size] if isinstance(size, tuple) else list(getattr(value, "shape", ()))
+    )  # a picture of Pillow has a width and a height
     while not hasattr(value, "shape") and isinstance(value, Sized):
         shape.append(len(value))
         value = value[0] if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) else None

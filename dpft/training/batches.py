@@ -70,7 +70,10 @@ class Examples:
                 if unit not in columns:
                     raise RecipeError(f"The data have no column {unit!r}: they have {', '.join(columns)}.")
                 ids += plain(columns[unit])
-            encoded, owners = _with_rows(task.encode(columns), min(size, len(rows) - start))
+            try:
+                encoded, owners = _with_rows(task.encode(columns), min(size, len(rows) - start))
+            except RecipeError as error:
+                raise RecipeError(f"The data's row {start + 1:,}, encoded alone: {error}") if late else error from error
             sizes += [size_of(task, feature) for feature in encoded]
             features += () if late else encoded
             places += [start + owner for owner in owners]

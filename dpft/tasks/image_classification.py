@@ -84,7 +84,8 @@ class ImageClassification(Task):
         self.labels = [str(value) for value in labels]
         self.has_chance = crop is not None or flip
         self._index = {value: i for i, value in enumerate(self.labels)}
-        height, width = self._shape()
+        self._shape = self._one_shape()
+        height, width = self._shape[1:]
         self._size = 1 + -(-height // patch_size) * -(-width // patch_size)
 
     @classmethod
@@ -105,11 +106,11 @@ class ImageClassification(Task):
         )
         return task, model
 
-    def _shape(self) -> tuple[int, int]:
-        """Height and width of what the processor makes of any picture."""
+    def _one_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of what the processor makes of any picture."""
         from PIL import Image
 
-        shapes = {self._pixels(Image.new("RGB", size)).shape[-2:] for size in ((40, 30), (30, 50))}
+        shapes = {self._pixels(Image.new("RGB", size)).shape for size in ((40, 30), (30, 50))}
         if len(shapes) > 1:
             raise RecipeError(
                 f"{type(self.processor).__name__} makes pictures of {len(shapes)} shapes of pictures of {len(shapes)} shapes, which are no batch: "
@@ -155,9 +156,16 @@ class ImageClassification(Task):
             window = (left, top, left + width, top + height)
         return {**features, "window": window, "flipped": self.flip and bool(random.integers(2))}
 
+    def unread(self, features: Mapping[str, Any]) -> dict[str, Any]:
+        """Without its picture, which is not decoded where the output of the layers that see it is kept."""
+        return {"labels": features["labels"]}
+
     def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """``pixel_values``, ``(B, C, H, W)``, and ``labels``, ``(B,)``; raises RecipeError: a file is damaged."""
-        pixels = torch.stack([self._pixels(self._picture(one)) for one in features])
+        if "image" in features[0]:
+            pixels = torch.stack([self._pixels(self._picture(one)) for one in features])
+        else:
+            pixels = torch.zeros(()).expand(len(features), *self._shape)
         return {"pixel_values": pixels, "labels": torch.tensor([one["labels"] for one in features])}
 
     def _picture(self, features: Mapping[str, Any]):

@@ -114,6 +114,10 @@ class Task(ABC):
         """
         return features
 
+    unread: ClassVar[Callable | None] = (
+        None  # (self, features) -> the same with stand-ins for what layers read whose output is kept, if reading takes long
+    )
+
     @abstractmethod
     def collate(self, features: Sequence[Features]) -> Mapping[str, Tensor]:
         """Pad features to one batch; an ``attention_mask``, if there is one, is right-padded."""

@@ -93,13 +93,17 @@ def test_vision_models_train_from_a_recipe(tmp_path, family, subset):
     assert (run / "card.md").exists() and (run / "weights" / "preprocessor_config.json").exists()
 
 
-def test_a_frozen_prefix_of_pictures_is_kept(tmp_path):
+def test_a_frozen_prefix_of_pictures_is_kept_and_none_is_decoded_again(tmp_path, monkeypatch):
+    decoded, pixels = [], ImageClassification._pixels
+    monkeypatch.setattr(ImageClassification, "_pixels", lambda *given: decoded.append(1) or pixels(*given))
     setup = set_up(recipe(tmp_path))
     plan = setup.recipe.plan()
     with Session(setup.model, plan, setup.task, setup.train, tmp_path / "run", frozen_prefix="on") as session:
         assert session.prefix.name == "vit" and set(session.step_examples.costs) == {1}
+        decoded.clear()
         for draw in session.draws():
             session.step(draw)
+        assert not decoded
     with pytest.raises(RecipeError, match="draws each example anew"):
         cropped = task(crop=0.5)
         with Session(setup.model, plan, cropped, setup.train, tmp_path / "other", frozen_prefix="on"):

@@ -64,7 +64,9 @@ class WhenDrawn(Sequence):
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, number: int):
+    def __getitem__(self, number: int | slice):
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
         place, part = int(self._places[number]), int(number - self._firsts[number])
         features = self._make(place)
         if part >= len(features):

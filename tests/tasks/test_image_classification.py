@@ -17,6 +17,7 @@ from dpft.recipe import Recipe
 from dpft.tasks import ImageClassification, LabelledTask
 from dpft.training.batches import Examples
 from dpft.training.data import load
+from dpft.training.rows import WhenDrawn
 from dpft.training.run import load_model, set_up, train
 from dpft.training.session import Session
 
@@ -299,11 +300,15 @@ def test_what_takes_no_work_and_no_room_is_encoded_once():
     assert not isinstance(examples.features, list) and not examples.varies
 
 
-def test_a_row_that_names_another_number_of_features_is_refused():
-    from dpft.training.rows import WhenDrawn
+def test_public_pictures_choose_where_gradients_are_large(tmp_path):
+    made = recipe(tmp_path, subset="sparse(fraction=0.1, choose='gradient')")
+    data = made.data.model_copy(update=dict(public=made.data.train))
+    assert train(made.model_copy(update=dict(data=data)), tmp_path / "run").exists()
 
+
+def test_a_row_that_names_another_number_of_features_is_refused():
     features = WhenDrawn(lambda row: ["a", "b"][: 2 - row], [0, 0, 1, 1])
-    assert [features[i] for i in range(3)] == ["a", "b", "a"]
+    assert features[:3] == ["a", "b", "a"] and features[-2] == "a"
     with pytest.raises(RecipeError, match="row 2 made 2 or more features when it was counted and 1 now"):
         features[3]
 

@@ -67,6 +67,7 @@ class WhenDrawn(Sequence):
     def __getitem__(self, number: int | slice):
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
         place, part = int(self._places[number]), int(number - self._firsts[number])
         features = self._make(place)
         if part >= len(features):

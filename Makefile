@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test mutants docs models clean
+.PHONY: demo test types mutants docs models clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dpft demo --output demo
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+types: $(VENV)/.dev
+	$(BIN)/python -m mypy
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants/run.py

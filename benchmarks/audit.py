@@ -2,12 +2,12 @@
 
     DPFT_DATA=... DPFT_MODELS=... python benchmarks/audit.py --json [--output FILE] [--set NAME] [--work FOLDER]
 
-diagnoses  all-MiniLM-L6-v2, ICD-10-CM diagnoses (their texts are public), random words with a random chapter as canaries
+diagnoses  all-MiniLM-L6-v2, ICD-10-CM diagnoses (texts are public), random words with a random chapter as canaries
 notes      SmolLM2-135M, clinical notes of mts_dialog, random words as canaries
 secrets    the same with access codes of patients as canaries, and their exposure
 
-Each trains the same recipe twice on the same canaries, with ε = 1 and without privacy. The recipes learn by heart: many passes
-over few records, which is where leaks show best.
+Each trains the same recipe twice on the same canaries, with ε = 1 and without privacy. The recipes learn by heart: many
+passes over few records, which is where leaks show best.
 """
 
 import argparse

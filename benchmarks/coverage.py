@@ -1,6 +1,7 @@
 """For which PEFT tuners and layers a library's per-example gradients are those of one example at a time.
 
-    python benchmarks/coverage.py --json coverage.json [--tuner NAME] [--family NAME] [--layer NAME] [--markdown docs/coverage.md]
+    python benchmarks/coverage.py --json coverage.json [--tuner NAME] [--family NAME] [--layer NAME]
+        [--markdown docs/coverage.md]
 
 Systems: dpft, and Opacus with its hooks, with functorch for every layer, and with ghost clipping (norms only).
 
@@ -124,7 +125,8 @@ def brute_force(make: Callable[[], Made]) -> Rows:
 
 
 def relative_error(rows: Rows, reference: Rows) -> tuple[float, str]:
-    """The largest over examples and parameters of ‖g − ref‖ / max(‖ref‖, 0.01 ‖whole ref‖), and that parameter's name."""
+    """The largest over examples and parameters of ‖g − ref‖ / max(‖ref‖, 0.01 ‖whole ref‖), and that parameter's
+    name."""
     worst, where = 0.0, ""
     for row, expected in zip(rows, reference, strict=True):
         floor = FLOOR * norm(expected)
@@ -221,7 +223,8 @@ SYSTEMS: dict[str, Callable[[Callable[[], Made], Rows], tuple[float, str]]] = {
 
 
 def outcome(system: str, make: Callable[[], Made], reference: Rows) -> dict:
-    """``status``, ``max_relative_error`` (None if the gradients are none, too few or not finite) and ``reason`` of one case in one system."""
+    """``status``, ``max_relative_error`` (None if the gradients are none, too few or not finite) and ``reason`` of one
+    case in one system."""
     try:
         with limited(SECONDS):
             error, reason = SYSTEMS[system](make, reference)
@@ -330,8 +333,8 @@ Made by `python benchmarks/coverage.py --markdown docs/coverage.md` with {versio
 
 Every tuner of PEFT is put on small random models of {families} families, and layers are trained in place. The truth is
 a loop of plain backward passes, one example at a time. A case is **exact** (E) if every parameter's gradient of every
-example agrees with it to 1e-4, **wrong** (W) if gradients came out that do not, **refused** (R) if the library says that
-it cannot, and X if another exception is raised. Of ghost clipping, which makes no gradients, the norms are compared.
+example agrees with it to 1e-4, **wrong** (W) if gradients came out that do not, **refused** (R) if the library says
+that it cannot, and X if another exception is raised. Of ghost clipping, which makes no gradients, the norms are compared.
 
 ```
 {summary}

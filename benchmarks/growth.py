@@ -61,9 +61,10 @@ def measure(work: Work, repeats: int) -> dict:
 def accounting() -> list[dict]:
     """Seconds to compose that many steps, on grids refined as usual."""
     from dpft.privacy import accounting
+    from dpft.privacy.events import Event
 
     def composed(steps: int) -> None:
-        accounting.epsilon(accounting.poisson_gaussian(1.0, 0.005, steps), 1e-6)
+        accounting.epsilon(Event(steps, 1.0, 0.005).dp_event, 1e-6)
 
     composed(5)  # imports
     return [{"steps": steps, "seconds": timed(partial(composed, steps))} for steps in (10, 100, 1_000, 10_000, 100_000)]

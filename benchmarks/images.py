@@ -2,9 +2,9 @@
 
     python benchmarks/images.py 1000 10000 50000
 
-For each number a process of its own writes so many JPEG files of 224² into a Parquet file, reads it as a recipe does, and trains a head on a tiny ViT for a few
-steps. Printed are the peak of what the process itself held (anonymous memory), the peak of the data's mapped pages, which the system takes back
-when it needs them, and seconds. Linux only.
+For each number so many JPEG files of 224² are written to Parquet, and a process of its own reads it as recipes do and
+trains a head on a tiny ViT for a few steps. Printed are the peak of what that process held (anonymous memory), the peak
+of the data's mapped pages, which the system takes back when it needs them, and seconds. Linux only.
 """
 
 import argparse

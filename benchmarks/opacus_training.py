@@ -1,9 +1,11 @@
 """A stock training with Opacus, to be audited as anybody else's:
 
-    dpft audit command --recipe RECIPE --claimed 1 --output DIR -- python benchmarks/opacus_training.py {data} {out} --tuner prompt
+    dpft audit command --recipe RECIPE --claimed 1 --output DIR -- \\
+        python benchmarks/opacus_training.py {data} {out} --tuner prompt
 
-An encoder learns the chapter of diagnoses with PEFT under Opacus's PrivacyEngine, with its defaults. ``--tuner prompt`` trains a
-prompt alone, whose gradient Opacus takes for a per-sample one without a word (docs/pitfalls.md, T3); ``lora`` is what it is made for.
+An encoder learns the chapter of diagnoses with PEFT under Opacus's PrivacyEngine, with its defaults. ``--tuner prompt``
+trains a prompt alone, whose gradient Opacus takes for a per-sample one without a word (docs/pitfalls.md, T3); ``lora``
+is what it is made for.
 ``--epsilon 0`` trains without privacy, whatever is claimed.
 """
 

@@ -68,7 +68,8 @@ def main() -> None:
         rows.append({"set": name, **found})
         if not arguments.json:
             print(
-                f"{name:<24} {found['tokens']:>10,} tokens; padded to {found['random']:.2f}x at random, {found['sorted']:.2f}x sorted: {found['random_over_sorted']:.2f} times fewer"
+                f"{name:<24} {found['tokens']:>10,} tokens; padded to {found['random']:.2f}x at random, "
+                f"{found['sorted']:.2f}x sorted: {found['random_over_sorted']:.2f} times fewer"
             )
     found = {
         "rows": rows,

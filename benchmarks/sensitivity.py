@@ -1,8 +1,9 @@
 """By how much one unit moves the clipped sum of a real model, and how much of that is other units' rounding.
 
-Two sums are taken over the same private draw, with and without one text, as a run takes them: sorted, cut into micro-batches, clipped,
-added up. What is left when the text's own clipped gradient is taken off is how far all others moved, because their micro-batches
-are cut in other places and products of another shape are rounded in another way. The sum itself adds nothing to it.
+Two sums are taken over the same private draw, with and without one text, as a run takes them: sorted, cut into
+micro-batches, clipped, added up. What is left when the text's own clipped gradient is taken off is how far all others
+moved, because their micro-batches are cut in other places and products of another shape are rounded in another way. The
+sum itself adds nothing to it.
 
     python -m benchmarks.sensitivity --models models --output benchmarks/results/sensitivity.json
 """

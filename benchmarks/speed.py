@@ -2,18 +2,19 @@
 
     DPFT_MODELS=... python benchmarks/speed.py --json [--output FILE] [--work NAME] [--system NAME] [--device cuda]
 
-Each system runs in a process of its own and is timed against plain training in another, in turn (A B A B): one micro-batch
-(forward, backward, clipping) and one update (noise, AdamW). A step is an effective batch of 256 examples, so its time is
-``256 / examples`` micro-batches and one update; the ratio is the median over the pairs, its spread their quartiles. Memory
-is the process's peak resident set, libraries included; beside it stands the peak of what PyTorch allocates, which does not
-depend on what the C library's allocator keeps. Before it is timed, a system's clipped sum is compared with a loop
-of plain backward passes: what is not exact is disqualified and its row says so.
+Each system runs in a process of its own and is timed against plain training in another, in turn (A B A B): one
+micro-batch (forward, backward, clipping) and one update (noise, AdamW). A step is an effective batch of 256 examples,
+so its time is ``256 / examples`` micro-batches and one update; the ratio is the median over the pairs, its spread their
+quartiles. Memory is the process's peak resident set, libraries included; beside it stands the peak of what PyTorch
+allocates, which does not depend on what the C library's allocator keeps. Before it is timed, a system's clipped sum is
+compared with a loop of plain backward passes: what is not exact is disqualified and its row says so.
 
-Systems: dpft on plain's micro-batches; dpft on those that it chooses itself; Opacus with hooks, with ghost clipping, with
-functorch; opake, where it is installed. dpft draws its noise from a cryptographic generator, as always; the others from
-PyTorch's. On a GPU the work is Llama-like models of 1 and 7 billion parameters in bfloat16; their clipped sums are compared in
-float32, several micro-batches are timed together, and memory is what PyTorch allocates there. Variants, which run when they are named, are what else could be done: every gradient of a large weight made, none
-made, bf16 autocast (timed though it is not exact), and plain training compiled.
+Systems: dpft on plain's micro-batches; dpft on those that it chooses itself; Opacus with hooks, with ghost clipping,
+with functorch; opake, where it is installed. dpft draws its noise from a cryptographic generator, as always; the others
+from PyTorch's. On a GPU the work is Llama-like models of 1 and 7 billion parameters in bfloat16; their clipped sums are
+compared in float32, several micro-batches are timed together, and memory is what PyTorch allocates there. Variants,
+which run when they are named, are what else could be done: every gradient of a large weight made, none made, bf16
+autocast (timed though it is not exact), and plain training compiled.
 """
 
 import argparse
@@ -61,11 +62,12 @@ GPU_WORK = {
 }
 
 
-# -- one system at one work, in a process of its own -----------------------------------------------------------------------
+# -- one system at one work, in a process of its own -------------------------------------------------------------------
 
 
 def serve(system: str, work: Work) -> None:
-    """Do what standard input says, a line at a time: ``sum PATH``, ``time``, ``parameters``, ``flops``, ``peak``, ``allocated``."""
+    """Do what standard input says, a line at a time: ``sum PATH``, ``time``, ``parameters``, ``flops``, ``peak``,
+    ``allocated``."""
     import warnings
 
     import torch
@@ -190,7 +192,7 @@ def rates() -> dict:
     return {"flops_per_second": 2 * 1024 * 768 * 3072 / product, "bytes_per_second": 8 * len(large) / move}
 
 
-# -- pairs of processes ----------------------------------------------------------------------------------------------------
+# -- pairs of processes ------------------------------------------------------------------------------------------------
 
 
 class Failed(Exception):

@@ -1,10 +1,62 @@
 """dpft: fine-tune Hugging Face models under differential privacy, on a sparse subset of their parameters."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the names of _HOMES again, for type checkers and editors, which do not run __getattr__
+    from dpft.errors import (
+        BudgetError as BudgetError,
+        BypassError as BypassError,
+        DPFTError as DPFTError,
+        ExactnessError as ExactnessError,
+        GuaranteeError as GuaranteeError,
+        IsolationError as IsolationError,
+        LedgerError as LedgerError,
+        PlanError as PlanError,
+        RecipeError as RecipeError,
+        SubsetError as SubsetError,
+    )
+    from dpft.gradients.engine import Engine as Engine
+    from dpft.gradients.preflight import Preflight as Preflight, preflight as preflight
+    from dpft.ledger import Dataset as Dataset, Ledger as Ledger
+    from dpft.privacy.clipping import AutoClip as AutoClip, FlatClip as FlatClip, PerLayerClip as PerLayerClip
+    from dpft.privacy.events import Event as Event
+    from dpft.privacy.mechanisms.statistics import Statistics as Statistics
+    from dpft.privacy.noise import SecureRandomness as SecureRandomness, SeededRandomness as SeededRandomness
+    from dpft.privacy.plan import Plan as Plan
+    from dpft.recipe import Recipe as Recipe
+    from dpft.report import write_card as write_card
+    from dpft.subset import (
+        All as All,
+        Bias as Bias,
+        Head as Head,
+        LastBlocks as LastBlocks,
+        Layers as Layers,
+        Lora as Lora,
+        Norms as Norms,
+        Sparse as Sparse,
+        Subset as Subset,
+        Tuner as Tuner,
+        load_weights as load_weights,
+        replace_batchnorm as replace_batchnorm,
+        save_weights as save_weights,
+    )
+    from dpft.tasks import (
+        CausalLM as CausalLM,
+        LabelledTask as LabelledTask,
+        SequenceClassification as SequenceClassification,
+        Task as Task,
+    )
+    from dpft.training.batches import Examples as Examples, LogicalBatches as LogicalBatches
+    from dpft.training.run import train as train
+    from dpft.training.session import Session as Session, SessionOptions as SessionOptions
+    from dpft.training.trainer import DPTrainer as DPTrainer, DPTrainerMixin as DPTrainerMixin
 
 _HOMES = {
     "AutoClip": "dpft.privacy.clipping",
     "FlatClip": "dpft.privacy.clipping",
+    "PerLayerClip": "dpft.privacy.clipping",
+    "Statistics": "dpft.privacy.mechanisms.statistics",
     "Plan": "dpft.privacy.plan",
     "SecureRandomness": "dpft.privacy.noise",
     "SeededRandomness": "dpft.privacy.noise",
@@ -49,7 +101,7 @@ _HOMES = {
     "LedgerError": "dpft.errors",
     "Dataset": "dpft.ledger",
     "Ledger": "dpft.ledger",
-    "Event": "dpft.privacy.composition",
+    "Event": "dpft.privacy.events",
 }
 
 __all__ = sorted(_HOMES)

@@ -45,7 +45,8 @@ def diagnoses() -> list[tuple[str, str]]:
 
 
 def write_data(folder: Path | str, units: int) -> tuple[Path, Path, list[str]]:
-    """Write ``train.csv`` with ``units`` diagnoses and ``validation.csv``; returns both and the public list of chapters."""
+    """Write ``train.csv`` with ``units`` diagnoses and ``validation.csv``; returns both and the public list of
+    chapters."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = diagnoses()
@@ -77,7 +78,8 @@ def recipe(folder: Path | str, *, fast: bool = False) -> Recipe:
                 "delta": 1e-6,
                 "batch_size": 256,
                 "steps": 16 if fast else 128,
-                "clip_norm": 10.0,  # about the norm of a gradient at the start: easy examples stay small beside hard ones
+                # about the norm of a gradient at the start: easy examples stay small beside hard ones
+                "clip_norm": 10.0,
             },
             "optimizer": {"learning_rate": 0.02, "schedule": "linear"},
             "baseline": {"learning_rate": 0.003},

@@ -18,7 +18,7 @@ The command line prints that sentence and no traceback.
 """
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What another library's error says, in one line; its kind, if it says nothing."""
     return (str(error) or type(error).__name__).splitlines()[0]
 

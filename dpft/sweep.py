@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dpft.privacy import accounting
+from dpft.privacy.events import to_dp_event
 from dpft.recipe import Recipe
-from dpft.training.published import PRIVATE, round_dates
+from dpft.runs.folder import RunFolder
 
 NON_PRIVATE = "non-private"
 
@@ -57,7 +58,7 @@ def sweep(
         RecipeError: see :func:`dpft.train`; also if the recipe has no validation data to compare on.
     """
     from dpft.errors import RecipeError
-    from dpft.training.run import go_on_unless_interrupted, last_checkpoint, read_metrics, train, versions
+    from dpft.training.run import go_on_unless_interrupted, train, versions
 
     if recipe.data.validation is None:
         raise RecipeError("A comparison needs data.validation: name held-out data in the recipe.")
@@ -65,7 +66,7 @@ def sweep(
         raise RecipeError(
             f"A run without privacy would spend all of {recipe.ledger.dataset!r}, and a ledger is kept for it: compare the private runs alone (--private-only)."
         )
-    output = Path(output)
+    output = RunFolder(output)
     settings: list[tuple[str, float | None, Recipe]] = []
     if non_private:
         settings.append((NON_PRIVATE, None, recipe.without_privacy()))
@@ -82,49 +83,42 @@ def sweep(
             announce(f"{name}, seed {seed}" if len(seeds) > 1 else name)
             seeded = setting.model_copy(update=dict(run=setting.run.model_copy(update=dict(seed=seed))))
             label = name.replace(" = ", "-").replace("ε", "epsilon")
-            place = output / PRIVATE if name == NON_PRIVATE else output
-            folder = place / (f"{label}-seed-{seed}" if len(seeds) > 1 else label)
+            place = output.private if name == NON_PRIVATE else output.path
+            folder = RunFolder(place / (f"{label}-seed-{seed}" if len(seeds) > 1 else label))
             if not _finished(folder, seeded):
-                train(seeded, folder, callbacks=callbacks(), resume=last_checkpoint(folder) is not None)
-                go_on_unless_interrupted(folder)
-            metrics.append(read_metrics(folder))
+                train(seeded, folder.path, callbacks=callbacks(), resume=folder.last_checkpoint() is not None)
+                go_on_unless_interrupted(folder.path)
+            metrics.append(folder.metrics())
             folders.append(str(folder))
         rows.append(_row(recipe, (name, epsilon), metrics, folders))
     found = {"composed_epsilon": composed_epsilon(rows), "delta": recipe.privacy.delta}
     found |= {"recipe": recipe.model_dump(), "versions": versions()}
-    (output / PRIVATE).mkdir(parents=True, exist_ok=True)
-    _write(output / PRIVATE, rows, found)
+    output.private.mkdir(parents=True, exist_ok=True)
+    _write(RunFolder(output.private), rows, found)
     if recipe.data.validation_is_public:
         _write(output, [row for row in rows if row.setting != NON_PRIVATE], found)
-    round_dates(output)
+    output.round_dates()
     return rows
 
 
-def _write(folder: Path, rows: Sequence[Row], found: dict) -> None:
+def _write(folder: RunFolder, rows: Sequence[Row], found: dict) -> None:
     text = json.dumps({"rows": [asdict(row) for row in rows], **found}, indent=2)
-    (folder / "sweep.json").write_text(text, encoding="utf-8")
+    folder.sweep_file.write_text(text, encoding="utf-8")
 
 
 def composed_epsilon(rows: Sequence[Row]) -> float | None:
     """ε of all private runs of the comparison together: they used the same data, so they compose."""
-    runs = [
-        json.loads((Path(folder) / "run.json").read_text(encoding="utf-8")) for row in rows for folder in row.folders
-    ]
-    private = [run for run in runs if run["private"]]
+    runs = [RunFolder(folder).record() for row in rows for folder in row.folders]
+    private = [run for run in runs if run.private]
     if not private:
         return None
-    event = accounting.composed(event for run in private for event in run["events"])
-    return accounting.epsilon(event, private[0]["delta"], private[0]["adjacency"], grid=1e-3)
+    event = to_dp_event(event for run in private for event in run.events)
+    return accounting.epsilon(event, private[0].delta, private[0].adjacency, grid=1e-3)
 
 
-def _finished(folder: Path, recipe: Recipe) -> bool:
+def _finished(folder: RunFolder, recipe: Recipe) -> bool:
     """Whether an earlier comparison left this very run; one that was stopped goes on from its checkpoints (``run.save_steps``)."""
-    record = folder / "run.json"
-    return (
-        record.exists()
-        and not json.loads(record.read_text(encoding="utf-8"))["interrupted"]
-        and Recipe.read(folder / "recipe.toml") == recipe
-    )
+    return folder.finished and not folder.record().interrupted and folder.is_of(recipe)
 
 
 def _untouched(recipe: Recipe, seeds: Sequence[int], announce) -> Row:

@@ -22,7 +22,7 @@ KINDS = {
 }
 
 
-def plain(values: Iterable) -> list:
+def plain(values: Iterable[Any]) -> list[Any]:
     """Python values of a column: a list, an array or a tensor, or a list of their scalars."""
     if hasattr(values, "tolist"):
         values = values.tolist()

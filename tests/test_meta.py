@@ -18,11 +18,11 @@ sys.path.insert(0, str(ROOT / "tests" / "mutants"))
 mutants = import_module("run")
 LAYERS = [
     "errors",
-    "toml",
     "values",
     "privacy",
     "ledger",
     "recipe",
+    "runs",
     "subset",
     "gradients",
     "tasks",
@@ -104,6 +104,14 @@ def test_every_public_name_exists_and_has_a_docstring():
         assert getattr(dpft, name).__doc__, name
     with pytest.raises(AttributeError):
         _ = dpft.nothing
+
+
+def test_type_checkers_are_told_the_names_that_python_finds():
+    tree = ast.parse((ROOT / "dpft" / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    told = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert told == dpft._HOMES
+    assert (ROOT / "dpft" / "py.typed").exists()
 
 
 def test_files_stay_small():

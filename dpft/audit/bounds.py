@@ -1,7 +1,8 @@
 """Lower bounds on ε from the success of an attack, each with its confidence and its ceiling. numpy and scipy alone.
 
-An attack on m canaries, each included in the training with probability 1/2, guesses r of them and is right v times. If the training
-is (ε, δ)-DP, so good an attack is unlikely; the largest ε for which it is less likely than the significance is a lower bound.
+An attack on m canaries, each included in the training with probability 1/2, guesses r of them and is right v times. If
+the training is (ε, δ)-DP, so good an attack is unlikely; the largest ε for which it is less likely than the
+significance is a lower bound.
 A bound is only as good as its attack, and even a perfect attack on m canaries proves no more than the ceiling.
 """
 
@@ -21,7 +22,8 @@ LARGEST = 60.0  # of ε: nothing that is measured proves more
 
 @dataclass(frozen=True)
 class Bound:
-    """``epsilon_lower_bound`` holds with probability ``confidence``; ``ceiling`` is what a perfect attack would have shown."""
+    """``epsilon_lower_bound`` holds with probability ``confidence``; ``ceiling`` is what a perfect attack would have
+    shown."""
 
     method: str
     epsilon_lower_bound: float
@@ -56,7 +58,8 @@ def one_run_epsilon(canaries: int, guesses: int, correct: int, delta: float, sig
 
 
 def _one_run_p(m: int, r: int, v: int, epsilon: float, delta: float) -> float:
-    """How likely v or more of r guesses are right under (ε, δ): ``β + 2·m·δ·α`` with β, α of Binomial(r, e^ε/(1 + e^ε))."""
+    """How likely v or more of r guesses are right under (ε, δ): ``β + 2·m·δ·α`` with β, α of
+    Binomial(r, e^ε/(1 + e^ε))."""
     truth = 1 / (1 + math.exp(-epsilon))
     tail = float(binom.sf(v - 1, r, truth))
     if delta == 0 or v == 0:
@@ -66,7 +69,8 @@ def _one_run_p(m: int, r: int, v: int, epsilon: float, delta: float) -> float:
 
 
 def f_dp_one_run(canaries: int, guesses: int, correct: int, delta: float, significance: float = 0.05) -> Bound:
-    """From one training of a mechanism whose trade-off is Gaussian (Mahloujifar, Melis, Chaudhuri 2024, Algorithm 3, k = 2).
+    """From one training of a mechanism whose trade-off is Gaussian (Mahloujifar, Melis, Chaudhuri 2024, Algorithm
+    3, k = 2).
 
     It is tighter than :func:`one_run` and assumes more: the answer is the ε, at ``delta``, of the least Gaussian
     mechanism that the attack does not refute. Arguments and errors are those of :func:`one_run`.
@@ -118,7 +122,8 @@ def many_runs(
 def gaussian_many_runs(
     false_positives: int, negatives: int, false_negatives: int, positives: int, delta: float, significance: float = 0.05
 ) -> Bound:
-    """As :func:`many_runs`, for a mechanism whose trade-off is Gaussian (Nasr et al. 2023, section 4): bounds μ, and so ε."""
+    """As :func:`many_runs`, for a mechanism whose trade-off is Gaussian (Nasr et al. 2023, section 4): bounds μ, and so
+    ε."""
     _check_errors(false_positives, negatives, false_negatives, positives)
     found = lambda a, b: gaussian_epsilon(least_mu(a, negatives, b, positives, significance), delta)
     method = "many runs, Gaussian trade-off (Nasr et al. 2023)"
@@ -144,7 +149,8 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def upper_rate(errors: int, trials: int, significance: float) -> float:
-    """The largest rate at which so few errors in so many trials are still as likely as that (Clopper & Pearson 1934)."""
+    """The largest rate at which so few errors in so many trials are still as likely as that
+    (Clopper & Pearson 1934)."""
     return 1.0 if errors >= trials else float(beta.ppf(1 - significance, errors + 1, trials - errors))
 
 
@@ -167,7 +173,8 @@ def _sizes(canaries: int) -> list[int]:
 def _check(canaries: int, guesses: int, correct: int, delta: float, significance: float) -> None:
     if not (0 <= correct <= guesses <= canaries and guesses >= 1):
         raise PlanError(
-            f"{correct:,} of {guesses:,} guesses on {canaries:,} canaries are right, which cannot be: an attack guesses on some of the canaries and is right on some of those."
+            f"{correct:,} of {guesses:,} guesses on {canaries:,} canaries are right, which cannot be: an attack "
+            "guesses on some of the canaries and is right on some of those."
         )
     if not (0 <= delta < 1 and 0 < significance < 1):
         raise PlanError(f"delta is {delta} and significance {significance}: both are probabilities.")
@@ -176,6 +183,6 @@ def _check(canaries: int, guesses: int, correct: int, delta: float, significance
 def _check_errors(false_positives: int, negatives: int, false_negatives: int, positives: int) -> None:
     if not (0 <= false_positives <= negatives and 0 <= false_negatives <= positives and negatives and positives):
         raise PlanError(
-            f"{false_positives:,} of {negatives:,} runs without and {false_negatives:,} of {positives:,} runs with the canary were "
-            "judged wrongly, which cannot be: count errors among the runs."
+            f"{false_positives:,} of {negatives:,} runs without and {false_negatives:,} of {positives:,} runs with "
+            "the canary were judged wrongly, which cannot be: count errors among the runs."
         )

@@ -19,6 +19,7 @@ from dpft.audit.scores import losses, trained
 from dpft.errors import RecipeError
 from dpft.privacy.noise import SecureRandomness
 from dpft.recipe import Recipe
+from dpft.runs import RunFolder
 from dpft.training.run import load_model
 
 
@@ -54,14 +55,13 @@ def audit_exposure(
     Raises:
         RecipeError: the folder holds no audit with secrets.
     """
-    folder = Path(folder)
-    coins = folder / "private" / "canaries.json"
-    planted = Canaries.load(coins) if coins.exists() else None
-    if planted is None or planted.kind != "secret" or not (folder / "run.json").exists():
+    folder = RunFolder(folder)
+    planted = Canaries.load(folder.canaries_file) if folder.canaries_file.exists() else None
+    if planted is None or planted.kind != "secret" or not folder.finished:
         raise RecipeError(f"{folder} holds no finished audit with secrets: make one with dpft audit run --kind secret.")
-    recipe = Recipe.read(folder / "recipe.toml")
+    recipe = folder.recipe()
     task, before = load_model(recipe)
-    model = trained(before, recipe, folder / "weights")
+    model = trained(before, recipe, folder.weights)
     chosen = {there: np.flatnonzero(planted.included == there)[:secrets] for there in (True, False)}
     total, found = sum(map(len, chosen.values())), {}
     for there, places in chosen.items():

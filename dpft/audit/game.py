@@ -21,6 +21,7 @@ from dpft.errors import RecipeError
 from dpft.privacy.noise import Randomness
 from dpft.recipe import Recipe, listed
 from dpft.report import write_card
+from dpft.runs import RunFolder
 from dpft.training.data import load, load_public
 from dpft.training.run import go_on_unless_interrupted, load_model, set_up, train
 
@@ -55,45 +56,44 @@ def audit_run(
     Raises:
         DPFTError: as :func:`dpft.train`; before anything is charged.
     """
-    output = Path(output)
+    folder = RunFolder(output)
     check_claim(None, recipe.privacy.delta, significance)
-    if (output / "audit.json").exists():
+    if folder.audit_file.exists():
         raise RecipeError(f"{output} holds an audit already: choose another folder.")
     if baseline and recipe.ledger.dataset is not None:
         raise RecipeError(
             f"A training without privacy would spend all of {recipe.ledger.dataset!r}, and a ledger is kept for it: audit without the baseline."
         )
-    coins = output / "private" / "canaries.json"
-    if not (output / "run.json").exists():
-        if (output / "releases.json").exists():
+    if not folder.finished:
+        if folder.releases_file.exists():
             raise RecipeError(
                 f"{output} holds a run that did not end, and what it released stays charged: choose another folder."
             )
         setup = set_up(recipe)
         planted = _made(recipe, setup.task, canaries, kind, repetitions, randomness)
         plan = _with_canaries(recipe.plan(), planted)
-        planted.save(coins)
+        planted.save(folder.canaries_file)
         setup.account_rows, setup.train = setup.train, planted.planted(setup.train, recipe)
         announce(outlook(canaries, plan.epsilon, plan.delta, significance, repetitions))
         train(recipe, output, setup=setup, plan=plan, callbacks=callbacks(), randomness=randomness)
         go_on_unless_interrupted(output)
-    elif not coins.exists():
+    elif not folder.canaries_file.exists():
         raise RecipeError(f"{output} holds a run without canaries: choose another folder.")
-    planted = Canaries.load(coins)
-    run = json.loads((output / "run.json").read_text(encoding="utf-8"))
-    if Recipe.read(output / "recipe.toml") != recipe:
-        raise RecipeError(f"{output} holds an audit of another recipe: give {output / 'recipe.toml'} to score it.")
-    if run["units"] != recipe.data.units + planted.units:
+    planted = Canaries.load(folder.canaries_file)
+    run = folder.record()
+    if not folder.is_of(recipe):
+        raise RecipeError(f"{output} holds an audit of another recipe: give {folder.recipe_file} to score it.")
+    if run.units != recipe.data.units + planted.units:
         raise RecipeError(
             f"The run in {output} went on without its canaries, so they show nothing: audit in another folder."
         )
     announce("scoring the canaries")
-    found = _judged(recipe, output / "weights", planted, run["delta"], run["epsilon"], significance)
+    found = _judged(recipe, folder.weights, planted, run.delta, run.epsilon, significance)
     public = found.json()
     if baseline:
-        found = found.with_power(_baseline(recipe, output, planted, found.delta, significance, announce, callbacks))
-        (output / "private" / "audit.json").write_text(json.dumps(found.json(), indent=2), encoding="utf-8")
-    (output / "audit.json").write_text(json.dumps(public, indent=2), encoding="utf-8")
+        found = found.with_power(_baseline(recipe, folder, planted, found.delta, significance, announce, callbacks))
+        folder.private_audit_file.write_text(json.dumps(found.json(), indent=2), encoding="utf-8")
+    folder.audit_file.write_text(json.dumps(public, indent=2), encoding="utf-8")
     write_card(output)
     return found
 
@@ -138,7 +138,8 @@ def audit_command(
     rows, _ = load(recipe, validation=False)
     task, _ = load_model(recipe)
     planted = _made(recipe, task, canaries, kind, repetitions, randomness)
-    planted.save(output / "private" / "canaries.json")
+    folder = RunFolder(output)
+    planted.save(folder.canaries_file)
     csv = listed(recipe.data.train)[0].endswith(".csv")
     seen = output / "seen"  # all that the command is told of
     data, left = seen / f"data.{'csv' if csv else 'jsonl'}", seen / "trained"
@@ -149,7 +150,7 @@ def audit_command(
     words = [word.replace("{data}", str(data)).replace("{out}", str(left)) for word in command]
     try:
         whole.to_csv(data) if csv else whole.to_json(data)
-        with open(output / "command.log", "wb") as log:
+        with open(folder.command_log, "wb") as log:
             try:
                 code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
             except OSError as error:
@@ -157,13 +158,13 @@ def audit_command(
     finally:
         data.unlink(missing_ok=True)
     if code:
-        said = (output / "command.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = folder.command_log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise RecipeError(
-            f"{shlex.join(words[:3])} ... ended with {code} ({said[-1] if said else 'it said nothing'}): see {output / 'command.log'}."
+            f"{shlex.join(words[:3])} ... ended with {code} ({said[-1] if said else 'it said nothing'}): see {folder.command_log}."
         )
     announce("scoring the canaries")
     found = _judged(recipe, left, planted, delta, claimed, significance)
-    (output / "audit.json").write_text(json.dumps({"command": words, **found.json()}, indent=2), encoding="utf-8")
+    folder.audit_file.write_text(json.dumps({"command": words, **found.json()}, indent=2), encoding="utf-8")
     return found
 
 
@@ -203,20 +204,19 @@ def _judged(
 
 
 def _baseline(
-    recipe: Recipe, output: Path, planted: Canaries, delta: float, significance: float, announce, callbacks
+    recipe: Recipe, audited: RunFolder, planted: Canaries, delta: float, significance: float, announce, callbacks
 ) -> float:
     """The lower bound that the same attack proves for a training without noise and clipping."""
-    folder, plain = output / "private" / BASELINE, recipe.without_privacy()
-    record = folder / "run.json"
-    if not record.exists() or json.loads(record.read_text(encoding="utf-8"))["interrupted"]:
-        shutil.rmtree(folder, ignore_errors=True)  # what was cut off is worth nothing and spent nothing more
+    folder, plain = RunFolder(audited.private / BASELINE), recipe.without_privacy()
+    if not folder.finished or folder.record().interrupted:
+        shutil.rmtree(folder.path, ignore_errors=True)  # what was cut off is worth nothing and spent nothing more
         setup = set_up(plain)
         setup.train = planted.planted(setup.train, plain)
         announce("training without privacy, to know what the attack is worth")
-        train(plain, folder, setup=setup, plan=_with_canaries(plain.plan(), planted), callbacks=callbacks())
-        go_on_unless_interrupted(folder)
+        train(plain, folder.path, setup=setup, plan=_with_canaries(plain.plan(), planted), callbacks=callbacks())
+        go_on_unless_interrupted(folder.path)
     announce("scoring the canaries")
-    found = _judged(plain, folder / "weights", planted, delta, None, significance)
-    (folder / "audit.json").write_text(json.dumps(found.json(), indent=2), encoding="utf-8")
-    write_card(folder)
+    found = _judged(plain, folder.weights, planted, delta, None, significance)
+    folder.audit_file.write_text(json.dumps(found.json(), indent=2), encoding="utf-8")
+    write_card(folder.path)
     return found.epsilon_lower_bound

@@ -1,6 +1,5 @@
 """Membership: whether a model tells the records that it was trained on from others of the same kind."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,10 @@ from dpft.audit.report import area, roc
 from dpft.audit.scores import least_likely, losses, trained
 from dpft.errors import RecipeError
 from dpft.privacy import accounting
+from dpft.privacy.events import to_dp_event
 from dpft.privacy.rounding import percent_up
 from dpft.recipe import Recipe
+from dpft.runs import RunFolder, RunRecord
 from dpft.training.batches import Examples
 from dpft.training.data import check, read_for
 from dpft.training.run import load_model
@@ -62,12 +63,12 @@ def audit_membership(
     Raises:
         RecipeError: no model, no recipe, or data without the task's columns.
     """
-    folder = Path(model)
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else None
+    folder = RunFolder(model)
+    run = folder.record() if folder.finished else None
     if recipe is None:
         if run is None:
             raise RecipeError(f"{folder} is no run's folder, so a recipe must say what its model and columns are.")
-        recipe = Recipe.read(folder / "recipe.toml")
+        recipe = folder.recipe()
     single = recipe.data.model_copy(update=dict(unit="example"))
     rows = []
     for name, paths in (("members", members), ("non-members", non_members)):
@@ -77,7 +78,7 @@ def audit_membership(
     features = [f for part in rows for f in Examples.encode(part, task).features]
     inside = np.arange(len(features)) < len(rows[0])
     known = losses(before, task, features)
-    after = trained(before, recipe, folder / "weights" if run else folder)
+    after = trained(before, recipe, folder.weights if run else folder.path)
     found = losses(after, task, features)
     scores = {"loss": -found, "reference": known - found}
     if task.likelihoods is not None:
@@ -86,11 +87,11 @@ def audit_membership(
     return [_attack(name, each[inside], each[~inside], allowed) for name, each in scores.items()]
 
 
-def _allowed(run: dict | None) -> list[float | None]:
+def _allowed(run: RunRecord | None) -> Sequence[float | None]:
     # Of a person with several rows the attack takes one, which the person's guarantee does not speak of.
-    if run is None or not run["private"] or not run["released_steps"] or run["unit"] != "example":
+    if run is None or not run.claims or run.unit != "example":
         return [None] * len(RATES)
-    return accounting.detection_rates(accounting.composed(run["events"]), list(RATES), run["adjacency"])
+    return accounting.detection_rates(to_dp_event(run.events), list(RATES), run.adjacency)
 
 
 def _attack(name: str, members: np.ndarray, others: np.ndarray, allowed: list[float | None]) -> Attack:

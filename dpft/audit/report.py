@@ -20,9 +20,10 @@ POINTS = 60  # of a ROC curve that is kept
 class Audit:
     """What an attack on one training shows.
 
-    ``epsilon_lower_bound`` holds with probability ``confidence`` whatever the training does; ``f_dp_lower_bound`` too, if its
-    trade-off is a Gaussian mechanism's. ``ceiling`` is what a perfect attack on as many canaries would have shown. ``claimed`` is
-    None where nothing is claimed. ``power`` is what the same attack shows of a training without privacy, where that was tried.
+    ``epsilon_lower_bound`` holds with probability ``confidence`` whatever the training does; ``f_dp_lower_bound`` too,
+    if its trade-off is a Gaussian mechanism's. ``ceiling`` is what a perfect attack on as many canaries would have
+    shown. ``claimed`` is None where nothing is claimed. ``power`` is what the same attack shows of a training without
+    privacy, where that was tried.
     """
 
     verdict: str
@@ -64,15 +65,18 @@ def judge(
     threat_model: str = "",
     canary: str = "",
 ) -> Audit:
-    """Guess "in" for the highest scores, "out" for the lowest and nothing between, and bound ε by how often that is right.
+    """Guess "in" for the highest scores, "out" for the lowest and nothing between, and bound ε by how often that is
+    right.
 
-    How many to guess is tried for several numbers; each is tested at ``significance / numbers`` (Bonferroni), so that the best of
-    them still errs with at most ``significance``.
+    How many to guess is tried for several numbers; each is tested at ``significance / numbers`` (Bonferroni), so that
+    the best of them still errs with at most ``significance``.
 
     Args:
-        scores: ``(m,)``, higher for a canary that seems to have been in the training; one that is NaN is put in the middle.
+        scores: ``(m,)``, higher for a canary that seems to have been in the training; one that is NaN is put in the
+            middle.
         included: ``(m,)``, the coins.
-        claimed: ε at ``delta`` that the training claims for one unit. Canaries that are in it ``repetitions`` times are a group of units.
+        claimed: ε at ``delta`` that the training claims for one unit. Canaries that are in it ``repetitions`` times are
+            a group of units.
 
     Raises:
         PlanError: scores and coins do not fit, there are too few, or the claim cannot be one.
@@ -81,7 +85,8 @@ def judge(
     scores, included = np.asarray(scores, dtype=float), np.asarray(included, dtype=bool)
     if scores.shape != included.shape or len(scores) < SMALLEST:
         raise PlanError(
-            f"{scores.size:,} scores and {included.size:,} coins: an audit needs one of each for every canary, and at least {SMALLEST} canaries."
+            f"{scores.size:,} scores and {included.size:,} coins: an audit needs one of each for every canary, and at "
+            f"least {SMALLEST} canaries."
         )
     if not (included.any() and not included.all()):
         raise PlanError("Every coin fell on the same side, so that nothing can be told apart: audit again.")
@@ -134,7 +139,8 @@ def check_claim(claimed: float | None, delta: float, significance: float) -> Non
 
 
 def group(epsilon: float | None, delta: float, size: int) -> tuple[float | None, float]:
-    """The guarantee for ``size`` units at once: ``(kε, δ(e^{kε} − 1)/(e^ε − 1))`` (Dwork & Roth 2014, section 2.3; Vadhan 2017, Lemma 2.2)."""
+    """The guarantee for ``size`` units at once: ``(kε, δ(e^{kε} − 1)/(e^ε − 1))``
+    (Dwork & Roth 2014, section 2.3; Vadhan 2017, Lemma 2.2)."""
     if epsilon is None or size == 1:
         return epsilon, delta
     grown = size if epsilon == 0 else math.expm1(min(size * epsilon, 700)) / math.expm1(min(epsilon, 700))
@@ -214,9 +220,13 @@ def describe(audit: Audit) -> str:
     headline = "Nothing is claimed, so nothing is judged."
     lines = [
         headline if audit.claimed is None else f"{audit.verdict}: {VERDICTS[audit.verdict]}.",
-        f"With {audit.confidence:.0%} confidence ε ≥ {rounded_down(audit.epsilon_lower_bound)} at δ = {rounded_up(audit.delta, 6)}; {claim}; a perfect attack on so many canaries would have shown {rounded_down(audit.ceiling)}.",
-        f"{audit.canaries:,} canaries ({audit.canary}){times}; {audit.included:,} were in the data; {audit.correct:,} of {audit.guesses:,} guesses were right.",
-        f"AUC {audit.auc:.3f} ({audit.auc_interval[0]:.3f} to {audit.auc_interval[1]:.3f}). If the trade-off is Gaussian, ε ≥ {rounded_down(audit.f_dp_lower_bound)}.",
+        f"With {audit.confidence:.0%} confidence ε ≥ {rounded_down(audit.epsilon_lower_bound)} at δ = "
+        f"{rounded_up(audit.delta, 6)}; {claim}; a perfect attack on so many canaries would have shown "
+        f"{rounded_down(audit.ceiling)}.",
+        f"{audit.canaries:,} canaries ({audit.canary}){times}; {audit.included:,} were in the data; {audit.correct:,} "
+        f"of {audit.guesses:,} guesses were right.",
+        f"AUC {audit.auc:.3f} ({audit.auc_interval[0]:.3f} to {audit.auc_interval[1]:.3f}). If the trade-off is "
+        f"Gaussian, ε ≥ {rounded_down(audit.f_dp_lower_bound)}.",
     ]
     if audit.power is not None:
         lines.append(f"The same attack on a training without privacy shows ε ≥ {rounded_down(audit.power)}.")

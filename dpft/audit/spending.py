@@ -1,17 +1,19 @@
 """ε from raw events again, by several accountants, and whether a run's folder or a ledger contradicts its claim."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dpft.errors import RecipeError
+from dpft.errors import PlanError
 from dpft.ledger import Dataset, Ledger
 from dpft.ledger.verify import verify
 from dpft.privacy import accounting, composition
-from dpft.privacy.composition import Event
+from dpft.privacy.delta import too_large
+from dpft.privacy.events import Event
 from dpft.privacy.rounding import rounded_up
+from dpft.runs import RunFolder, RunRecord
+from dpft.runs.count import Count
 
 AGREEMENT = 5e-3  # relative difference that grids explain
 PRV_ERROR = 0.01  # that PRV adds to ε
@@ -39,14 +41,13 @@ def audit_run(folder: Path | str) -> Spending:
     Raises:
         RecipeError: the folder holds no finished run.
     """
-    folder = Path(folder)
-    if not (folder / "run.json").exists():
-        raise RecipeError(
-            f"{folder} holds no finished run (no run.json): give the folder that `dpft train --output` made."
-        )
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    events = [Event(e["count"], e["noise_multiplier"], e["sample_rate"]) for e in run["events"] if e["count"]]
-    audit = _recomputed(str(folder), run["epsilon"], events, run["delta"], run["adjacency"])
+    folder = RunFolder(folder)
+    try:
+        run = folder.record()
+    except PlanError as error:  # nobody can compose it
+        return Spending(str(folder), None, 0.0, {}, [str(error)])
+    events = [event for event in run.events if event.count]
+    audit = _recomputed(str(folder), run.epsilon, events, run.delta, run.adjacency)
     audit.problems += _problems(run, folder)
     return audit
 
@@ -68,7 +69,7 @@ def _dataset(dataset: Dataset) -> Spending:
     if policy["unit"] == "example" and record.fingerprint is not None:
         declared.append(record.fingerprint.get("rows"))  # which 0.1.0 kept
     units = max((one for one in declared if one), default=None)
-    if units is not None and policy["delta"] >= 1 / units:
+    if too_large(policy["delta"], units):
         audit.problems.append(_delta_problem(policy["delta"], units))
     return audit
 
@@ -79,11 +80,8 @@ def _recomputed(name: str, stated: float | None, events: Iterable[Event], delta:
         "PLD (dp-accounting)": composition.reference(events, delta, adjacency),
         "PLD (dpft)": composition.epsilon(events, delta, adjacency),
         "RDP (dp-accounting)": composition.epsilon_rdp(events, delta, adjacency),
-        "PRV (Opacus)": math.inf,
+        "PRV (Opacus)": accounting.epsilon_prv(events, delta, adjacency),
     }
-    if all(event.noise_multiplier for event in events):
-        releases = [(event.noise_multiplier, event.sample_rate, event.count) for event in events]
-        found["PRV (Opacus)"] = accounting.epsilon_prv(releases, delta, adjacency)
     known, prv = found["PLD (dp-accounting)"], found["PRV (Opacus)"]
     if math.isinf(known):  # where it does not serve
         known = found["PLD (dpft)"]
@@ -101,34 +99,32 @@ def _delta_problem(delta: float, units: int) -> str:
     return f"δ = {delta:g} for {units:,} units permits publishing one of them whole."
 
 
-def _problems(run: dict, folder: Path) -> list[str]:
+def _problems(run: RunRecord, folder: RunFolder) -> list[str]:
     found = []
-    if run["units"] and run["delta"] >= 1 / run["units"]:
-        found.append(_delta_problem(run["delta"], run["units"]))
-    counted = sum(event["count"] for event in run["events"])
-    if counted != run["released_steps"]:
-        found.append(f"Its events count {counted:,} releases, and it made {run['released_steps']:,}.")
-    kinds = {event["event"] for event in run["events"]} - {"poisson_sampled_gaussian"}
-    if kinds:
-        found.append(f"It names {', '.join(sorted(kinds))}, which is not what was executed.")
+    if too_large(run.delta, run.units):
+        found.append(_delta_problem(run.delta, run.units))
+    steps = [event for event in run.events if not event.name]
+    counted = sum(event.count for event in steps)
+    if counted != run.released_steps:
+        found.append(f"Its events count {counted:,} releases, and it made {run.released_steps:,}.")
     for package, oldest in OLDEST.items():
-        used = run["versions"].get(package, "")
+        used = (run.versions or {}).get(package, "")
         if not used[:1].isdigit() or tuple(int(part) for part in used.split(".")[:2]) < oldest:
             found.append(
                 f"{package} {used or 'of no known version'} accounted for it: {'.'.join(map(str, oldest))} is needed."
             )
-    releases = folder / "releases.json"
-    if not releases.exists():
-        found.append("releases.json, where every release was counted before it happened, is gone.")
+    kept = Count.read(folder.releases_file)
+    if kept.mechanism is None:
+        found.append(f"{folder.releases_file.name}, where every release was counted before it happened, is gone.")
         return found
-    kept = json.loads(releases.read_text(encoding="utf-8"))
-    if kept["charged"] > counted:
-        found.append(f"{kept['charged']:,} releases were counted on disk, and its events count {counted:,}.")
+    if kept.charged > counted:
+        found.append(f"{kept.charged:,} releases were counted on disk, and its events count {counted:,}.")
     for name in ("noise_multiplier", "sample_rate"):
-        if any(event[name] != kept["mechanism"][name] for event in run["events"]):
-            found.append(f"{name} was {kept['mechanism'][name]:g} when it was released, and its events say otherwise.")
-    if kept["mechanism"].get("adjacency", run["adjacency"]) != run["adjacency"]:
-        found.append(f"Its adjacency was {kept['mechanism']['adjacency']}, and it states {run['adjacency']}.")
-    if run["private"] and not kept["mechanism"]["private_randomness"]:
+        known = getattr(kept.mechanism.event, name)
+        if any(getattr(event, name) != known for event in steps):
+            found.append(f"{name} was {known:g} when it was released, and its events say otherwise.")
+    if kept.mechanism.adjacency not in (None, run.adjacency):
+        found.append(f"Its adjacency was {kept.mechanism.adjacency}, and it states {run.adjacency}.")
+    if run.private and not kept.mechanism.private_randomness:
         found.append("Its noise came from a seed, so it is not private at all.")
     return found

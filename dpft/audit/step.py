@@ -2,7 +2,7 @@
 
 Sixteen canaries, each a unit with a gradient along a coordinate of its own and far longer than the clip, are put into each
 step by sixteen coins. Whoever sees the released gradient has to tell from a coordinate whether its canary was there: against a
-Gaussian mechanism of noise multiplier σ that is a test of μ = 1/σ (Nasr et al. 2023, section 5; Dong et al. 2022). Shorter games
+Gaussian mechanism of noise multiplier σ that is a test of μ = 1/σ, which the mechanism states (Nasr et al. 2023, section 5; Dong et al. 2022). Shorter games
 (:data:`GAMES`) look where that one is blind. They audit sensitivity, noise and normaliser as they are executed; the model's own
 gradients are the preflight's.
 """
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from dpft.audit.bounds import gaussian_epsilon, least_mu
 from dpft.errors import GuaranteeError, PlanError
 from dpft.gradients.engine import Engine
+from dpft.privacy.clipping import to_dict
+from dpft.privacy.mechanisms import Mechanism
 from dpft.privacy.noise import SecureRandomness
 from dpft.privacy.plan import Plan
 from dpft.privacy.rounding import rounded_down, rounded_up
@@ -76,13 +78,19 @@ def audit_step(
     """Run ``steps`` steps of an engine with the plan's noise and clip, and the shorter games.
 
     Raises:
-        PlanError: the plan adds no noise, or fewer than 100 steps are asked for.
+        PlanError: the plan's mechanism releases no gradients or adds no noise, or fewer than 100 steps are asked for.
     """
+    mechanism = plan.mechanism
+    if mechanism.releases != "gradients":
+        raise PlanError(
+            f"The mechanism {mechanism.name!r} releases {mechanism.releases}, and this audit attacks the steps of an engine: audit a plan that trains."
+        )
     if plan.noise_multiplier == 0 or steps < 100:
         raise PlanError(
             f"A plan with noise multiplier {plan.noise_multiplier:g} was to be audited over {steps:,} steps: give it noise, and at least 100 steps."
         )
-    each = significance / (1 + len(GAMES))  # so that all games together raise a false alarm no more often
+    chosen = GAMES | ADAPTIVE if mechanism.adapts else GAMES
+    each = significance / (1 + len(chosen))  # so that all games together raise a false alarm no more often
     delta = min(plan.delta, 1e-2)
     tried = replace(plan, sample_rate=1.0, steps=steps, units=COORDINATES, examples_per_unit=1, delta=delta)
     present, scores = _play(tried, progress)
@@ -90,15 +98,17 @@ def audit_step(
     half = len(scores) // 2  # the threshold is chosen on one half and judged on the other
     threshold = _best_threshold(scores[:half], present[:half], each)
     bound = _bound(present[half:], scores[half:] > threshold, each)
-    games = {name: _played(game, tried, max(200, steps // SHARES[game.width]), each) for name, game in GAMES.items()}
-    claimed, noise = 1 / plan.noise_multiplier, float(spread / plan.noise_multiplier)
+    games = {name: _played(game, tried, max(200, steps // SHARES[game.width]), each) for name, game in chosen.items()}
+    claimed, noise = mechanism.mu, float(spread / mechanism.gradient_noise_multiplier)
     problems = []
+    if (parts := _parts_mu(mechanism)) > claimed * (1 + 1e-9):
+        problems.append(f"the parts of a release leak μ = {parts:.3f} together where {claimed:.3f} is charged")
     if bound > claimed:
         problems.append(f"the step leaks μ ≥ {bound:.3f} where it claims {claimed:.3f}")
     if abs(noise - 1) > SCALE_ERRORS / math.sqrt(2 * len(scores)):
         problems.append(f"the released noise is {noise:.3f} of what is planned")
     problems += [
-        f"{GAMES[name].about} shows in the release, μ ≥ {found:.3f} where {claimed:.3f} is claimed"
+        f"{chosen[name].about} shows in the release, μ ≥ {found:.3f} where {claimed:.3f} is claimed"
         for name, found in games.items()
         if found > claimed
     ]
@@ -118,6 +128,12 @@ def audit_step(
         games,
         problems,
     )
+
+
+def _parts_mu(mechanism: Mechanism) -> float:
+    """μ of a step's sums together, by the noise of each: the gradients', and a tally of which a unit adds 1/2 at most."""
+    tally = 0.5 / mechanism.tally_noise if mechanism.tally_noise else 0.0
+    return math.hypot(1 / mechanism.gradient_noise_multiplier, tally)
 
 
 def _play(plan: Plan, progress: Callable[[int, int], None]) -> tuple[np.ndarray, np.ndarray]:
@@ -141,6 +157,7 @@ class _Arena:
     def __init__(self, plan: Plan, width: int) -> None:
         self.model = nn.Linear(width, 1, bias=False)
         self.engine = Engine(self.model, plan)
+        self.moved = plan.clip  # the clip that the last release gave for the next
         self._length = 1e3 * plan.clip.sensitivity
         self._scale = plan.expected_batch_size / plan.clip.sensitivity
 
@@ -151,8 +168,10 @@ class _Arena:
         self.engine.accumulate(self.model(inputs).squeeze(1), list(coordinates) if units is None else units)
 
     def release(self) -> Tensor:
-        """``(width,)``, in units of the clip."""
+        """``(width,)``, in units of the clip, which is the plan's in each step: one step is audited, whatever came before."""
         self.engine.release()
+        self.moved = self.engine.clip
+        self.engine.take_up({"clip": to_dict(self.engine.plan.clip)})
         return self.model.weight.grad[0] * self._scale
 
 
@@ -199,12 +218,26 @@ def _replayed(arena: _Arena, there: bool) -> Tensor:
     return releases[1] - releases[0]
 
 
+def _clip_moved(arena: _Arena, there: bool) -> Tensor:
+    """Positive if the next clip is larger than it would be had the canary been half there: a long gradient lifts the clip."""
+    if there:
+        arena.put([-1])
+    arena.release()
+    plan = arena.engine.plan
+    half = plan.mechanism.next_clip(plan.clip, -0.25, plan.expected_batch_size)
+    return torch.tensor([arena.moved.sensitivity - half.sensitivity], dtype=torch.float64)
+
+
 GAMES = {
     "alone": Game("whether a step is empty", _alone, lambda found: bool(found.any()) and float(found[-1]) > 0.5, WIDE),
     "broken": Game("a gradient that is not finite", _broken, lambda found: not bool(found.isfinite().all())),
     "two rows": Game("a unit with two rows", _two_rows, lambda found: float(found[-1]) > 1),
     "came back": Game("a unit that comes back", _came_back, lambda found: float(found[-1]) > 1),
     "replayed": Game("a unit under noise that a seed makes again", _replayed, lambda found: float(found[-1]) > 0.5),
+}
+
+ADAPTIVE = {
+    "clip": Game("a unit by the clip that follows it", _clip_moved, lambda found: float(found[0]) > 0),
 }
 
 
@@ -233,7 +266,7 @@ def describe(found: StepAudit) -> str:
     return (
         f"{found.verdict}: {VERDICTS[found.verdict]}.\n"
         + "".join(f"- {problem}\n" for problem in found.problems)
-        + f"μ = {found.mu:.4f} measured, {found.mu_claimed:.4f} claimed (1/σ), {ratio:.3f} of it; with {found.confidence:.2%} confidence μ ≥ {rounded_down(found.mu_lower_bound, 4)}.\n"
+        + f"μ = {found.mu:.4f} measured, {found.mu_claimed:.4f} claimed by the mechanism, {ratio:.3f} of it; with {found.confidence:.2%} confidence μ ≥ {rounded_down(found.mu_lower_bound, 4)}.\n"
         f"One step: ε ≥ {rounded_down(found.epsilon_lower_bound)} shown of ε = {rounded_up(found.epsilon_claimed)} claimed at δ = {found.delta:g}, from {found.trials:,} trials in {found.steps:,} steps.\n"
         f"The noise is {found.noise:.3f} of what is planned. {len(found.games)} shorter games ({', '.join(found.games)}) show μ ≥ {rounded_down(max(found.games.values()))}."
     )

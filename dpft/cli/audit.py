@@ -190,6 +190,7 @@ def run(recipe, output, overrides, as_json, **settings) -> None:
     from dpft.audit.game import audit_run
     from dpft.cli.progress import progress
     from dpft.recipe import Recipe
+    from dpft.runs import RunFolder
 
     with progress() as bar:
         found = audit_run(
@@ -199,7 +200,8 @@ def run(recipe, output, overrides, as_json, **settings) -> None:
             callbacks=lambda: [bar.callback()],
             **settings,
         )
-    _show_audit(found, as_json, output / "card.html", output / "audit.json")
+    made = RunFolder(output)
+    _show_audit(found, as_json, made.cards[1], made.audit_file)
 
 
 @audit.command(context_settings={"ignore_unknown_options": True})
@@ -227,10 +229,12 @@ def command(recipe, output, as_json, command, **settings) -> None:
     from dpft.audit.game import audit_command
     from dpft.cli.progress import progress
     from dpft.recipe import Recipe
+    from dpft.runs import RunFolder
 
     with progress() as bar:
         found = audit_command(command, Recipe.read(recipe), output, announce=bar.announce, **settings)
-    _show_audit(found, as_json, output / "audit.json", output / "command.log")
+    made = RunFolder(output)
+    _show_audit(found, as_json, made.audit_file, made.command_log)
 
 
 @audit.command()

@@ -2,16 +2,31 @@
 
 import json
 import math
+from typing import TYPE_CHECKING
 
 import click
 
 from dpft.privacy.rounding import rounded_up
+
+if TYPE_CHECKING:
+    from dpft.recipe import Recipe
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 overrides = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe's key, such as privacy.epsilon=1."
 )
 recipe_file = click.argument("recipe", type=click.Path())
+
+
+def recipe_to_run(path: str, overrides: tuple[str, ...] = ()) -> "Recipe":
+    """The recipe whose model this command will load. The rest of the command imports only what that model needs."""
+    from dpft.recipe import Recipe
+    from dpft.subset.quantized import may_need_bitsandbytes, without_bitsandbytes
+
+    recipe = Recipe.read(path, overrides)
+    if not may_need_bitsandbytes(recipe):
+        click.get_current_context().with_resource(without_bitsandbytes())
+    return recipe
 
 
 def show(facts: dict, json_wanted: bool) -> None:

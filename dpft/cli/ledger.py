@@ -171,13 +171,13 @@ def spend(name, noise_multiplier, sample_rate, steps, epsilon, delta, purpose, u
     Example:
       dpft ledger spend notes --epsilon 0.5 --delta 1e-8 --purpose "table of counts, other tool"
     """
-    from dpft.privacy.composition import Event
+    from dpft.privacy.events import Event
 
     if (noise_multiplier is None) == (epsilon is None):
         raise click.UsageError("Give --noise-multiplier with --sample-rate and --steps, or --epsilon with --delta.")
     if epsilon is not None and (steps, sample_rate) != (1, 1.0):
         raise click.UsageError("--epsilon is of all releases together: leave --steps and --sample-rate out.")
-    event = Event(1, None, None, epsilon, delta) if epsilon is not None else Event(steps, noise_multiplier, sample_rate)
+    event = Event(steps, noise_multiplier, sample_rate) if epsilon is None else Event(epsilon=epsilon, delta=delta)
     dataset = _open(url).dataset(name)
     spent = dataset.spend([event], purpose=purpose)
     click.echo(
@@ -260,8 +260,8 @@ def verify(exported, public_key, quick, url, as_json) -> None:
     found = check(rows, end, public_key=public_key, figures=not quick)
     if found.verified and not exported:
         _open(url)  # refuses an older copy of what this machine has seen
-    facts = {"verified": found.verified, "entries": found.entries, "figures": found.figures}
-    facts |= {"public_key": found.public_key, "problems": found.problems}
+    names = ("verified", "entries", "figures", "public_key", "problems")
+    facts = {name: getattr(found, name) for name in names}
     if as_json:
         show(facts, True)
     elif found.verified:

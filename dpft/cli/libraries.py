@@ -1,4 +1,5 @@
-"""What other libraries say of themselves is not shown on a command's standard error; errors are, and so is all of dpft's."""
+"""What other libraries say of themselves is not shown on a command's standard error; errors are, and so is all of
+dpft's."""
 
 import logging
 import os

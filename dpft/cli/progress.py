@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -48,7 +49,8 @@ class Bar:
 
 class _Callback(TrainerCallback):
     def __init__(self, bar: Bar) -> None:
-        self._bar, self._engine, self._started, self._first = bar, None, 0.0, 0
+        self._bar, self._started, self._first = bar, 0.0, 0
+        self._engine: Any = None
         self._marks: dict[int, float] = {}
 
     def on_init_end(self, args, state, control, **_) -> None:

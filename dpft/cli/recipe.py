@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from dpft.cli.common import as_json, overrides, recipe_file, show, table
+from dpft.cli.common import as_json, overrides, recipe_file, recipe_to_run, show, table
 from dpft.errors import RecipeError
 
 
@@ -128,13 +128,12 @@ def preflight(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 def _checked(path: str, overrides: tuple[str, ...]):
     """The preflight's findings, the loaded setup and the engine that was checked."""
+    recipe = recipe_to_run(path, overrides)
     from dpft.gradients.engine import Engine
     from dpft.gradients.preflight import preflight as run_preflight
-    from dpft.recipe import Recipe
     from dpft.training.batches import Examples
     from dpft.training.run import set_up
 
-    recipe = Recipe.read(path, overrides)
     setup = set_up(recipe, with_validation=False)
     examples = Examples.encode(setup.train, setup.task)
     losses = lambda batch: setup.task.losses(setup.model, setup.task.collate(batch))

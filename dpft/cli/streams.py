@@ -14,7 +14,8 @@ SPELLED = {
 def spell_out() -> None:
     """Let standard output and standard error encode every text.
 
-    A pipe on Windows has a code page such as cp1252, which lacks ε. Its encoding stays, because the reader decodes by it.
+    A pipe on Windows has a code page such as cp1252, which lacks ε. Its encoding stays, because the reader decodes by
+    it.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # None without a console, and whatever stands in for a stream elsewhere

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from dpft.cli.common import as_json, overrides, recipe_file, show, table
+from dpft.cli.common import as_json, overrides, recipe_file, recipe_to_run, show, table
 from dpft.privacy.rounding import rounded_up
 
 NON_PRIVATE = "non-private"  # the setting of dpft.sweep, whose import would slow --help
@@ -40,16 +40,15 @@ def train(
     Example:
       dpft train recipe.toml --output runs/notes --set privacy.epsilon=1
     """
-    from dpft.cli.progress import progress
-    from dpft.privacy.noise import SeededRandomness
-    from dpft.recipe import Recipe
-    from dpft.training.run import train as run
-
     account = {"ledger.url": ledger, "ledger.purpose": purpose}
-    chosen = Recipe.read(
+    chosen = recipe_to_run(
         recipe,
         (*overrides, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in account.items() if value)),
     )
+    from dpft.cli.progress import progress
+    from dpft.privacy.noise import SeededRandomness
+    from dpft.training.run import train as run
+
     with _says_what_is_left(output), progress() as bar:
         randomness = None if seeded_noise is None else SeededRandomness(seeded_noise)
         folder = run(chosen, output, randomness=randomness, callbacks=[bar.callback()], resume=resume)
@@ -83,9 +82,8 @@ def compare(
     Example:
       dpft compare recipe.toml --output runs/sweep --epsilon 8 --epsilon 3 --epsilon 1 --seeds 3
     """
-    from dpft.recipe import Recipe
-
-    _compare(Recipe.read(recipe, overrides), output, list(epsilons) or None, range(seeds), as_json, not private_only)
+    chosen = recipe_to_run(recipe, overrides)
+    _compare(chosen, output, list(epsilons) or None, range(seeds), as_json, not private_only)
 
 
 @click.command()
@@ -107,11 +105,12 @@ def demo(output: Path, fast: bool, as_json: bool) -> None:
     """
     from dpft.demo import recipe as demo_recipe
     from dpft.errors import RecipeError
+    from dpft.runs import RunFolder
 
     if (output / "runs").exists():
         raise RecipeError(f"{output} holds a demo already: choose another --output, or delete it.")
     chosen = demo_recipe(output / "data", fast=fast)
-    (output / "recipe.toml").write_text(chosen.to_toml(comments=True), encoding="utf-8")
+    RunFolder(output).write_recipe(chosen, comments=True)
     rows = _compare(chosen, output / "runs", None, range(1), as_json)
     private, plain = rows[-1], rows[1]
     if not as_json:
@@ -121,8 +120,8 @@ def demo(output: Path, fast: bool, as_json: bool) -> None:
             f"\nPrivacy cost {cost} here: every diagnosis' influence was bounded and "
             "covered by noise, which drowns what only a few of them say, so the rarest chapters lose most."
         )
-    folder = Path(private.folders[0])
-    for path in (folder / "card.md", folder / "card.html", folder / "weights"):
+    made = RunFolder(private.folders[0])
+    for path in (*made.cards, made.weights):
         click.echo(path, err=as_json)
 
 
@@ -159,7 +158,7 @@ def _compare(recipe, output: Path, epsilons: list[float] | None, seeds: range, a
             "so no guarantee covers what its figures show."
         )
     private = sum(len(r.folders) for r in rows if r.setting.startswith("ε"))
-    if private > 1:
+    if private > 1 and composed is not None:
         click.echo(
             f"\nThe {private} private runs used the same data: "
             f"together they cost ε = {rounded_up(composed)} at δ = {rounded_up(recipe.privacy.delta, 6)}."
@@ -170,17 +169,18 @@ def _compare(recipe, output: Path, epsilons: list[float] | None, seeds: range, a
 @contextmanager
 def _says_what_is_left(output: Path) -> Iterator[None]:
     """Note on whatever ends a training early how many steps stay charged, and what its folder is good for."""
-    from dpft.training.run import last_checkpoint
+    from dpft.runs import RunFolder
 
-    is_new, before = not output.exists(), _released(output)
+    folder = RunFolder(output)
+    is_new, before = not output.exists(), _released(folder)
     try:
         yield
     except BaseException as error:
-        released = _released(output)
+        released = _released(folder)
         charged = (
             f"{output} has released {released:,} step{'s, which stay' if released > 1 else ', which stays'} charged"
         )
-        if released > before and last_checkpoint(output):
+        if released > before and folder.last_checkpoint():
             error.add_note(f"{charged}: go on with --resume.")
         elif released > before:
             error.add_note(f"{charged}, and has no checkpoint to resume from: choose another --output.")
@@ -189,39 +189,40 @@ def _says_what_is_left(output: Path) -> Iterator[None]:
         raise
 
 
-def _released(output: Path) -> int:
+def _released(folder) -> int:
+    from dpft.runs.count import Count
+
     try:
-        return json.loads((output / "releases.json").read_text(encoding="utf-8"))["charged"]
-    except (OSError, ValueError, KeyError):
+        return Count.read(folder.releases_file).charged
+    except (OSError, ValueError):
         return 0
 
 
 def _show_run(folder: Path, as_json: bool) -> None:
-    from dpft.report.record import read_record
-    from dpft.training.run import read_metrics
+    from dpft.runs import RunFolder
 
-    record = read_record(folder)
-    metrics = read_metrics(folder) or {}
+    run = RunFolder(folder)
+    record, metrics = run.record(), run.metrics() or {}
     metrics.pop("notice", None)
     if as_json:
-        show({**record, "metrics": metrics, "folder": str(folder)}, True)
+        show({**record.to_dict(), "metrics": metrics, "folder": str(folder)}, True)
         return
-    if record["interrupted"]:
-        click.echo(f"Ended after {record['released_steps']:,} of {record['planned_steps']:,} steps.")
-    if record["halted"]:
-        click.echo(record["halted"])
-    click.echo(record["guarantee"])
-    account = record["ledger"]
-    if account and "spent" in account:
+    if record.interrupted:
+        click.echo(f"Ended after {record.released_steps:,} of {record.planned_steps:,} steps.")
+    if record.halted:
+        click.echo(record.halted)
+    click.echo(record.guarantee)
+    account = record.ledger
+    if account and account.spent is not None:
         click.echo(
-            f"{account['dataset']!r} has spent ε = {rounded_up(account['spent'])} of {account['budget']:g} "
-            f"at δ = {rounded_up(account['delta'], 6)}, over {account['runs']:,} run{'s' if account['runs'] != 1 else ''}."
+            f"{account.dataset!r} has spent ε = {rounded_up(account.spent)} of {account.budget:g} "
+            f"at δ = {rounded_up(account.delta, 6)}, over {account.runs:,} run{'s' if account.runs != 1 else ''}."
         )
-    marked = " (PRIVATE: computed without noise, do not publish)" if record["metrics_are_private"] else ""
+    marked = " (PRIVATE: computed without noise, do not publish)" if record.metrics_are_private else ""
     shown = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
     if shown:
         click.echo(f"\nValidation{marked}")
         show(shown, False)
     click.echo()
-    for path in (folder / "card.md", folder / "card.html", folder / "weights"):
+    for path in (*run.cards, run.weights):
         click.echo(path)

@@ -162,8 +162,8 @@ class Capture(Arrangement):
         """Add the gradients of one use of a module: by its rule, or differentiating the call again."""
         if self._gradients is None:
             raise BypassError(
-                f"A backward pass reached {type(site.module).__name__} outside engine.accumulate, so its gradients would be "
-                "neither clipped nor noised: pass the per-example losses to engine.accumulate instead."
+                f"A backward pass reached {type(site.module).__name__} outside engine.accumulate, so its gradients "
+                "would be neither clipped nor noised: pass the per-example losses to engine.accumulate instead."
             )
         try:
             if call is not None:
@@ -226,13 +226,14 @@ class Capture(Arrangement):
                 found = shape[0] if shape else 0
                 raise self._inexact(
                     slots,
-                    f"it gave {found} gradients for a batch of {self._gradients.examples}: its input has no batch dimension",
+                    f"it gave {found} gradients for a batch of {self._gradients.examples}: its input has no batch "
+                    "dimension",
                 )
 
     def _inexact(self, slots: list[Slot], reason: str) -> ExactnessError:
         error = ExactnessError(
-            f"{slots[0].name} cannot be captured in one backward pass because {reason}: run the preflight, which handles such "
-            "parameters in another way, or leave it out of the subset."
+            f"{slots[0].name} cannot be captured in one backward pass because {reason}: run the preflight, which "
+            "handles such parameters in another way, or leave it out of the subset."
         )
         error.slots, error.reason = slots, f"{slots[0].name}: {reason}"
         return error
@@ -272,8 +273,8 @@ class _Tap(torch.autograd.Function):
     def forward(ctx, output, sink, count, *values_and_parameters):
         ctx.sink, ctx.inputs = sink, 3 + len(values_and_parameters)
         ctx.save_for_backward(*values_and_parameters[:count])
-        # Not a view, so that what follows may change it in place (as a residual network's ReLU does); if the layer itself
-        # needs its output again, PyTorch's version counter, which both share, says so.
+        # Not a view, so that what follows may change it in place (as a residual network's ReLU does); if the layer
+        # itself needs its output again, PyTorch's version counter, which both share, says so.
         return output.detach()
 
     @staticmethod

@@ -42,7 +42,8 @@ def deterministic(capture: Capture):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but for quantized layers: on a CPU bitsandbytes packs these at an evaluation, and no gradient passes them afterwards."""
+    """Evaluation mode, but for quantized layers: on a CPU bitsandbytes packs these at an evaluation, and no gradient
+    passes them afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     for module, _ in modes:
@@ -73,8 +74,8 @@ class NoRandomness(TorchDispatchMode):
     """Every random operation of PyTorch, numpy and Python comes to a constant (:mod:`dpft.gradients.stand_ins`).
 
     Attributes:
-        taken: whether one was seen. A functional site that takes chances is marked, because differentiating it again would
-            draw others.
+        taken: whether one was seen. A functional site that takes chances is marked, because differentiating it again
+            would draw others.
 
     Raises:
         GuaranteeError: from a forward pass with a generator of its own, or with an operation that has no stand-in.
@@ -99,8 +100,9 @@ class NoRandomness(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if given.get("generator") is not None:
             raise GuaranteeError(
-                f"A forward pass or the collator draws from a generator of its own ({name}), whose seed makes each example's chance follow from who "
-                "else is in the batch: let it draw from PyTorch's global generator, which dpft keeps secret."
+                f"A forward pass or the collator draws from a generator of its own ({name}), whose seed makes each "
+                "example's chance follow from who else is in the batch: let it draw from PyTorch's global generator, "
+                f"which dpft keeps secret."
             )
         if name == "native_dropout":
             keep, x = 1 - given["p"], given["input"]

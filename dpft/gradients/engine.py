@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from dpft.errors import BudgetError, GuaranteeError, SubsetError
 from dpft.gradients.capture import Capture
 from dpft.gradients.gradients import Gradients
+from dpft.gradients.groups import Layout
 from dpft.gradients.guard import Guard
 from dpft.gradients.precision import summing_device
+from dpft.privacy import clipping
 from dpft.privacy.chance import StepChance
-from dpft.privacy.noise import Randomness, SecureRandomness
+from dpft.privacy.clipping import Clip
+from dpft.privacy.noise import NoiseStream, Randomness, SecureRandomness
 from dpft.privacy.plan import Plan
 from dpft.privacy.units import unit_ids
 
@@ -36,7 +39,7 @@ class Engine:
 
     Args:
         model: its trainable parameters (``requires_grad``) are the subset; everything else is frozen.
-        plan: clip, noise, normaliser and number of steps.
+        plan: the mechanism, with its clip, noise and number of steps, and the normaliser. Its mechanism must release gradients.
         randomness: where noise comes from. The default is the only source that gives a guarantee.
         before_release: called with the release's number (1, 2, ...) before anything of it exists: the place to
             charge a budget. If it raises, nothing is released.
@@ -46,12 +49,13 @@ class Engine:
 
     Guarantee:
         Between :meth:`release` calls nothing computed from the losses reaches a parameter or a ``.grad``. Each
-        release has sensitivity ``plan.clip.sensitivity`` per unit before division, and gets exactly one draw of
-        noise with standard deviation ``plan.noise_std``, empty draws included. At most ``plan.steps`` releases. A draw whose
+        release has sensitivity ``engine.clip.sensitivity`` per unit before division, and gets exactly one draw of
+        noise with standard deviation ``plan.mechanism.noise_std(engine.clip)``, empty draws included. At most ``plan.steps`` releases. A draw whose
         release fails is forgotten, and counts as released once it was charged.
 
     Raises:
         SubsetError: nothing in the model is trainable, or no gradient can pass it.
+        GuaranteeError: the plan's mechanism does not release gradients.
     """
 
     def __init__(
@@ -61,6 +65,11 @@ class Engine:
         randomness: Randomness | None = None,
         before_release: Callable[[int], None] | None = None,
     ) -> None:
+        if plan.mechanism.releases != "gradients":
+            raise GuaranteeError(
+                f"The mechanism {plan.mechanism.name!r} releases {plan.mechanism.releases} and not gradients, so no engine can follow its events: "
+                "choose another, such as 'dp-sgd'."
+            )
         self.plan = plan
         self.randomness = randomness or SecureRandomness()
         self.capture = Capture(model)
@@ -80,7 +89,10 @@ class Engine:
         self._before_release = before_release
         self._guard = Guard(model, [slot.parameter for slot in self.capture.slots])
         self._chance = StepChance(self.randomness)
+        self._clip_by(plan.clip)
+        self._noise: NoiseStream | None = None
         self._total: Tensor | None = None
+        self._tally: Tensor | float = 0.0  # what the mechanism counts of the units added so far; private
         self._closed: set = set()
         self._open: tuple[object, Tensor, int] | None = None  # the unit that the next micro-batch may continue
 
@@ -116,6 +128,42 @@ class Engine:
             slot.parameter.numel() for slot in self.capture.slots if whole_units or tokens > slot.longest_by_norm
         )
         return max(1, self.workspace_bytes // max(4 * made, 1))
+
+    @property
+    def clip(self) -> Clip:
+        """The clip of the next release. It follows from what was released, so it is no secret."""
+        return self._clip
+
+    def _clip_by(self, clip: Clip) -> None:
+        sizes = {slot.name: slot.parameter.numel() for slot in self.capture.slots}
+        self._clip, self._rule = clip, clip.over(sizes)
+        groups = self._rule.groups
+        self._layout = None if groups is None else Layout(self.capture.slots, groups)
+
+    @property
+    def released_numbers(self) -> dict:
+        """What a checkpoint keeps beside the weights: the clip, where the mechanism moves it. Never anything that noise follows from."""
+        return {"clip": clipping.to_dict(self.clip)} if self.plan.mechanism.adapts else {}
+
+    def take_up(self, released_numbers: dict) -> None:
+        """Go on from a checkpoint's :attr:`released_numbers`.
+
+        Raises:
+            GuaranteeError: the mechanism moves its clip, and the checkpoint lacks it; or units were clipped by another one already.
+        """
+        if not self.plan.mechanism.adapts:
+            return
+        if self._total is not None or self._open is not None:
+            raise GuaranteeError(
+                "A clip was given in the middle of a step, some of whose units were clipped by another, and noise follows one of them alone: give it "
+                "before the step, or call engine.discard first."
+            )
+        if "clip" not in released_numbers:
+            raise GuaranteeError(
+                f"The checkpoint of a run by {self.plan.mechanism.name} holds no clip, which its next step needs: resume from one that this "
+                "mechanism made."
+            )
+        self._clip_by(clipping.from_dict(released_numbers["clip"]))
 
     # -- one logical step ----------------------------------------------------------------------------------------
 
@@ -176,7 +224,10 @@ class Engine:
             self.steps_released += 1  # it was charged, so it counts whatever happens from here on
             self._unproven += not self.capture.settled
             self._close_open_unit()
-            self._guard.release(self._noisy_gradients())
+            gradients, clip = self._noisy_gradients(), self._next_clip()
+            self._guard.release(gradients)
+            if clip != self.clip:
+                self._clip_by(clip)
         finally:
             self.discard()  # a draw whose release failed must not join the next
         self.renew_chance()
@@ -184,16 +235,27 @@ class Engine:
     def _noisy_gradients(self) -> dict[nn.Parameter, Tensor]:
         """What is released. Noise is added in float64, and only the noisy mean is rounded to what a parameter holds."""
         total, start = self._sum(), 0
-        if self.plan.noise_multiplier > 0:
-            for noise in self.randomness.gaussians(self.capture.size, total.device):
-                total[start : start + len(noise)].add_(noise, alpha=self.plan.noise_std)
+        noise_std = self.plan.mechanism.noise_std(self.clip)
+        if noise_std > 0:
+            if self._noise is None:
+                self._noise = self.plan.mechanism.noise(self.capture.size, self.randomness, total.device)
+            for noise in self._noise.following():
+                total[start : start + len(noise)].add_(noise, alpha=noise_std)
                 start += len(noise)
         total /= self.plan.expected_batch_size
         return {p: slot.view(total).to(p.dtype).to(p.device) for slot in self.capture.slots for p in [slot.parameter]}
 
+    def _next_clip(self) -> Clip:
+        """The clip of the next step, from this step's noisy tally; it is released with the gradient."""
+        mechanism, tally = self.plan.mechanism, float(self._tally)
+        if mechanism.tally_noise > 0:
+            tally += mechanism.tally_noise * float(self.randomness.gaussian(1))
+        return mechanism.next_clip(self.clip, tally, self.plan.expected_batch_size)
+
     def discard(self) -> None:
         """Forget what was accumulated since the last release; nothing of it was released."""
         self._total, self._open = None, None
+        self._tally = 0.0
         self._closed.clear()
 
     @property
@@ -256,15 +318,22 @@ class Engine:
 
     def _add(self, gradients: Gradients) -> None:
         """Clip whole unit gradients and add them up."""
-        norms = gradients.norms()
-        finite = torch.isfinite(norms)
-        # On a GPU to look is to wait, which costs more than to forget nobody; large gradients would be copied, so there it looks.
+        norms = gradients.norms() if self._layout is None else self._layout.norms(gradients)
+        finite = torch.isfinite(norms) if self._layout is None else torch.isfinite(norms).all(1)
+        # On a GPU `finite.all()` would synchronise, and zeroing nobody is cheaper; large gradients would be copied, so there it synchronises.
         if (norms.is_cuda and not gradients.large) or not finite.all():
             # A factor of zero would not do: 0 · inf is NaN, which would poison the sum and reveal the unit.
             gradients.forget(~finite)
             self._nonfinite += (~finite).sum()
-            norms = torch.where(finite, norms, 1.0)
-        gradients.add_to(self._sum(), self.plan.clip.factors(norms))
+            norms = torch.where(finite if self._layout is None else finite.unsqueeze(1), norms, 1.0)
+        tally = self.plan.mechanism.tally(norms, self.clip)
+        if tally is not None:
+            self._tally = self._tally + tally.masked_fill(~finite, 0.0).sum().to(self._sum())
+        factors = self._rule.factors(norms)
+        if self._layout is None:
+            gradients.add_to(self._sum(), factors)
+        else:
+            self._layout.add_to(self._sum(), gradients, factors)
 
     def _sum(self) -> Tensor:
         """``(P,)``, the clipped gradients added so far. In float32 a unit that leaves could move it by more than the clip."""

@@ -80,10 +80,7 @@ class Gradients:
         with full_precision():
             add_rows(total[: self.narrow.shape[1]], self.narrow, factors)
             for one in self.large.values():
-                if isinstance(one.gradient, Unmade):
-                    one.gradient.add_to(one.slot.view(total), factors)
-                else:
-                    add_rows(total[one.slot.slice], one.gradient.flatten(1), factors)
+                one.add_to(total, factors)
 
 
 class Large:
@@ -102,6 +99,13 @@ class Large:
         if self._squares is None:
             self._squares = self._taken()
         return self._squares
+
+    def add_to(self, total: Tensor, factors: Tensor) -> None:
+        """``total`` ``(P,)`` float64 ``+= Σ_i factors[i] · g_i`` in this parameter's places."""
+        if isinstance(self.gradient, Unmade):
+            self.gradient.add_to(self.slot.view(total), factors)
+        else:
+            add_rows(total[self.slot.slice], self.gradient.flatten(1), factors)
 
     def _taken(self) -> Tensor:
         if isinstance(self.gradient, Unmade):

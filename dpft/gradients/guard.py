@@ -5,6 +5,7 @@ import weakref
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from dpft.errors import BypassError, GuaranteeError
 
@@ -23,7 +24,7 @@ class Guard:
         self._released: dict[int, tuple[Tensor, int]] = {}  # by parameter: the gradient released and its version then
         self._unstepped: set[int] = set()  # parameters whose released gradient no optimizer has used yet
         self._foreign: dict[int, weakref.ref] = {}  # leaves that losses came from and that are not the model's
-        self._hook = None
+        self._hook: RemovableHandle | None = None
 
     @property
     def attached(self) -> bool:
@@ -33,7 +34,8 @@ class Guard:
         self._hook = register_optimizer_step_pre_hook(self._check_step)
 
     def detach(self) -> None:
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         self._hook = None
 
     def release(self, gradients: dict[nn.Parameter, Tensor]) -> None:
@@ -61,7 +63,8 @@ class Guard:
                 )
             if parameter.grad is not None and not self._is_released(parameter) and parameter.grad.any():
                 raise BypassError(
-                    f"{name} has a gradient that the engine did not make: remove the stray backward pass before engine.accumulate."
+                    f"{name} has a gradient that the engine did not make: remove the stray backward pass before "
+                    "engine.accumulate."
                 )
             if trains:
                 parameter.grad = None
@@ -85,8 +88,9 @@ class Guard:
                 # What shares memory with a parameter is a view of it, as PEFT transposes a frozen weight.
                 if isinstance(leaf, nn.Parameter) and leaf.untyped_storage().data_ptr() not in own:
                     raise BypassError(
-                        f"The losses depend on a trainable parameter of shape {tuple(leaf.shape)} that is not the engine's model's, so its gradient "
-                        "would be neither clipped nor noised: make the engine of the whole model that the losses come from."
+                        f"The losses depend on a trainable parameter of shape {tuple(leaf.shape)} that is not the "
+                        "engine's model's, so its gradient would be neither clipped nor noised: make the engine of "
+                        f"the whole model that the losses come from."
                     )
                 found.append(leaf)
             waiting += [function for function, _ in node.next_functions]
@@ -105,15 +109,16 @@ class Guard:
             foreign = self._foreign.get(id(parameter))
             if foreign is not None and foreign() is parameter:
                 raise BypassError(
-                    f"An optimizer holds a tensor of shape {tuple(parameter.shape)} that the losses depend on and the model lacks, so it would "
-                    "train without noise: register it as a parameter of the model before the engine is made."
+                    f"An optimizer holds a tensor of shape {tuple(parameter.shape)} that the losses depend on and the "
+                    "model lacks, so it would train without noise: register it as a parameter of the model before "
+                    f"the engine is made."
                 )
         held = [parameter for parameter in held if id(parameter) in self._names]
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if held and closure is not None:
             raise BypassError(
-                "optimizer.step was given a closure, which may make gradients after the engine's were checked: step without one, "
-                "and choose an optimizer that needs none."
+                "optimizer.step was given a closure, which may make gradients after the engine's were checked: step "
+                "without one, and choose an optimizer that needs none."
             )
         for parameter in held:
             if parameter.grad is None:
@@ -121,12 +126,14 @@ class Guard:
             released, version = self._released.get(id(parameter), (None, None))
             if parameter.grad is released and released._version != version:
                 raise BypassError(
-                    f"The gradient of {self._names[id(parameter)]} was changed after engine.release, as by clip_grad_norm_ or a gradient scaler, and "
-                    "what was added may be private: leave that out, as the engine has clipped each unit."
+                    f"The gradient of {self._names[id(parameter)]} was changed after engine.release, as by "
+                    "clip_grad_norm_ or a gradient scaler, and what was added may be private: leave that out, as the "
+                    f"engine has clipped each unit."
                 )
             if not self._is_released(parameter) or id(parameter) not in self._unstepped:
                 raise BypassError(
-                    f"An optimizer is about to step {self._names[id(parameter)]} with a gradient that the engine did not release for this "
-                    "step, so it may be neither clipped nor noised: call engine.accumulate and engine.release first."
+                    f"An optimizer is about to step {self._names[id(parameter)]} with a gradient that the engine did "
+                    "not release for this step, so it may be neither clipped nor noised: call engine.accumulate and "
+                    f"engine.release first."
                 )
             self._unstepped.discard(id(parameter))

@@ -1,11 +1,12 @@
 """float32 where a unit's bound depends on it, and float64 where units are added up, whatever the model computes in.
 
-A unit's norm and its part of the sum are often computed by different products. If one of them were rounded to bfloat16 or TF32,
-which keep 8 and 11 bits, the unit could exceed the clip's bound by more than float32 ever lets it.
+A unit's norm and its part of the sum are often computed by different products. If one of them were rounded to bfloat16
+or TF32, which keep 8 and 11 bits, the unit could exceed the clip's bound by more than float32 ever lets it.
 
-A sum in float32 is rounded in another way with and without a unit, which can move it by more than the clip (Casacuberta, Shoemate,
-Vadhan, Wagaman 2022). So a unit's clipped gradient is rounded by itself alone, and all are added in float64: n units of a
-clip C then differ from their true sum by less than 2**-53 · n² · C, a millionth of C for a million units.
+A sum in float32 is rounded in another way with and without a unit, which can move it by more than the clip
+(Casacuberta, Shoemate, Vadhan, Wagaman 2022). So a unit's clipped gradient is rounded by itself alone, and all are
+added in float64: n units of a clip C then differ from their true sum by less than 2**-53 · n² · C, a millionth of C for
+a million units.
 """
 
 from contextlib import contextmanager
@@ -60,7 +61,8 @@ def add_rows(total: Tensor, rows: Tensor, factors: Tensor) -> None:
 
 @contextmanager
 def full_precision():
-    """Matrix products of float32 in float32, though TF32 or bfloat16 were allowed for them (``TrainingArguments.tf32``)."""
+    """Matrix products of float32 in float32, though TF32 or bfloat16 were allowed for them
+    (``TrainingArguments.tf32``)."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]  # PyTorch 2.9
     allowed = [backend.fp32_precision for backend in backends]

@@ -25,8 +25,9 @@ def without_side_effects(model: nn.Module, forward: Callable[[], Tensor]) -> Ten
         if name in before and before[name].shape == buffer.shape and not torch.equal(before[name], buffer):
             layer = model.get_submodule(name.rpartition(".")[0])
             raise IsolationError(
-                f"Layer {name.rpartition('.')[0]} ({type(layer).__name__}) changes its buffer {name} in the forward pass, where data "
-                "would stay un-noised: put it in eval mode, or replace it (subset.replace_batchnorm puts GroupNorm for BatchNorm)."
+                f"Layer {name.rpartition('.')[0]} ({type(layer).__name__}) changes its buffer {name} in the forward "
+                "pass, where data would stay un-noised: put it in eval mode, or replace it (subset.replace_batchnorm "
+                f"puts GroupNorm for BatchNorm)."
             )
     return result
 
@@ -46,8 +47,9 @@ def leaves_no_data(capture: Capture, losses: Callable, examples: list) -> None:
     for name, module in model.named_modules():
         if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             raise IsolationError(
-                f"Layer {name} ({type(module).__name__}) has max_norm={module.max_norm:g}, which shrinks the rows of the words that occur in "
-                "each forward pass, so its weights would say un-noised which do: set max_norm to None."
+                f"Layer {name} ({type(module).__name__}) has max_norm={module.max_norm:g}, which shrinks the rows of "
+                "the words that occur in each forward pass, so its weights would say un-noised which do: set "
+                f"max_norm to None."
             )
     modules, state = _ModuleState(model), FrozenState(model, model.parameters())
     small = [(p, p.detach().clone()) for p in model.parameters() if p.numel() <= SMALL]
@@ -87,8 +89,8 @@ def _come_out_alike(
             if not all(_alike(outcomes[0].get(name), outcome.get(name)) for outcome in outcomes):
                 kind = "changes the parameter" if name in kept else "keeps data in"
                 raise IsolationError(
-                    f"The forward pass {kind} {name}, which comes out another for other examples, so that data would stay there "
-                    "un-noised: let no forward pass write what it was given."
+                    f"The forward pass {kind} {name}, which comes out another for other examples, so that data would "
+                    "stay there un-noised: let no forward pass write what it was given."
                 )
     modules.restore()
     for name, weight in model.named_parameters():
@@ -120,8 +122,8 @@ class FrozenState:
         changed = sorted((weights | buffers) - set(allowed))
         if changed:
             raise GuaranteeError(
-                f"{changed[0]} changed in training although it is not in the subset, so it was never noised: nothing of it is saved; let nothing "
-                "but the released gradients change the model."
+                f"{changed[0]} changed in training although it is not in the subset, so it was never noised: nothing "
+                "of it is saved; let nothing but the released gradients change the model."
             )
 
     def _sums(self) -> dict[str, str]:

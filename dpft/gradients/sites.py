@@ -35,7 +35,8 @@ class Slot:
 
     @property
     def longest_by_norm(self) -> float:
-        """The most tokens for which its per-example gradients need not be made; 0 where they must be, infinity for embeddings."""
+        """The most tokens for which its per-example gradients need not be made; 0 where they must be, infinity for
+        embeddings."""
         kinds = [type(place) for place in self.places]
         linear = sum(kind is not nn.Embedding for kind in kinds)
         unmade = self.large and self.technique == RULE and all(kind in UNMADE for kind in kinds) and linear <= 1
@@ -87,7 +88,8 @@ class Site:
 
     @cached_property
     def needs_input(self) -> bool:
-        """Whether a gradient here follows from the layer's input; a linear layer's bias has that of the output alone."""
+        """Whether a gradient here follows from the layer's input; a linear layer's bias has that of the output
+        alone."""
         linear = type(self.module) in (nn.Linear, Conv1D)
         return not linear or any(slot.parameter is not self.module.bias for slot in self.slots)
 
@@ -159,7 +161,8 @@ class Arrangement:
                     slot.technique = FUNCTIONAL
 
     def _too_far(self, module: nn.Module) -> bool:
-        """Whether the module is the whole model or holds its list of blocks: to differentiate it again would double the run."""
+        """Whether the module is the whole model or holds its list of blocks: to differentiate it again would double the
+        run."""
         whole = module is self.model and next(module.children(), None) is not None
         return whole or any(isinstance(m, nn.ModuleList) and len(m) > 1 for m in module.modules())
 

@@ -1,10 +1,11 @@
 """Constants in the place of chance, as large as what they stand for.
 
-Chance is each example's own, but differs from pass to pass, so that a batch could not be compared with its examples. A constant of
-another scale would hide what that scale depends on: noise times the deviation of the batch is a coupling. So a normal
-number stands one deviation from its mean, a uniform one a quarter from the end of its range, and a dropout keeps all and
-multiplies as it would. Along the last dimension they stand on either side, since a normalisation would take off what all features
-share. Two sets of constants, each the other's opposite, leave little room for chance to be special.
+Chance is each example's own, but differs from pass to pass, so that a batch could not be compared with its examples. A
+constant of another scale would hide what that scale depends on: noise times the deviation of the batch is a coupling.
+So a normal number stands one deviation from its mean, a uniform one a quarter from the end of its range, and a dropout
+keeps all and multiplies as it would. Along the last dimension they stand on either side, since a normalisation would
+take off what all features share. Two sets of constants, each the other's opposite, leave little room for chance to be
+special.
 """
 
 import math
@@ -35,7 +36,8 @@ SIDES = (True, False, True, True, False, False, True, False)  # of the features,
 
 
 def stand_in(name: str, given: Mapping[str, Any], draw: Draw, found: Tensor) -> Tensor | None:
-    """``found``, which PyTorch's random operation ``name`` made, filled with what stands for it; None if that is not known.
+    """``found``, which PyTorch's random operation ``name`` made, filled with what stands for it; None if that is not
+    known.
 
     Args:
         given: the operation's arguments by name.
@@ -227,8 +229,8 @@ class _Numpy:
 def python_and_numpy(draw: Draw, taken: Callable[[], None]) -> Iterator[None]:
     """Their global generators come to constants; ``taken`` is called whenever one is asked.
 
-    A generator that numpy makes of a key, such as an example's own, stays what it is: the isolation check sees whether its
-    numbers belong to the example or to a place in the batch.
+    A generator that numpy makes of a key, such as an example's own, stays what it is: the isolation check sees whether
+    its numbers belong to the example or to a place in the batch.
 
     Raises:
         GuaranteeError: within, by whoever seeds a global generator, or asks numpy for what has no stand-in.
@@ -265,8 +267,9 @@ def python_and_numpy(draw: Draw, taken: Callable[[], None]) -> Iterator[None]:
 def _seeds(name: str) -> Callable:
     def call(*_, **__):
         raise GuaranteeError(
-            f"A forward pass or the collator seeds a global generator ({name}), so an example's chance would follow from a known seed and its place in "
-            "the batch: leave that out, as dpft gives every step a secret of its own."
+            f"A forward pass or the collator seeds a global generator ({name}), so an example's chance would follow "
+            "from a known seed and its place in the batch: leave that out, as dpft gives every step a secret of its "
+            f"own."
         )
 
     return call
@@ -275,8 +278,8 @@ def _seeds(name: str) -> Callable:
 def refused(name: str) -> Callable:
     def call(*_, **__):
         raise GuaranteeError(
-            f"A forward pass or the collator draws random numbers by {name}, which the preflight cannot hold still to compare an example alone with "
-            "itself in a batch: draw them by another function."
+            f"A forward pass or the collator draws random numbers by {name}, which the preflight cannot hold still to "
+            "compare an example alone with itself in a batch: draw them by another function."
         )
 
     return call

@@ -6,7 +6,7 @@
     dataset   a data set with its policy and fingerprint
     amend     a change of a policy
     run       who starts what, when and why; costs nothing
-    charge    so many releases of one mechanism, before they happen
+    charge    releases of one mechanism, before they happen (:mod:`dpft.privacy.events`)
     settle    how many of a run's charged releases count from then on; never more
     note      a warning worth keeping, such as data that changed
 """
@@ -24,13 +24,13 @@ from dpft.ledger.chain import GENESIS, End, Entry, hash_of, head_text, signed
 from dpft.ledger.fingerprint import Fingerprint
 from dpft.privacy import composition
 from dpft.privacy.accounting import ADJACENCY
-from dpft.privacy.composition import Event, merged
+from dpft.privacy.events import Event, merged
 
 AMENDABLE = frozenset({"epsilon", "expires", "spenders"})  # of a policy; what else it says is how releases are priced
 
 
 @dataclass
-class RunRecord:
+class Reservation:
     """One run: the facts it was opened with, and what it was charged."""
 
     id: str
@@ -42,10 +42,10 @@ class RunRecord:
     def events(self) -> tuple[Event, ...]:
         """What it counts for: what was charged, or, once settled, what was executed of it."""
         if self.settled is None:
-            return merged(_times(kind, n) for kind, n in self.charged.items())
+            return merged(kind.times(n) for kind, n in self.charged.items())
         left, found = self.settled["executed"], []
         for kind, n in self.charged.items():
-            found.append(_times(kind, min(n, left)))
+            found.append(kind.times(min(n, left)))
             left -= found[-1].count
         return merged(event for event in found if event.count)
 
@@ -62,7 +62,7 @@ class DatasetRecord:
     policy: dict
     fingerprint: dict | None
     created: dict
-    runs: dict[str, RunRecord] = field(default_factory=dict)
+    runs: dict[str, Reservation] = field(default_factory=dict)
     notes: list[dict] = field(default_factory=list)
     seq: int = 0
 
@@ -143,21 +143,26 @@ class Book:
         if row.kind == "amend":
             dataset.policy = {**dataset.policy, **facts["policy"]}
         elif row.kind == "run":
-            dataset.runs[facts["run"]] = RunRecord(facts["run"], facts)
+            dataset.runs[facts["run"]] = Reservation(facts["run"], facts)
         elif row.kind == "charge":
-            kind = Event(1, **facts["event"])
-            run = dataset.runs[facts["run"]]
+            event, run = charged(facts), dataset.runs[facts["run"]]
             if run.settled is not None:  # a run that goes on is open again, from what it had executed
-                run.charged, run.settled = {_times(event, 1): event.count for event in run.events}, None
-            run.charged[kind] = run.charged.get(kind, 0) + facts["count"]
+                run.charged, run.settled = {before.one: before.count for before in run.events}, None
+            run.charged[event.one] = run.charged.get(event.one, 0) + event.count
         elif row.kind == "settle":
             dataset.runs[facts["run"]].settled = facts
         elif row.kind == "note":
             dataset.notes.append(facts)
 
 
-def _times(kind: Event, n: int) -> Event:
-    return Event(n, kind.noise_multiplier, kind.sample_rate, kind.epsilon, kind.delta)
+def charged(facts: dict) -> Event:
+    """The releases of a charge; 0.1 and 0.2 wrote their number beside them.
+
+    Raises:
+        PlanError: they are none that this version knows.
+    """
+    beside = {"count": facts["count"]} if "count" in facts else {}
+    return Event.from_dict({**beside, **facts["event"]})
 
 
 def seconds_back(now: str, last: str) -> float:

@@ -11,7 +11,8 @@ from dpft.errors import BudgetError, GuaranteeError, LedgerError
 from dpft.ledger.book import AMENDABLE, DatasetRecord, checked_policy, who
 from dpft.ledger.fingerprint import SHARED, Fingerprint, in_tenths
 from dpft.privacy import composition
-from dpft.privacy.composition import Event, merged
+from dpft.privacy.delta import check_delta
+from dpft.privacy.events import Event, merged
 from dpft.privacy.plan import Plan
 from dpft.privacy.rounding import rounded_up
 
@@ -123,11 +124,13 @@ class Dataset:
                     f"The plan's {name} is {getattr(plan, name)!r}, and the account of {self.name!r} is kept for {policy[name]!r}, so its budget "
                     "would not cover the run: use the same."
                 )
-        if plan.units is not None and policy["delta"] >= 1 / plan.units:
-            raise GuaranteeError(
-                f"The account of {self.name!r} is kept at delta = {policy['delta']:g} and the plan has {plan.units:,} units, so it permits "
-                "publishing one of them whole: open an account with a delta below one over the number of units."
-            )
+        check_delta(
+            policy["delta"],
+            plan.units,
+            subject=f"The delta of the account {self.name!r}",
+            error=GuaranteeError,
+            way_out="open an account with a delta below one over the number of units",
+        )
         left = max(0, plan.steps - released)
         if left or resumed is None:
             self._check_policy()
@@ -143,7 +146,7 @@ class Dataset:
                 "resume it with the same noise and rate, or start another run."
             )
         # A run that goes on ends at the last block that fits; a new one is refused unless all of it does.
-        if not self.fits([replace(event, count=left if resumed is None else min(left, 1))]):
+        if not self.fits([event.times(left if resumed is None else min(left, 1))]):
             raise BudgetError(self._refusal(plan, left, resumed is not None))
         run = Run(self, resumed or uuid.uuid4().hex[:12], event, plan.steps)
         run.overlap = warning
@@ -173,7 +176,7 @@ class Dataset:
         run.opening = {"purpose": purpose, "recipe": "", "model": "", "steps": sum(event.count for event in events)}
         try:
             for event in events:
-                run.event, run.steps = replace(event, count=1), event.count
+                run.event, run.steps = event.one, event.count
                 run.charge(event.count)
         except BudgetError:  # somebody else spent meanwhile: nothing may be released, and nothing is charged
             if run.reserved:
@@ -207,7 +210,7 @@ class Dataset:
 
     def _room(self, event: Event, most: int) -> int:
         """The largest count of ``event``, up to ``most``, that fits."""
-        fits = lambda n: self._epsilon((replace(event, count=n),)) <= self.policy["epsilon"]
+        fits = lambda n: self._epsilon((event.times(n),)) <= self.policy["epsilon"]
         if fits(most):
             return most
         low, high = 0, most
@@ -251,7 +254,7 @@ class Dataset:
         noise = None if resumed else self.least_noise(replace(plan, steps=left))
         if noise is not None:
             ways.append(f"all of them with a noise multiplier of {rounded_up(noise, 4)}")
-        would = self._epsilon((replace(_event(plan), count=left),))
+        would = self._epsilon(plan.events(left))
         return (
             f"The run would take {self.name!r} from ε = {rounded_up(self._epsilon(()), 4)} to {rounded_up(would, 4)}, above its budget of {policy['epsilon']:g} at "
             f"δ = {policy['delta']:g}: {', or '.join(ways)}."
@@ -292,7 +295,7 @@ class Run:
                 if not self._write("run", self._valid_at, **self.opening):
                     continue
                 self.opening, self._valid_at = None, self.dataset.record.seq
-            if self._write("charge", self._valid_at, count=count, event=_facts(self.event)):
+            if self._write("charge", self._valid_at, event=self.event.times(count).to_dict()):
                 self.reserved += count
                 self._room -= count
                 self._valid_at = self.dataset.record.seq
@@ -331,13 +334,9 @@ class Run:
 
 def _event(plan: Plan) -> Event:
     """One of the plan's releases."""
-    return Event(1, plan.noise_multiplier, plan.sample_rate)
+    (event,) = plan.events(1)
+    return event
 
 
 def _events(plan: Plan | Iterable[Event]) -> tuple[Event, ...]:
-    return (replace(_event(plan), count=plan.steps),) if isinstance(plan, Plan) else tuple(plan)
-
-
-def _facts(event: Event) -> dict:
-    """A release without its number, as it is stored."""
-    return {key: value for key, value in vars(event).items() if key != "count" and value is not None}
+    return plan.events() if isinstance(plan, Plan) else tuple(plan)

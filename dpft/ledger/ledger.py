@@ -22,6 +22,7 @@ from dpft.ledger.chain import End, Entry, Key, head_text
 from dpft.ledger.dataset import SHARES, Dataset
 from dpft.ledger.fingerprint import SHARED, Fingerprint, in_tenths, overlap
 from dpft.ledger.store import Store, data_folder, default_url
+from dpft.privacy.delta import too_large
 
 # By how much two machines' clocks may differ. Entries' times are rounded down to the hour, because the time between two charges is the
 # time that the data took; so a clock that is set back is noticed from the hour of the last entry on, and not within it.
@@ -121,7 +122,7 @@ class Ledger:
             spenders=sorted(spenders),
         )
         print_ = None if rows is None else Fingerprint(rows, self.key.secret)
-        if print_ is not None and delta >= 1 / max(1, print_.rows) and unit == "example":
+        if print_ is not None and unit == "example" and too_large(delta, print_.rows):  # the number of rows is private
             raise PlanError(
                 f"delta is {delta:g}, not below one over the number of rows, which permits publishing one whole: choose a smaller one."
             )

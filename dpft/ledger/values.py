@@ -14,7 +14,7 @@ _WORDS = {word: MISSING for word in ("", "nan", "none", "null", "na", "n/a", "<n
 }
 
 
-def canonical_value(value) -> str:
+def canonical_value(value: object) -> str:
     """``value`` as text: the same for 7, 7.0 and "7 ", for NFC and NFD, for None, NaN and "".
 
     >>> [canonical_value(one) for one in (7, 7.0, " 7", "1e3", True, None, float("nan"), "a\\r\\n b ")]

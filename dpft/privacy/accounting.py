@@ -24,7 +24,7 @@ from dp_accounting.rdp import RdpAccountant
 from dpft.errors import PlanError
 from dpft.privacy import convolution, gaussian
 from dpft.privacy.convolution import AGREEMENT, REMAINS
-from dpft.privacy.events import Event, merged
+from dpft.privacy.events import Event, from_dp_event, merged, to_dp_event
 
 Adjacency = Literal["add-or-remove-one", "replace-one", "zero-out"]
 ADJACENCY = {
@@ -43,20 +43,6 @@ CURVE_FAILURE = 1e-13  # added to δ where a curve is bounded as if the draws we
 logging.getLogger("absl").setLevel(logging.ERROR)  # RDP orders that do not converge are left out, which is sound
 
 
-def poisson_gaussian(noise_multiplier: float, sample_rate: float, steps: int) -> dp_event.DpEvent:
-    """The event of ``steps`` releases of DP-SGD with Poisson sampling."""
-    step = dp_event.GaussianDpEvent(noise_multiplier)
-    if sample_rate < 1:
-        step = dp_event.PoissonSampledDpEvent(sample_rate, step)
-    return dp_event.SelfComposedDpEvent(step, steps)
-
-
-def composed(events: Iterable[dict]) -> dp_event.DpEvent:
-    """The events that a run records, as dp-accounting sees them."""
-    steps = [poisson_gaussian(e["noise_multiplier"], e["sample_rate"], e["count"]) for e in events if e["count"]]
-    return dp_event.ComposedDpEvent(tuple(steps)) if steps else dp_event.NoOpDpEvent()
-
-
 def epsilon(
     event: dp_event.DpEvent,
     delta: float,
@@ -73,30 +59,12 @@ def epsilon(
     Raises:
         PlanError: the event has no PLD under this adjacency.
     """
-    events = recorded(event)
+    events = from_dp_event(event)
     if events is not None and not (served(events, delta, adjacency) and (grid is not None or not rare(events))):
         return own(events, delta, adjacency)
     if grid is not None:
         return float(_pld(event, adjacency, grid).get_epsilon(delta))
     return float(refined(lambda interval: _pld(event, adjacency, interval).get_epsilon(delta)))
-
-
-def recorded(event: dp_event.DpEvent) -> tuple[Event, ...] | None:
-    """The event as dpft records releases; None if it is none of dpft's."""
-    match event:
-        case dp_event.NoOpDpEvent():
-            return ()
-        case dp_event.GaussianDpEvent():
-            return (Event(1, event.noise_multiplier, 1.0),)
-        case dp_event.PoissonSampledDpEvent(sampling_probability=rate, event=dp_event.GaussianDpEvent() as inner):
-            return (Event(1, inner.noise_multiplier, rate),)
-        case dp_event.SelfComposedDpEvent(event=inner, count=count):
-            parts = recorded(inner)
-            return parts and merged(Event(e.count * count, e.noise_multiplier, e.sample_rate) for e in parts)
-        case dp_event.ComposedDpEvent(events=inner):
-            parts = [recorded(one) for one in inner]
-            return None if None in parts else merged(e for part in parts for e in part)
-    return None
 
 
 @lru_cache(maxsize=1024)
@@ -167,36 +135,33 @@ def epsilon_rdp(event: dp_event.DpEvent, delta: float, adjacency: Adjacency = "a
     dp-accounting reads a Gaussian's noise as in units of what adding a unit moves; replacing one moves twice that.
     """
     if adjacency == "replace-one":
-        events = recorded(event)
+        events = from_dp_event(event)
         if events is None or any(e.sample_rate < 1 for e in events):
             return math.inf
-        event = composed(vars(e) | {"noise_multiplier": e.noise_multiplier / 2} for e in events)
+        event = to_dp_event(replace(e, noise_multiplier=e.noise_multiplier / 2) for e in events)
     accountant = RdpAccountant(neighboring_relation=ADJACENCY[adjacency])
     if not accountant.supports(event):
         return math.inf
     return float(accountant.compose(event).get_epsilon(delta))
 
 
-def epsilon_prv(
-    releases: Iterable[tuple[float, float, int]], delta: float, adjacency: Adjacency = "add-or-remove-one"
-) -> float:
+def epsilon_prv(events: Iterable[Event], delta: float, adjacency: Adjacency = "add-or-remove-one") -> float:
     """ε at ``delta`` by privacy random variables (Gopi, Lee, Wutschitz 2021), an upper bound to 0.01, from Opacus.
 
-    Args:
-        releases: ``(noise_multiplier, sample_rate, count)``.
-
     Returns:
-        Infinity where it does not apply: another adjacency, nothing released, or figures outside of what Opacus can put on a
+        Infinity where it does not apply: another adjacency, nothing released, a release without noise or of which only its (ε, δ) is known,
+        or figures outside of what Opacus can put on a
         grid, for which it raises or gives a number below zero (its issues 585 and 601).
     """
-    history = [release for release in releases if release[2]]
-    events = tuple(Event(count, noise, rate) for noise, rate, count in history)
-    if adjacency != "add-or-remove-one" or not history or not served(events, delta):
+    events = tuple(event for event in events if event.count)
+    if not all(event.noise_multiplier for event in events):
+        return math.inf
+    if adjacency != "add-or-remove-one" or not events or not served(events, delta):
         return math.inf
     from opacus.accountants import PRVAccountant
 
     accountant = PRVAccountant()
-    accountant.history = history
+    accountant.history = [(event.noise_multiplier, event.sample_rate, event.count) for event in events]
     try:
         with warnings.catch_warnings():  # about the Rényi orders from which it guesses a first grid
             warnings.simplefilter("ignore")
@@ -208,7 +173,7 @@ def epsilon_prv(
 
 def deltas(event: dp_event.DpEvent, epsilons: list[float], adjacency: Adjacency = "add-or-remove-one") -> list[float]:
     """δ at each ε: the points of the whole ε-δ curve, by PLD; where noise is little, as if the draws were known."""
-    events = recorded(event)
+    events = from_dp_event(event)
     if events is None or served(events, 1e-6, adjacency):
         accountant = _pld(event, adjacency, 1e-3)
         return [max(0.0, float(accountant.get_delta(value))) for value in epsilons]

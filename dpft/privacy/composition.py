@@ -7,13 +7,12 @@ same numbers and stays dpft's reference: it composes one release in 0.1 s, and t
 import math
 from functools import lru_cache
 
-from dp_accounting import dp_event
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.pld.common import DifferentialPrivacyParameters
 
 from dpft.privacy import accounting
 from dpft.privacy.accounting import Adjacency
-from dpft.privacy.events import Event, merged
+from dpft.privacy.events import Event, merged, to_dp_event
 
 __all__ = ["Event", "epsilon", "epsilon_rdp", "merged", "reference"]
 
@@ -51,8 +50,7 @@ def epsilon_rdp(events: tuple[Event, ...], delta: float, adjacency: Adjacency = 
     events = merged(events)
     if any(event.noise_multiplier is None for event in events):
         return math.inf
-    steps = [accounting.poisson_gaussian(e.noise_multiplier, e.sample_rate, e.count) for e in events]
-    return accounting.epsilon_rdp(dp_event.ComposedDpEvent(tuple(steps)), delta, adjacency) if steps else 0.0
+    return accounting.epsilon_rdp(to_dp_event(events), delta, adjacency) if events else 0.0
 
 
 def _reference_loss(event: Event, adjacency: Adjacency, grid: float):

@@ -156,9 +156,7 @@ def epsilon_on(events: tuple[Event, ...], delta: float, grid: float, adding: boo
     """ε at ``delta`` on one grid, an upper bound on each."""
     releases = sum(event.count for event in events)
     reach = max(9, math.ceil(-float(ndtri(TAIL * delta / releases))))
-    losses = [
-        _loss(Event(1, e.noise_multiplier, e.sample_rate, e.epsilon, e.delta), grid, adding, reach) for e in events
-    ]
+    losses = [_loss(event.one, grid, adding, reach) for event in events]
     if None in losses:
         return math.inf
     counted = [(event.count, loss) for event, loss in zip(events, losses, strict=True)]

@@ -1,21 +1,50 @@
-"""What was released: the record from which every ε is derived."""
+"""What was released, and the only place that knows how it is written, read and told to dp-accounting.
+
+As a plain dictionary, in ``run.json``, ``releases.json`` and the ledger's entries::
+
+    {"version": 2, "kind": "poisson_sampled_gaussian", "count": 500, "noise_multiplier": 1.0, "sample_rate": 0.02}
+    {"version": 2, "kind": "gaussian", "count": 1, "noise_multiplier": 5.0, "sensitivity": 0.1, "name": "class means"}
+    {"version": 2, "kind": "stated", "count": 1, "epsilon": 0.5, "delta": 1e-8}
+
+Version 1, of dpft 0.1 and 0.2, names no version; in ``run.json`` it says ``event`` for ``kind``, in the ledger it names neither, and its sample
+rate is 1 where nothing is sampled.
+"""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+
+from dp_accounting import dp_event
 
 from dpft.errors import PlanError
 
+VERSION = 2  # of the dictionary
+SAMPLED, GAUSSIAN, STATED = "poisson_sampled_gaussian", "gaussian", "stated"
+KEYS = {  # of each kind, beside version, kind, count and name
+    SAMPLED: {"noise_multiplier", "sample_rate", "sensitivity"},
+    GAUSSIAN: {"noise_multiplier", "sensitivity"},
+    STATED: {"epsilon", "delta"},
+}
 
-@dataclass(frozen=True, order=True)
+
+@dataclass(frozen=True)
 class Event:
     """What was released, ``count`` times over.
 
-    Either the Gaussian mechanism with ``noise_multiplier`` on a Poisson sample of rate ``sample_rate``, or, where these are None,
-    something of which only its ``(epsilon, delta)`` is known.
+    Either the Gaussian mechanism with ``noise_multiplier`` on a Poisson sample of rate ``sample_rate`` (1: on all units, without
+    sampling), or, where these are None, something of which only its ``(epsilon, delta)`` is known.
+
+    Attributes:
+        noise_multiplier: the noise's standard deviation over the sensitivity, that is, over the most that one unit moves. Of a step
+            that releases several sums it is that of all of them together.
+        sensitivity: in the units of what was released, where it is worth stating. No ε follows from it.
+        name: what was released, in a few public words; empty for steps of training.
 
     Raises:
         PlanError: a figure is none that a release can have.
+
+    >>> Event(1, 5.0, 1.0, sensitivity=0.1, name="class means").to_dict()["kind"]
+    'gaussian'
     """
 
     count: int = 1
@@ -23,6 +52,8 @@ class Event:
     sample_rate: float | None = None
     epsilon: float | None = None
     delta: float | None = None
+    sensitivity: float | None = None
+    name: str = ""
 
     def __post_init__(self) -> None:
         gaussian, stated = (self.noise_multiplier, self.sample_rate), (self.epsilon, self.delta)
@@ -31,9 +62,11 @@ class Event:
             checks |= {
                 "noise_multiplier": 0 <= self.noise_multiplier < math.inf,
                 "sample_rate": 0 < self.sample_rate <= 1,
+                "sensitivity": self.sensitivity is None or 0 < self.sensitivity < math.inf,
             }
         elif None not in stated and gaussian == (None, None):
             checks |= {"epsilon": 0 <= self.epsilon < math.inf, "delta": 0 <= self.delta < 1}
+            checks |= {"sensitivity": self.sensitivity is None}
         else:
             raise PlanError(
                 "A release has a noise multiplier and a sample rate, or an epsilon and a delta: give one pair."
@@ -42,12 +75,113 @@ class Event:
             if not possible:
                 raise PlanError(f"A release has {name} = {getattr(self, name)}, which none can have: mend it.")
 
+    @property
+    def kind(self) -> str:
+        """How it is called where it is written."""
+        if self.noise_multiplier is None:
+            return STATED
+        return GAUSSIAN if self.sample_rate == 1 else SAMPLED
+
+    @property
+    def one(self) -> "Event":
+        """The same release, made once."""
+        return self.times(1)
+
+    def times(self, count: int) -> "Event":
+        """The same release, made ``count`` times."""
+        return replace(self, count=count)
+
+    def to_dict(self) -> dict:
+        """The release as it is written, with its count."""
+        facts = {"version": VERSION, "kind": self.kind, "count": self.count}
+        keys = [field.name for field in fields(self) if field.name in KEYS[self.kind]]
+        facts |= {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
+        return facts | ({"name": self.name} if self.name else {})
+
+    @classmethod
+    def from_dict(cls, facts: Mapping) -> "Event":
+        """The release that is written there, by this or an older version; made once if no count is given.
+
+        Raises:
+            PlanError: it is none that this version knows, or a figure is none that a release can have.
+        """
+        rest = dict(facts)
+        version = rest.pop("version", 1)
+        if version == 1:
+            kind = rest.pop("event", None) or (SAMPLED if "noise_multiplier" in rest else STATED)
+        elif version == VERSION:
+            kind = rest.pop("kind", None)
+        else:
+            raise PlanError(
+                f"A release is written in version {version!r}, and this dpft reads up to {VERSION}: update dpft."
+            )
+        if kind not in KEYS:
+            raise PlanError(
+                f"A release is called {kind!r}, which is not what was executed by any version up to this one: update dpft, or mend the record."
+            )
+        figures = {key: rest.pop(key) for key in sorted(KEYS[kind] & rest.keys())}
+        if kind == GAUSSIAN:
+            figures["sample_rate"] = 1.0
+        count, name = rest.pop("count", 1), rest.pop("name", "")
+        if rest or type(count) is not int or type(name) is not str:
+            wrong = rest or {"count": count, "name": name}
+            raise PlanError(f"A release of kind {kind!r} has {wrong}, which no version writes: mend the record.")
+        for key, value in figures.items():
+            if type(value) not in (int, float):
+                raise PlanError(f"A release has {key} = {value!r}, which is no number: mend the record.")
+        return cls(count, **figures, name=name)
+
+    @property
+    def dp_event(self) -> dp_event.DpEvent:
+        """The release as dp-accounting sees it.
+
+        Raises:
+            PlanError: only its ε and δ are known, for which dp-accounting has no event.
+        """
+        if self.noise_multiplier is None:
+            raise PlanError(
+                f"Of a release only ε = {self.epsilon:g} and δ = {self.delta:g} are known, which is no mechanism: compose it by dpft.privacy.composition."
+            )
+        step = dp_event.GaussianDpEvent(self.noise_multiplier)
+        if self.sample_rate < 1:
+            step = dp_event.PoissonSampledDpEvent(self.sample_rate, step)
+        return dp_event.SelfComposedDpEvent(step, self.count)
+
 
 def merged(events: Iterable[Event]) -> tuple[Event, ...]:
     """The same releases with one event for each kind, in a fixed order."""
     counts: dict[Event, int] = {}
     for event in events:
-        kind = Event(1, event.noise_multiplier, event.sample_rate, event.epsilon, event.delta)
-        counts[kind] = counts.get(kind, 0) + event.count
-    kinds = ((e.noise_multiplier, e.sample_rate, e.epsilon, e.delta, n) for e, n in counts.items() if n)
-    return tuple(Event(n, *facts) for *facts, n in sorted(kinds, key=repr))
+        counts[event.one] = counts.get(event.one, 0) + event.count
+    order = lambda e: repr((e.noise_multiplier, e.sample_rate, e.epsilon, e.delta, e.sensitivity, e.name))
+    return tuple(sorted((event.times(n) for event, n in counts.items() if n), key=order))
+
+
+def to_dp_event(events: Iterable[Event]) -> dp_event.DpEvent:
+    """All ``events`` together, as dp-accounting sees them.
+
+    Raises:
+        PlanError: of one only its ε and δ are known.
+    """
+    parts = tuple(event.dp_event for event in events if event.count)
+    if len(parts) == 1:
+        return parts[0]
+    return dp_event.ComposedDpEvent(parts) if parts else dp_event.NoOpDpEvent()
+
+
+def from_dp_event(event: dp_event.DpEvent) -> tuple[Event, ...] | None:
+    """The event as dpft records releases; None if it is none of dpft's."""
+    match event:
+        case dp_event.NoOpDpEvent():
+            return ()
+        case dp_event.GaussianDpEvent():
+            return (Event(1, event.noise_multiplier, 1.0),)
+        case dp_event.PoissonSampledDpEvent(sampling_probability=rate, event=dp_event.GaussianDpEvent() as inner):
+            return (Event(1, inner.noise_multiplier, rate),)
+        case dp_event.SelfComposedDpEvent(event=inner, count=count):
+            parts = from_dp_event(inner)
+            return parts and merged(part.times(part.count * count) for part in parts)
+        case dp_event.ComposedDpEvent(events=inner):
+            parts = [from_dp_event(one) for one in inner]
+            return None if None in parts else merged(one for part in parts for one in part)
+    return None

@@ -123,6 +123,33 @@ class SeededRandomness(Randomness):
         return hashlib.sha512(f"{self._seed}/{number}".encode()).digest()[:44]
 
 
+class NoiseStream(ABC):
+    """The noise of one run's releases, one after another. It is secret and never saved, copied or sent.
+
+    A stream with memory, whose releases share noise, cannot go on from a checkpoint: the run ends there, and goes on as a
+    new mechanism that is charged as one.
+    """
+
+    @abstractmethod
+    def following(self) -> Iterator[Tensor]:
+        """The next release's noise, ``(n,)`` float64 in parts, each with deviation 1; a part is valid until the next is asked for."""
+
+    def __getstate__(self):
+        raise TypeError(
+            "A stream of privacy noise is never saved, copied or sent: make a new mechanism of what is left."
+        )
+
+
+class FreshNoise(NoiseStream):
+    """Independent noise for each release, so that nothing is remembered."""
+
+    def __init__(self, size: int, randomness: Randomness, device: torch.device = _CPU) -> None:
+        self._size, self._randomness, self._device = size, randomness, device
+
+    def following(self) -> Iterator[Tensor]:
+        return self._randomness.gaussians(self._size, self._device)
+
+
 class _Stream:
     """The stream of a 32-byte key and a 12-byte nonce, as uniform numbers, by OpenSSL."""
 

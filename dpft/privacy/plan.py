@@ -1,50 +1,42 @@
 """The plan of a run: what is sampled, clipped, noised and claimed, made together so that it cannot disagree."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from dp_accounting import dp_event
-
 from dpft.errors import PlanError
-from dpft.privacy import accounting, composition, gaussian
+from dpft.privacy import accounting, calibration
 from dpft.privacy.accounting import ADJACENCY, Adjacency
-from dpft.privacy.clipping import Clip, FlatClip
+from dpft.privacy.clipping import Clip
+from dpft.privacy.delta import check_delta
+from dpft.privacy.events import Event, to_dp_event
+from dpft.privacy.mechanisms.mechanism import Mechanism, made, require
 from dpft.privacy.rounding import rounded_up
 from dpft.privacy.sampling import PoissonSampler
 
 if TYPE_CHECKING:
     from dpft.privacy.noise import Randomness
 
-MIN_NOISE_MULTIPLIER = 1e-3  # the least that a search finds
-MAX_NOISE_MULTIPLIER = 1e6
-MAX_STEPS = 10_000_000
 LARGEST_EPSILON = 500.0  # beyond it e to its power leaves the range of numbers
-TOLERANCE = 1e-3  # of ε: how far below its target a calibrated plan may stay
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False)
 class Plan:
-    """Public facts of a run. Every field may be published; nothing in it may be computed from private data.
+    """A mechanism and the claim for it. Every field may be published; nothing in it may be computed from private data.
 
     Attributes:
-        noise_multiplier: σ, the noise's standard deviation in units of the clip's sensitivity.
-        sample_rate: q, the probability with which each unit enters each step.
-        steps: T, the number of releases. A step whose draw is empty is a release as well.
+        mechanism: what is sampled, clipped, noised and released. Its facts may be given in its place: ``Plan(noise_multiplier=1.0,
+            sample_rate=0.02, steps=500, delta=1e-5)`` is DP-SGD, and ``mechanism`` may be a name
+            (:func:`dpft.privacy.mechanisms.mechanisms`) beside such facts. Given beside a mechanism, they change it.
         delta: δ of the claim; must be below ``1 / units``.
         units: N₀, the declared, public number of units. It sets the normaliser ``expected_batch_size``; the true
             number may differ by the units that joined or left.
-        clip: what bounds one unit's gradient.
         adjacency: which data sets must be indistinguishable.
         unit: what one unit is, in words, such as ``"example"`` or ``"all rows that share patient_id"``.
-        examples_per_unit: how many of a unit's examples one step uses at most.
-        unit_gradient: whether a unit's gradient is the ``"sum"`` or the ``"mean"`` of its examples' gradients.
 
     Guarantee:
-        A run that follows the plan releases ``steps`` Poisson-sampled Gaussian mechanisms of sensitivity
-        ``clip.sensitivity``; it is (``epsilon``, ``delta``)-DP for ``unit`` under ``adjacency``.
+        A run that follows the plan releases ``mechanism.events()``; it is (``epsilon``, ``delta``)-DP for ``unit`` under ``adjacency``.
 
     Raises:
         PlanError: a field is out of range, or ``delta >= 1 / units``.
@@ -54,45 +46,68 @@ class Plan:
     2.77
     """
 
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
+    mechanism: Mechanism
     delta: float
-    units: int | None = None
-    clip: Clip = field(default_factory=FlatClip)
-    adjacency: Adjacency = "add-or-remove-one"
-    unit: str = "example"
-    examples_per_unit: int = 1
-    unit_gradient: str = "mean"
+    units: int | None
+    adjacency: Adjacency
+    unit: str
 
-    def __post_init__(self) -> None:
-        _require(
-            self.noise_multiplier >= 0,
-            f"noise_multiplier is {self.noise_multiplier}, and noise cannot be negative: use a positive number.",
-        )
-        _require(
-            0 < self.sample_rate <= 1,
-            f"sample_rate is {self.sample_rate}, and a probability must be above 0 and at most 1: lower the batch size or mend units.",
-        )
-        _require(self.steps >= 1, f"steps is {self.steps}, so nothing would train: plan at least one step.")
-        _require(
+    def __init__(
+        self,
+        *,
+        delta: float,
+        mechanism: Mechanism | str = "dp-sgd",
+        units: int | None = None,
+        adjacency: Adjacency = "add-or-remove-one",
+        unit: str = "example",
+        **facts,
+    ) -> None:
+        chosen = dict(mechanism=made(mechanism, **facts), delta=delta, units=units, adjacency=adjacency, unit=unit)
+        for name, value in chosen.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        require(
             0 < self.delta < 1,
             f"delta is {self.delta}, and a probability of failure must be between 0 and 1, such as 1e-6.",
         )
-        _require(
+        require(
             self.units is None or self.units >= 1,
             f"units is {self.units}: declare how many units the data set has, at least 1.",
         )
-        if self.units is not None and self.delta >= 1 / self.units:
-            raise PlanError(
-                f"delta is {self.delta:g} for {self.units:,} units, and a delta of 1/units or more permits publishing "
-                f"a random unit whole: choose a delta below {1 / self.units:.1e}, better {0.1 / self.units:.1e}."
-            )
-        _require(self.adjacency in ADJACENCY, f"adjacency is {self.adjacency!r}: choose one of {', '.join(ADJACENCY)}.")
-        _require(
-            self.examples_per_unit >= 1, f"examples_per_unit is {self.examples_per_unit}: a unit needs at least 1."
-        )
-        _require(self.unit_gradient in ("sum", "mean"), f"unit_gradient is {self.unit_gradient!r}: choose sum or mean.")
+        check_delta(self.delta, self.units)
+        require(self.adjacency in ADJACENCY, f"adjacency is {self.adjacency!r}: choose one of {', '.join(ADJACENCY)}.")
+
+    @property
+    def noise_multiplier(self) -> float:
+        """σ of each release as it is charged."""
+        return self.mechanism.noise_multiplier
+
+    @property
+    def sample_rate(self) -> float:
+        """q, the probability with which each unit enters each release."""
+        return self.mechanism.sample_rate
+
+    @property
+    def steps(self) -> int:
+        """T, the number of releases."""
+        return self.mechanism.steps
+
+    @property
+    def clip(self) -> Clip:
+        """What bounds one unit's part, as the run begins."""
+        return self.mechanism.clip
+
+    @property
+    def examples_per_unit(self) -> int:
+        """How many of a unit's examples one step uses at most."""
+        return self.mechanism.examples_per_unit
+
+    @property
+    def unit_gradient(self) -> str:
+        """Whether a unit's gradient is the ``"sum"`` or the ``"mean"`` of its examples' gradients."""
+        return self.mechanism.unit_gradient
 
     @property
     def expected_batch_size(self) -> float:
@@ -105,16 +120,9 @@ class Plan:
             raise PlanError("The plan declares no number of units, so its sums have no public normaliser: set units.")
         return self.sample_rate * self.units
 
-    @property
-    def event(self) -> dp_event.DpEvent:
-        """What the whole run releases, as dp-accounting sees it."""
-        return self.event_after(self.steps)
-
-    def event_after(self, steps: int) -> dp_event.DpEvent:
-        """What the first ``steps`` releases are."""
-        if steps == 0:
-            return dp_event.NoOpDpEvent()
-        return accounting.poisson_gaussian(self.noise_multiplier, self.sample_rate, steps)
+    def events(self, steps: int | None = None) -> tuple[Event, ...]:
+        """What the first ``steps`` releases are (default: all)."""
+        return self.mechanism.events(steps)
 
     @cached_property
     def epsilon(self) -> float:
@@ -130,26 +138,21 @@ class Plan:
 
         Where noise is so little that ε is in the hundreds, the bound is true and may be loose; it is infinite only without noise.
         """
-        if steps == 0:
-            return 0.0
-        if not exact:
-            event = composition.Event(steps, self.noise_multiplier, self.sample_rate)
-            return composition.epsilon((event,), self.delta, self.adjacency)
-        return accounting.epsilon(self.event_after(steps), self.delta, self.adjacency)
+        return self.mechanism.epsilon(steps, self.delta, self.adjacency, exact=exact)
 
     @cached_property
     def epsilon_rdp(self) -> float:
         """The second opinion: ε of the whole run by Rényi DP."""
-        return accounting.epsilon_rdp(self.event, self.delta, self.adjacency)
+        return accounting.epsilon_rdp(to_dp_event(self.events()), self.delta, self.adjacency)
 
     def sampler(self, randomness: "Randomness") -> PoissonSampler:
         """The sampler that this plan's event assumes."""
-        return PoissonSampler(self.sample_rate, self.examples_per_unit, randomness)
+        return self.mechanism.sampler(randomness)
 
     @property
     def noise_std(self) -> float:
-        """Standard deviation of the noise on the sum of clipped unit gradients: σ times the clip's sensitivity."""
-        return self.noise_multiplier * self.clip.sensitivity
+        """Standard deviation of the noise on the sum of clipped unit gradients, as the run begins."""
+        return self.mechanism.noise_std(self.clip)
 
     def guarantee(self, steps: int | None = None) -> str:
         """The claim as one sentence, with its five parts, after ``steps`` releases (default: all)."""
@@ -157,10 +160,10 @@ class Plan:
         spent = self.epsilon_after(done)
         if math.isinf(spent):
             return f"NOT PRIVATE: {done:,} steps without noise."
+        words = self.mechanism.describe(done)
         return (
             f"(ε = {rounded_up(spent)}, δ = {self.delta:g})-differential privacy; unit: {self.unit}; adjacency: {self.adjacency}; "
-            f"sampler: Poisson, rate {self.sample_rate:.4g} per step; mechanism: {done:,} Gaussian releases, "
-            f"noise multiplier {self.noise_multiplier:.4g}, {type(self.clip).__name__} at {self.clip.sensitivity:g}."
+            f"sampler: {words.sampler}; mechanism: {words.mechanism}."
         )
 
     @classmethod
@@ -183,7 +186,7 @@ class Plan:
             epsilon, noise_multiplier, steps: give two; ``epochs`` may stand for ``steps``. The third is found: the
                 smallest noise for ε, or the most steps for ε and the noise. ε itself needs no search.
             sample_rate: or ``batch_size`` (expected) and ``units``, from which it follows.
-            **fields: the other fields of :class:`Plan`.
+            **fields: the other fields of :class:`Plan`, ``mechanism`` (a name) and its facts among them.
 
         Returns:
             A plan with ``plan.epsilon <= epsilon`` where a target was given (and within 0.1 % of it for noise, where ε is below 100).
@@ -196,9 +199,9 @@ class Plan:
         """
         sample_rate = _sample_rate(sample_rate, units, batch_size)
         if epochs is not None:
-            _require(steps is None, "Both steps and epochs are given, and each sets the other: keep one.")
-            _require(0 < epochs < math.inf, f"epochs is {epochs}: train for a positive number of passes.")
-            _require(sample_rate > 0, f"sample_rate is {sample_rate}: draw some units.")
+            require(steps is None, "Both steps and epochs are given, and each sets the other: keep one.")
+            require(0 < epochs < math.inf, f"epochs is {epochs}: train for a positive number of passes.")
+            require(sample_rate > 0, f"sample_rate is {sample_rate}: draw some units.")
             steps = math.ceil(round(epochs / sample_rate, 9))
         facts = dict(sample_rate=sample_rate, units=units, delta=delta, **fields)
         given = {"epsilon": epsilon, "noise_multiplier": noise_multiplier, "steps (or epochs)": steps}
@@ -210,102 +213,25 @@ class Plan:
             )
         if epsilon is None:
             return cls(noise_multiplier=noise_multiplier, steps=steps, **facts)
-        _require(0 < epsilon < math.inf, f"epsilon is {epsilon}: a budget must be a positive number, such as 3.")
-        _require(
+        require(0 < epsilon < math.inf, f"epsilon is {epsilon}: a budget must be a positive number, such as 3.")
+        require(
             epsilon <= LARGEST_EPSILON,
             f"epsilon is {epsilon:g}, which protects nobody: ask for at most {LARGEST_EPSILON:g}.",
         )
         if noise_multiplier is None:
-            return _noise_for(cls(noise_multiplier=1.0, steps=steps, **facts), epsilon)
-        return _steps_for(cls(noise_multiplier=noise_multiplier, steps=1, **facts), epsilon)
-
-
-def _noise_for(plan: Plan, target: float) -> Plan:
-    """The least noise whose ε is at most ``target``, to 0.1 % of ε."""
-
-    def epsilon(log_noise: float, exact: bool) -> float:
-        return replace(plan, noise_multiplier=math.exp(log_noise)).epsilon_after(plan.steps, exact=exact)
-
-    if epsilon(math.log(MIN_NOISE_MULTIPLIER), True) <= target:  # so few draws that δ covers them all
-        return replace(plan, noise_multiplier=MIN_NOISE_MULTIPLIER)
-    # The central limit theorem of DP-SGD (Bu et al. 2020, equation 5), solved for the noise, says where to look.
-    mu = gaussian.mu_for(target, plan.delta) / plan.sample_rate
-    guess = -0.5 * math.log(math.log1p(mu**2 / plan.steps))
-    found = _search(epsilon, target, guess, math.inf, math.log(MAX_NOISE_MULTIPLIER), slope=-2.0)
-    if found is None:
-        raise PlanError(
-            f"No noise reaches epsilon = {target:g} over {plan.steps:,} steps at sample rate {plan.sample_rate:g}: "
-            "take fewer steps, a lower rate or a larger epsilon."
-        )
-    return replace(plan, noise_multiplier=math.exp(found))
-
-
-def _steps_for(plan: Plan, target: float) -> Plan:
-    """The most steps whose ε is at most ``target``, to 0.1 % of ε."""
-
-    spent = cache(plan.epsilon_after)
-    if spent(1) > target:
-        raise PlanError(
-            f"One step at noise multiplier {plan.noise_multiplier:g} already spends epsilon = {rounded_up(spent(1))}, "
-            f"above {target:g}: use more noise."
-        )
-    mu = gaussian.mu_for(target, plan.delta) / plan.sample_rate
-    guess = max(0.0, math.log(mu**2 / math.expm1(plan.noise_multiplier**-2)))
-    found = _search(
-        lambda x, exact: spent(int(math.exp(x)), exact=exact), target, guess, 0.0, math.log(MAX_STEPS), slope=0.6
-    )
-    if found is None:
-        raise PlanError(
-            f"More than {MAX_STEPS:,} steps fit into epsilon = {target:g}: give the steps and let the noise follow."
-        )
-    return replace(plan, steps=int(math.exp(found)))
-
-
-def _search(
-    epsilon: Callable[[float, bool], float], target: float, x: float, fits: float, limit: float, *, slope: float
-) -> float | None:
-    """An ``x`` at which the monotone ``epsilon(x, True)`` is at most ``target``, to 0.1 %; None beyond ``limit``.
-
-    It begins at ``x``, knowing one that ``fits`` and about how steep log ε is.
-
-    Composing is what takes time, so a first search by ``epsilon(x, False)`` finds where to start the exact one, and the
-    slope of log ε there.
-    """
-    for exact in (False, True):
-        within, beyond, last = fits, math.copysign(math.inf, slope), None
-        for _ in range(60):
-            value = _log_ratio(epsilon(x, exact), target)
-            within, beyond = (x, beyond) if value <= 0 else (within, x)
-            if -TOLERANCE <= value <= 0 or abs(beyond - within) < 1e-9:
-                break
-            if last is not None and math.isfinite(value - last[1]) and (value - last[1]) / (x - last[0]) / slope > 0:
-                slope = (value - last[1]) / (x - last[0])
-            last = x, value
-            x += max(-1.0, min(1.0, (-TOLERANCE / 2 - value) / slope))
-            if not min(within, beyond) < x < max(within, beyond):
-                x = (within + beyond) / 2
-            if x > limit:
-                return None
-        x = within
-    return x
-
-
-def _log_ratio(epsilon: float, target: float) -> float:
-    return math.log(epsilon / target) if epsilon > 0 else -math.inf
+            plan = cls(noise_multiplier=1.0, steps=steps, **facts)
+            return replace(plan, mechanism=plan.mechanism.calibrated(epsilon, plan.delta, plan.adjacency))
+        plan = cls(noise_multiplier=noise_multiplier, steps=1, **facts)
+        return replace(plan, mechanism=calibration.steps_for(plan.mechanism, epsilon, plan.delta, plan.adjacency))
 
 
 def _sample_rate(sample_rate: float | None, units: int | None, batch_size: int | None) -> float:
     if batch_size is None:
-        _require(sample_rate is not None, "No sampling rate: give sample_rate, or batch_size and units.")
+        require(sample_rate is not None, "No sampling rate: give sample_rate, or batch_size and units.")
         return sample_rate
-    _require(sample_rate is None, "Both sample_rate and batch_size are given, and each sets the other: keep one.")
-    _require(units is not None and units >= 1, "batch_size needs units, the declared number of units in the data set.")
-    _require(
+    require(sample_rate is None, "Both sample_rate and batch_size are given, and each sets the other: keep one.")
+    require(units is not None and units >= 1, "batch_size needs units, the declared number of units in the data set.")
+    require(
         1 <= batch_size <= units, f"batch_size is {batch_size:,} of {units:,} units: expect between 1 and all of them."
     )
     return batch_size / units
-
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise PlanError(sentence)

@@ -36,6 +36,6 @@ class EncryptedStore:
         self._file.close()
         self._key = b""
 
-    def _cipher(self, number: int) -> Cipher:
+    def _cipher(self, number: int) -> Cipher[modes.CTR]:
         """AES in counter mode; each number has counters of its own, so no two contents share key stream."""
         return Cipher(algorithms.AES(self._key), modes.CTR(number.to_bytes(8, "big") + bytes(8)))

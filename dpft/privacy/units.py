@@ -12,7 +12,7 @@ from dpft.values import kind, plain
 ID_TYPES = (str, bytes, Number, date, UUID)  # of which equal ones are known to have equal hashes
 
 
-def unit_ids(values: Iterable) -> list[Hashable]:
+def unit_ids(values: Iterable[object]) -> list[Hashable]:
     """Identifiers by value: tensors, arrays and their elements become plain numbers and texts.
 
     A tensor, as any object without a value, is equal to no other: each row of a person would count as another person.

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, Undefined, select_autoescape
 
-from dpft.privacy import accounting
-from dpft.privacy.plan import Plan
+from dpft.privacy import accounting, composition
+from dpft.privacy.events import to_dp_event
 from dpft.privacy.rounding import percent_up, rounded_down, rounded_up
 from dpft.report.meaning import Meaning, meaning
 from dpft.report.plots import line, roc, trade_off
-from dpft.report.record import read_json, read_record
+from dpft.runs.folder import RunFolder
+from dpft.runs.record import RunRecord, read_json
 
 TEMPLATES = Path(__file__).parent / "templates"
 ADJACENCY_WORDS = {
@@ -29,25 +30,22 @@ VERDICTS = {
 
 
 def write_card(folder: Path | str) -> tuple[Path, Path]:
-    """Make ``card.md`` and ``card.html`` from the run's ``run.json``; ε is derived from its events again.
+    """Make ``card.md`` and ``card.html`` from the run's record; ε is derived from its events again.
 
     Raises:
         RecipeError: the folder holds no run, or what it holds is damaged.
+        PlanError: its record names a release that this version does not know.
     """
-    folder = Path(folder)
-    run = read_record(folder)
+    files = RunFolder(folder)
+    run = files.record()
     facts, templates = _facts(run), environment()
-    audited = folder / "audit.json"
-    facts["audit"] = read_json(audited) if audited.exists() else None
+    facts["audit"] = read_json(files.audit_file) if files.audit_file.exists() else None
     facts["roc"] = _roc(facts["audit"], facts["meaning"]) if facts["audit"] else None
-    written = []
-    for name in ("card.md", "card.html"):
-        path = folder / name
-        path.write_text(templates.get_template(name + ".jinja").render(run=run, **facts), encoding="utf-8")
-        written.append(path)
-    if (folder / "weights").is_dir():
-        _as_model_card(folder / "weights" / "README.md", written[0].read_text(encoding="utf-8"))
-    return written[0], written[1]
+    for path in files.cards:
+        path.write_text(templates.get_template(f"{path.name}.jinja").render(run=run, **facts), encoding="utf-8")
+    if files.weights.is_dir():
+        _as_model_card(files.model_card, files.cards[0].read_text(encoding="utf-8"))
+    return files.cards
 
 
 def environment() -> Environment:
@@ -80,49 +78,43 @@ def _as_model_card(readme: Path, card: str) -> None:
     readme.write_text(f"{metadata}\n{card}" if metadata else card, encoding="utf-8")
 
 
-def _facts(run: dict) -> dict:
+def _facts(run: RunRecord) -> dict:
     unit = (
         "one example (a row of the training data)"
-        if run["unit"] == "example"
-        else f"all rows that share one value of {run['unit']}"
+        if run.unit == "example"
+        else f"all rows that share one value of {run.unit}"
     )
     facts = {
         "unit_words": unit,
-        "adjacency_words": ADJACENCY_WORDS[run["adjacency"]],
+        "adjacency_words": ADJACENCY_WORDS[run.adjacency],
+        "steps": [event for event in run.events if not event.name],
+        "others": [event for event in run.events if event.name],
         "words": VERDICTS,
-        "metrics": _rows(run["metrics"]),
-        "classes": (run["metrics"] or {}).get("per_class", {}),
+        "metrics": _rows(run.metrics),
+        "classes": (run.metrics or {}).get("per_class", {}),
     }
-    if not run["private"] or not run["released_steps"]:
+    if not run.claims:
         return {**facts, "epsilon": None, "plots": [], "meaning": None}
-    event = accounting.composed(run["events"])
-    found = meaning(run["events"], run["delta"], run["adjacency"])
+    found = meaning(run.events, run.delta, run.adjacency)
     epsilon = found.epsilon
     facts["meaning"] = found
-    rdp = accounting.epsilon_rdp(event, run["delta"], run["adjacency"])
+    rdp = accounting.epsilon_rdp(to_dp_event(run.events), run.delta, run.adjacency)
     facts["epsilon_rdp"] = rdp if math.isfinite(rdp) else None
-    plots = [_over_steps(run, epsilon), _over_delta(run, event, epsilon), trade_off(found.curve)]
+    plots = [_over_steps(run, epsilon), _over_delta(run, epsilon), trade_off(found.curve)]
     facts["plots"] = [plot for plot in plots if plot]
     return {**facts, "epsilon": epsilon, "odds": math.exp(epsilon) if epsilon < LARGEST_EXPONENT else math.inf}
 
 
-def _over_steps(run: dict, epsilon: float) -> str | None:
+def _over_steps(run: RunRecord, epsilon: float) -> str | None:
     """ε after each step; None where no curve can be drawn."""
-    if len(run["events"]) != 1 or not math.isfinite(epsilon):
+    if len(run.events) != 1 or not math.isfinite(epsilon):
         return None
-    (spent,) = run["events"]
-    count = spent["count"]
+    (spent,) = run.events
+    count = spent.count
     steps = sorted({round(count * i / 24) for i in range(25)})
-    plan = Plan(
-        noise_multiplier=spent["noise_multiplier"],
-        sample_rate=spent["sample_rate"],
-        steps=count,
-        delta=run["delta"],
-        adjacency=run["adjacency"],
-    )
     return line(
         steps,
-        [plan.epsilon_after(n, exact=False) for n in steps],
+        [composition.epsilon((spent.times(n),), run.delta, run.adjacency) if n else 0.0 for n in steps],
         title="ε spent while training",
         x_label="step",
         y_label="ε",
@@ -130,14 +122,13 @@ def _over_steps(run: dict, epsilon: float) -> str | None:
     )
 
 
-def _over_delta(run: dict, event, epsilon: float) -> str | None:
+def _over_delta(run: RunRecord, epsilon: float) -> str | None:
     """δ at each ε; None where no curve can be drawn."""
     if not math.isfinite(epsilon):
         return None
     epsilons = [epsilon * i / 40 for i in range(0, 61)]
-    points = [
-        (e, d) for e, d in zip(epsilons, accounting.deltas(event, epsilons, run["adjacency"]), strict=True) if d > 1e-12
-    ]
+    deltas = accounting.deltas(to_dp_event(run.events), epsilons, run.adjacency)
+    points = [(e, d) for e, d in zip(epsilons, deltas, strict=True) if d > 1e-12]
     if not points:
         return None
     return line(
@@ -145,7 +136,7 @@ def _over_delta(run: dict, event, epsilon: float) -> str | None:
         title="The whole guarantee: every (ε, δ)",
         x_label="ε",
         y_label="δ",
-        mark=(epsilon, run["delta"], f"δ = {rounded_up(run['delta'], 6)}"),
+        mark=(epsilon, run.delta, f"δ = {rounded_up(run.delta, 6)}"),
         log_y=True,
     )
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from dpft.errors import RecipeError
 from dpft.privacy import accounting
 from dpft.privacy.accounting import Adjacency
+from dpft.privacy.events import Event, to_dp_event
 from dpft.privacy.rounding import percent_up, rounded_up
 from dpft.recipe import Recipe
-from dpft.report.record import read_record
+from dpft.runs.folder import RunFolder
 
 ALARMS = (0.001, 0.01, 0.1)
 CHOICES = (2, 10, 1_000, 1_000_000)
@@ -36,13 +37,13 @@ class Meaning:
     curve: list[tuple[float, float]] = field(repr=False)
 
 
-def meaning(events: Iterable[dict], delta: float, adjacency: Adjacency = "add-or-remove-one") -> Meaning:
-    """What the guarantee of these events means; ``{"noise_multiplier", "sample_rate", "count"}`` each, as in ``run.json``.
+def meaning(events: Iterable[Event], delta: float, adjacency: Adjacency = "add-or-remove-one") -> Meaning:
+    """What the guarantee of these events means.
 
     Raises:
         PlanError: they have no privacy loss distribution under this adjacency.
     """
-    event = accounting.composed(events)
+    event = to_dp_event(events)
     alarms = [10 ** (-4 + i / 15) for i in range(61)]
     asked = [*ALARMS, *(1 / n for n in CHOICES), *alarms]
     powers = accounting.detection_rates(event, asked, adjacency)
@@ -63,17 +64,16 @@ def of_run(folder: Path | str) -> Meaning:
     Raises:
         RecipeError: no run, or none that is private.
     """
-    run = read_record(folder)
-    if not run["private"] or not run["released_steps"]:
+    run = RunFolder(folder).record()
+    if not run.claims:
         raise RecipeError(f"{folder} holds no private run, so there is no guarantee to explain.")
-    return meaning(run["events"], run["delta"], run["adjacency"])
+    return meaning(run.events, run.delta, run.adjacency)
 
 
 def of_recipe(recipe: Recipe) -> Meaning:
     """What the guarantee would mean, before anything is run."""
     plan = recipe.plan()
-    event = {"noise_multiplier": plan.noise_multiplier, "sample_rate": plan.sample_rate, "count": plan.steps}
-    return meaning([event], plan.delta, plan.adjacency)
+    return meaning(plan.events(), plan.delta, plan.adjacency)
 
 
 def describe(found: Meaning) -> str:

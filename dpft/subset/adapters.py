@@ -35,7 +35,8 @@ def tuner_kinds() -> set[str]:
 
 
 def add_adapter(model: nn.Module, part: Lora | Tuner, *, with_head: bool) -> nn.Module:
-    """Wrap ``model`` with the adapter; a head that is not tied to the embeddings moves into it, so that it is saved there.
+    """Wrap ``model`` with the adapter; a head that is not tied to the embeddings moves into it, so that it is saved
+    there.
 
     Returns:
         The PEFT model, which keeps what it replaced by trainable copies as ``original_module``.

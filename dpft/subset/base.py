@@ -49,7 +49,8 @@ def new_tensors(model: nn.Module) -> list[str]:
 
 
 def _checkpoint(base: nn.Module) -> tuple[set[str], dict[str, torch.Size | None]]:
-    """The names of a fresh model, and of what its checkpoint lacks (None) or has in another shape; both empty without one."""
+    """The names of a fresh model, and of what its checkpoint lacks (None) or has in another shape; both empty without
+    one."""
     loaded = load_base(base, device_map="meta", output_loading_info=True)
     if loaded is None:
         return set(), {}

@@ -83,7 +83,8 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def replace_batchnorm(model: nn.Module, groups: int = 32) -> nn.Module:
-    """Put GroupNorm (Wu and He 2018) in place of every BatchNorm, whose statistics mix the examples of a batch; in place.
+    """Put GroupNorm (Wu and He 2018) in place of every BatchNorm, whose statistics mix the examples of a batch; in
+    place.
 
     Scale and shift carry over; running statistics do not, so a pre-trained network needs training to recover. The
     number of groups is the largest divisor of the channels that is at most ``groups``.

@@ -38,7 +38,8 @@ class Lora(Part):
 
     Attributes:
         rank, alpha, dropout: as in PEFT; ``alpha`` is twice the rank unless given.
-        targets: ``"attention"`` for PEFT's default layers of the model type, ``"all-linear"``, or comma-separated names.
+        targets: ``"attention"`` for PEFT's default layers of the model type, ``"all-linear"``, or comma-separated
+            names.
         last_blocks: adapt only the last k blocks (0: all of them).
         dora: with a trained magnitude for each output (Liu et al. 2024).
         rslora: scaled by 1/√rank (Kalajdzievski 2023).
@@ -55,7 +56,8 @@ class Lora(Part):
 
 @dataclass(frozen=True)
 class Tuner(Part):
-    """Any other tuner of PEFT by the name of its type, such as ``ia3`` or ``vera(r=64)``; settings are its configuration's.
+    """Any other tuner of PEFT by the name of its type, such as ``ia3`` or ``vera(r=64)``; settings are its
+    configuration's.
 
     Attributes:
         kind: a ``peft.PeftType`` in lower case.
@@ -130,11 +132,11 @@ class Sparse(Part):
         fraction: this share of the weights, in (0, 1].
         number: so many weights, of each layer or of the model.
         rank: as many as LoRA of this rank has; on linear layers alone the weights are saved as PEFT's SHiRA adapter.
-        choose: by ``"magnitude"`` (the largest of the public model), at ``"random"`` (the control, from ``seed``), or by
-            ``"gradient"``, the largest mean gradient over data declared public.
+        choose: by ``"magnitude"`` (the largest of the public model), at ``"random"`` (the control, from ``seed``), or
+            by ``"gradient"``, the largest mean gradient over data declared public.
         over: ``"layer"`` chooses in each layer, ``"model"`` among all weights together.
-        group: ``"weight"``, or whole ``"rows"`` (output units), ``"columns"`` (input units) or ``"heads"`` (of attention), which
-            are ranked by their norm; ``fraction`` and ``number`` then count groups.
+        group: ``"weight"``, or whole ``"rows"`` (output units), ``"columns"`` (input units) or ``"heads"``
+            (of attention), which are ranked by their norm; ``fraction`` and ``number`` then count groups.
         layers: a shell pattern of weight names, by default every matrix in the blocks. Tied weights are left out.
         seed: of the random choice, which no data enter.
     """

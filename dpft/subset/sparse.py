@@ -1,7 +1,7 @@
 """Single weights as the trainable parameters: a small vector beside a frozen matrix.
 
-A layer's weight becomes ``W + scatter(values, indices)`` through PyTorch's own parametrization, so ``values`` ``(k,)`` is all
-that clipping, noise and the optimizer see, and :func:`fold` makes it a plain weight again.
+A layer's weight becomes ``W + scatter(values, indices)`` through PyTorch's own parametrization, so ``values`` ``(k,)``
+is all that clipping, noise and the optimizer see, and :func:`fold` makes it a plain weight again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -172,7 +172,8 @@ def gradient_scores(
     every = torch.cat([total.flatten() for total in totals.values()]) if totals else torch.zeros(1)
     if not every.isfinite().all() or not every.any():
         raise SubsetError(
-            f"{part} found no usable gradient in {len(examples)} public examples: give public data that the model can learn from."
+            f"{part} found no usable gradient in {len(examples)} public examples: give public data that the model can "
+            "learn from."
         )
     return totals
 

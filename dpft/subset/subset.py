@@ -100,7 +100,8 @@ class Subset:
         for parameter in selected:
             if not parameter.is_floating_point():
                 raise SubsetError(
-                    f"{self} selects a parameter of type {parameter.dtype}, which has no gradient: leave quantized layers out."
+                    f"{self} selects a parameter of type {parameter.dtype}, which has no gradient: leave quantized "
+                    "layers out."
                 )
             parameter.requires_grad_(True)
         return model

@@ -27,8 +27,8 @@ NOISE = 16  # squares of a canary, in each direction
 class ImageClassification(Task):
     """Classify pictures into a declared, public list of labels.
 
-    A picture is a file's path, the bytes of a PNG or JPEG file, ``{bytes, path}`` as of ``datasets``, a picture of Pillow, or a ``data:`` URI. It is
-    decoded when a batch is collated: features hold what the row holds.
+    A picture is a file's path, the bytes of a PNG or JPEG file, ``{bytes, path}`` as of ``datasets``, a picture of
+    Pillow, or a ``data:`` URI. It is decoded when a batch is collated: features hold what the row holds.
 
     Args:
         processor: a Hugging Face image processor; all its pictures must have one shape.
@@ -50,7 +50,7 @@ class ImageClassification(Task):
             None,
             gt=0,
             le=1,
-            description="Crop each picture anew whenever it is drawn, to at least this share of its area; by default not.",
+            description="Crop each picture anew whenever it is drawn, to this share of its area or more; off if unset.",
         )
         flip: bool = Field(False, description="Exchange left and right by a coin whenever a picture is drawn.")
 
@@ -113,7 +113,7 @@ class ImageClassification(Task):
         shapes = {self._pixels(Image.new("RGB", size)).shape for size in ((40, 30), (30, 50))}
         if len(shapes) > 1:
             raise RecipeError(
-                f"{type(self.processor).__name__} makes pictures of {len(shapes)} shapes of pictures of {len(shapes)} shapes, which are no batch: "
+                f"{type(self.processor).__name__} makes pictures of {len(shapes)} shapes, which are no batch: "
                 "give its size a height and a width in preprocessor_config.json, or switch on do_center_crop."
             )
         return tuple(shapes.pop())
@@ -126,7 +126,7 @@ class ImageClassification(Task):
         return {self.image: [noise(random, 24, 16), noise(random, 16, 20)], self.label: self.labels[:2]}
 
     def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
-        """Raises RecipeError: a label is not declared, or a file is no picture; the row is counted among those given."""
+        """Raises RecipeError: a label is not declared, or a file is no picture; the row is counted among these."""
         pictures, values, features = list(rows[self.image]), plain(rows[self.label]), []
         for row, (picture, value) in enumerate(zip(pictures, values, strict=True), 1):
             label = class_number(value, self._index)
@@ -136,8 +136,8 @@ class ImageClassification(Task):
                 opened(picture)
             except (OSError, ValueError, TypeError) as error:
                 raise RecipeError(
-                    f"Row {row:,} of {len(values):,} has no picture that can be opened in column {self.image!r} ({type(error).__name__}): "
-                    "repair the file or remove the row."
+                    f"Row {row:,} of {len(values):,} has no picture that can be opened in column {self.image!r} "
+                    f"({type(error).__name__}): repair the file or remove the row."
                 ) from error
             features.append({"image": picture, "labels": label})
         return features

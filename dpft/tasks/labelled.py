@@ -1,38 +1,78 @@
-"""Data that are tokenized already: the model's batches have ``labels``."""
+"""Data that are tokenized already: what ``transformers.Trainer`` and its subclasses bring along."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
+from transformers import DataCollatorForTokenClassification
 
-from dpft.tasks.head import before_head
-from dpft.tasks.losses import class_losses, token_losses, without_labels
-from dpft.tasks.task import Task
+from dpft.errors import RecipeError
+from dpft.tasks.rules import Rule, likeliest
+from dpft.tasks.task import Features, Task
 
 
 class LabelledTask(Task):
-    """The task of any Hugging Face data set that is already tokenized: features with ``labels`` and a data collator.
+    """The task of any Hugging Face data set that is already tokenized: features with labels, and a data collator.
 
-    Labels of one number per example are classes, labels per token are language modelling. This is what
-    ``SFTTrainer`` and ``Seq2SeqTrainer`` bring along.
+    Which loss it is follows from the model's own, which a session compares on examples (:mod:`dpft.tasks.rules`): one class, several
+    labels, regression, a label for each token at its place or for the next, an encoder-decoder's, CTC, spans. Without a session it
+    follows from the model's class and the labels' shape.
+
+    Args:
+        collator: features to a batch.
+        columns: those that reach the collator; by default all.
+        loss: a function of the user's own, ``(model, batch)`` to ``(B,)``.
+        own: what the user calls it, for messages.
+
+    Attributes:
+        rule: by which losses are computed, once it is known.
     """
 
-    def __init__(self, collator: Callable[[list], Mapping[str, Tensor]]) -> None:
-        self._collator = collator
+    def __init__(
+        self,
+        collator: Callable[[list], Mapping[str, Tensor]],
+        *,
+        columns: Collection[str] | None = None,
+        loss: Rule | None = None,
+        own: str = "loss",
+    ) -> None:
+        self._collator, self._columns = collator, columns
+        self.rule, self.own = loss, (own if loss else None)
 
     def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
-        return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        """Raises RecipeError: no column is left that the model takes."""
+        taken = [column for column in rows if self._columns is None or column in self._columns]
+        if not taken:
+            raise RecipeError(
+                f"The data have the columns {', '.join(rows)}, and the model takes none of them: tokenize the data, or pass a task that does."
+            )
+        columns = [rows[column] for column in taken]
+        return [dict(zip(taken, values, strict=True)) for values in zip(*columns, strict=True)]
 
-    def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, features: Sequence[Features]) -> dict[str, Tensor]:
         return dict(self._collator([dict(feature) for feature in features]))
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        labels = batch["labels"]
-        encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
-        # An encoder-decoder makes its decoder's input from the labels; every other model need not see them.
-        if encoder_decoder:
-            return token_losses(model(**batch).logits, labels, shift=False)
-        if labels.dim() == 1:
-            return class_losses(model(**without_labels(batch)).logits, labels)
-        given, head = before_head(model, without_labels(batch))
-        return token_losses(given, labels, shift=True, head=head)
+        return (self.rule or likeliest(model, batch))(model, batch)
+
+
+class MaskedTask(LabelledTask):
+    """Masked language modelling with masks that a collator draws, such as ``DataCollatorForLanguageModeling``.
+
+    Each draw of an example masks it anew and by itself, from the secret chance of the step.
+    """
+
+    def __init__(self, collator: Any, **more) -> None:
+        super().__init__(collator, **more)
+        self._pad = DataCollatorForTokenClassification(
+            collator.tokenizer, pad_to_multiple_of=getattr(collator, "pad_to_multiple_of", None)
+        )
+
+    def draw(self, features: Features, random: np.random.Generator) -> dict[str, Any]:
+        batch = self._collator([dict(features)])
+        return {name: values[0].tolist() for name, values in batch.items()}
+
+    def collate(self, features: Sequence[Features]) -> dict[str, Tensor]:
+        drawn = all("labels" in feature for feature in features)
+        return dict(self._pad([dict(f) for f in features])) if drawn else super().collate(features)

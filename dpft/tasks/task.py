@@ -55,7 +55,7 @@ class Task(ABC):
         groups: the metric that holds a mapping from a group, such as a class, to its figures.
         adds_layers: whether ``load`` adds layers that the run's seed initialises.
         template: what ``dpft init`` writes for it: ``subset``, and the keys of ``task`` that must be declared.
-        takes_files: whether ``encode`` is given pictures and sounds of ``datasets`` as ``{bytes, path}`` rather than decoded.
+        takes_files: whether ``encode`` is given pictures and sounds of ``datasets`` as ``{bytes, path}``, not decoded.
         has_chance: whether ``draw`` does anything, where the settings decide it.
     """
 
@@ -92,15 +92,15 @@ class Task(ABC):
     def encode(self, rows: Mapping[str, Sequence]) -> Sequence[Features] | Encoded:
         """Columns of some rows to one feature a row, from that row alone; any other number as :class:`Encoded`.
 
-        Features may name a file that ``collate`` decodes; ``size`` must do without. Large or computed rows are encoded anew at each draw, one by
-        one, and nothing of them is kept (:func:`dpft.training.rows.read_when_drawn`).
+        Features may name a file that ``collate`` decodes; ``size`` must do without. Large or computed rows are encoded
+        anew at each draw, one by one, and nothing of them is kept (:func:`dpft.training.rows.read_when_drawn`).
         """
 
     def size(self, features: Features) -> Size:
         """By default what ``length`` says, if there is one, or the largest among the features; for both numbers.
 
-        A sequence counts its length. An array of two and more dimensions counts one for each ``PATCH`` numbers, or its first dimension if that
-        is more: a picture of 3 × 224 × 224 is 196, and 50 frames of 80 numbers are 50.
+        A sequence counts its length. An array of two and more dimensions counts one for each ``PATCH`` numbers, or its
+        first dimension if that is more: a picture of 3 × 224 × 224 is 196, and 50 frames of 80 numbers are 50.
         """
         own = getattr(self, "length", None)
         largest = max(map(_tokens, features.values()), default=1) if own is None else own(features)
@@ -114,9 +114,8 @@ class Task(ABC):
         """
         return features
 
-    unread: ClassVar[Callable | None] = (
-        None  # (self, features) -> the same with stand-ins for what layers read whose output is kept, if reading takes long
-    )
+    # (self, features) -> features for steps in which the output of the layers that read the input is kept
+    unread: ClassVar[Callable | None] = None
 
     @abstractmethod
     def collate(self, features: Sequence[Features]) -> Mapping[str, Tensor]:

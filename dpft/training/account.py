@@ -9,7 +9,7 @@ from dpft.errors import BudgetError, GuaranteeError, LedgerError
 from dpft.ledger import Dataset
 from dpft.privacy.noise import Randomness
 from dpft.privacy.plan import Plan
-from dpft.training.releases import ACCOUNT
+from dpft.runs.folder import RunFolder
 
 BLOCKS = 20  # a run is charged in about so many blocks: what a crash may over-count is one of them
 
@@ -29,7 +29,7 @@ class Account:
             raise GuaranteeError(
                 "Noise from a seed protects nobody, so no ledger can pay for it: train without the ledger, or without the seed."
             )
-        self._path = folder / ACCOUNT
+        self._path = RunFolder(folder).account_file
         self.facts = {"ledger": dataset.ledger.id, "dataset": dataset.name}
         known = self._known(folder) if released else None
         if released and known is None:
@@ -57,7 +57,7 @@ class Account:
     @staticmethod
     def _known(folder: Path) -> dict | None:
         """The account that an earlier start of the run was charged to."""
-        path = folder / ACCOUNT
+        path = RunFolder(folder).account_file
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def charge_block(self) -> None:
@@ -100,5 +100,5 @@ class Account:
 
 def _recipe(folder: Path) -> str:
     """By what the ledger's entry and the run's recipe are matched; empty without a recipe."""
-    path = folder / "recipe.toml"
+    path = RunFolder(folder).recipe_file
     return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" if path.exists() else ""

@@ -1,4 +1,4 @@
-"""What would fail after the first charge is tried before it: the optimizer, the evaluation; and what is not used is refused."""
+"""What would fail after the first charge is tried before it: the optimizer, the evaluation."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -9,47 +9,10 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, get_scheduler
 
-from dpft.errors import DPFTError, GuaranteeError, RecipeError, first_line
+from dpft.errors import DPFTError, RecipeError, first_line
 from dpft.training.batches import Examples
 
-UNUSED = {
-    "compute_loss_func": "pass a task, whose losses are one number for each example",
-    "compute_metrics": "pass a task with an evaluate of its own, or use what evaluate() returns",
-    "preprocess_logits_for_metrics": "pass a task with an evaluate of its own",
-}
-LOSS_OWNERS = (
-    "transformers.",
-    "trl.trainer.sft_trainer",
-)  # whose compute_loss is the loss of the labels, as a task's is
 FEW = 8  # rows of the evaluation data that are tried
-
-
-def refuse_unused(trainer: Trainer) -> None:
-    """Refuse, by name, what a trainer accepts and a private step never calls, or cannot protect.
-
-    Raises:
-        GuaranteeError: a loss or metrics of the user's own would be ignored, or the model would be exchanged.
-    """
-    if trainer.model_init is not None:
-        raise GuaranteeError(
-            "model_init makes another model when training begins, which nothing would clip or noise: pass the model itself."
-        )
-    for name, way_out in UNUSED.items():
-        if getattr(trainer, name, None) is not None:
-            raise GuaranteeError(
-                f"{name} was given and would never be called, so the budget would be spent on another loss or judged by other metrics: {way_out}."
-            )
-    loss_type = getattr(trainer.args, "loss_type", None)
-    if loss_type not in (None, "nll"):
-        raise GuaranteeError(
-            f"loss_type is {loss_type!r}, and a private step computes each example's own 'nll': leave it out, or pass a task with such losses."
-        )
-    owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
-    if not owner.__module__.startswith(LOSS_OWNERS):
-        raise GuaranteeError(
-            f"{owner.__name__} has a compute_loss of its own, which averages over the batch and is never called in a private step: pass a task whose losses "
-            "are one number for each example."
-        )
 
 
 def try_optimizer(make: Callable[[], Optimizer | None]) -> None:
@@ -100,7 +63,7 @@ def copied_optimizer(trainer: Trainer) -> Optimizer | None:
     return optimizer
 
 
-def check_evaluation(session, rows: Any) -> None:
+def check_evaluation(evaluate: Callable[[Any], Any], rows: Any) -> None:
     """Evaluate the first of these rows, or of each data set by name; the figures are forgotten.
 
     Raises:
@@ -111,7 +74,7 @@ def check_evaluation(session, rows: Any) -> None:
         if not some:
             continue
         try:
-            session.evaluate(some)
+            evaluate(some)
         except DPFTError:
             raise
         except Exception as error:  # whatever the model, the collator or the metrics make of them

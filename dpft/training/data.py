@@ -63,8 +63,8 @@ def read_for(task: TaskTable, paths: str | list[str]):
             found = list(column_of(rows, name))
             if len(folders) > 1 and any(map(_is_relative, found)):
                 raise RecipeError(
-                    f"The data files lie in {len(folders):,} folders and name files in column {name!r} from there on, so it is unknown from where: "
-                    "put them in one folder, or write whole paths."
+                    f"The data files lie in {len(folders):,} folders and name files in column {name!r} from there on, "
+                    "so it is unknown from where: put them in one folder, or write whole paths."
                 )
             whole = [str(Path(*folders, path)) if _is_relative(path) else path for path in found]
             order = rows.column_names

@@ -1,8 +1,8 @@
 """While a run trains, the memory that one micro-batch frees waits for the next.
 
-A backward pass frees activations from the top of the heap downwards, and glibc gives the top back to the system once more than a
-threshold is free there: every micro-batch then asks for it again, page by page, each zeroed. How often depends on
-what was allocated before, and no number computed does.
+A backward pass frees activations from the top of the heap downwards, and glibc gives the top back to the system once
+more than a threshold is free there: every micro-batch then asks for it again, page by page, each zeroed. How often
+depends on what was allocated before, and no number computed does.
 """
 
 import ctypes
@@ -21,8 +21,8 @@ CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_",
 def kept_heap() -> Iterator[None]:
     """Keep freed memory while entered, and give all of it back before and afterwards.
 
-    Nothing happens under another C library than glibc, or if the environment tells it what to keep (:data:`CHOSEN`). Afterwards
-    glibc's thresholds are fixed, at what it comes to by itself where tensors are large.
+    Nothing happens under another C library than glibc, or if the environment tells it what to keep (:data:`CHOSEN`).
+    Afterwards glibc's thresholds are fixed, at what it comes to by itself where tensors are large.
     """
     functions = None if any(name in os.environ for name in CHOSEN) else _glibc()
     if functions is None:

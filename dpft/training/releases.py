@@ -4,17 +4,22 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from dpft.errors import GuaranteeError
 from dpft.privacy.noise import Randomness
 from dpft.privacy.plan import Plan
+from dpft.runs.count import Count, Mechanism
+from dpft.runs.folder import ACCOUNT, NUMBERS, RELEASES, RunFolder, step_of
+from dpft.runs.record import read_json
 
-FILE = "releases.json"
-ACCOUNT = "ledger.json"  # which run of the ledger was charged for them
+if TYPE_CHECKING:
+    from dpft.gradients.engine import Engine
 
 
 class Releases:
@@ -26,41 +31,40 @@ class Releases:
     """
 
     def __init__(self, folder: Path | str, plan: Plan, randomness: Randomness) -> None:
-        self.path = Path(folder) / FILE
-        self._mechanism = {
-            "noise_multiplier": plan.noise_multiplier,
-            "sample_rate": plan.sample_rate,
-            "clip": repr(plan.clip),
-            "unit": plan.unit,
-            "adjacency": plan.adjacency,
-            "private_randomness": randomness.private,
-        }
+        self._folder = RunFolder(folder)
+        self.path = self._folder.releases_file
+        (event,) = plan.events(1)
+        self._mechanism = Mechanism(
+            event=event,
+            clip=plan.mechanism.clipping,
+            unit=plan.unit,
+            adjacency=plan.adjacency,
+            private_randomness=randomness.private,
+        )
 
     @property
     def charged(self) -> int:
-        return _read(self.path).get("charged", 0)
+        return Count.read(self.path).charged
 
     def check(self) -> None:
         """Raises GuaranteeError: the releases so far were made under another plan, so one claim cannot cover all."""
-        before = _read(self.path).get("mechanism", self._mechanism)
-        for name, value in self._mechanism.items():
-            if before[name] != value:
-                raise GuaranteeError(
-                    f"The run in {self.path.parent} has released {self.charged:,} steps with {name} = {before[name]}, and now it is "
-                    f"{value}, so one claim would not cover both: resume with the same settings, or start another run."
-                )
+        count = Count.read(self.path)
+        for name, before, now in (count.mechanism or self._mechanism).differences(self._mechanism):
+            raise GuaranteeError(
+                f"The run in {self._folder} has released {count.charged:,} steps with {name} = {before}, and now it is "
+                f"{now}, so one claim would not cover both: resume with the same settings, or start another run."
+            )
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Raises GuaranteeError: another process trains in the folder, and of two that count only one would be counted."""
-        private = self.path.parent / "private"
-        private.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(private / "lock", timeout=0)
+        self._folder.private.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._folder.lock_file, timeout=0)
         try:
             lock.acquire()
         except Timeout:
             raise GuaranteeError(
-                f"Another process trains in {self.path.parent}, and the releases of both would be counted once: wait for it, or choose another folder."
+                f"Another process trains in {self._folder}, and the releases of both would be counted once: wait for it, or choose another folder."
             ) from None
         try:
             yield
@@ -73,23 +77,21 @@ class Releases:
         Raises:
             GuaranteeError: it is another run than the folder's, or its steps were not counted.
         """
-        here, saved = _read(self.path), _read(Path(checkpoint) / FILE)
-        if here and saved and here.get("run") != saved.get("run"):
+        here, saved = Count.read(self.path), Count.read(Path(checkpoint) / RELEASES)
+        if here.mechanism and saved.mechanism and here.run != saved.run:
             raise GuaranteeError(
-                f"{checkpoint} is of another run than the one in {self.path.parent}, and one claim would not cover both: resume it in a folder of its own."
+                f"{checkpoint} is of another run than the one in {self._folder}, and one claim would not cover both: resume it in a folder of its own."
             )
-        step = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-        counted = max(here.get("charged", 0), saved.get("charged", 0))
+        step, counted = step_of(checkpoint), max(here.charged, saved.charged)
         if counted < step:
             raise GuaranteeError(
                 f"{checkpoint} was made at step {step:,}, and only {counted:,} releases were counted, so its claim would leave some out: resume in the "
-                f"folder that it was made in, or copy that folder's {FILE} beside it."
+                f"folder that it was made in, or copy that folder's {RELEASES} beside it."
             )
-        if counted > here.get("charged", 0):
-            self._write({**(here or saved), "charged": counted})
-        account = self.path.with_name(ACCOUNT)
-        if not account.exists():
-            _copy(Path(checkpoint) / ACCOUNT, account)
+        if counted > here.charged:
+            self._write(replace(here if here.mechanism else saved, charged=counted))
+        if not self._folder.account_file.exists():
+            _copy(Path(checkpoint) / ACCOUNT, self._folder.account_file)
 
     def charge(self, number: int) -> None:
         """Count release ``number``, the next one.
@@ -97,25 +99,33 @@ class Releases:
         Raises:
             GuaranteeError: another was to come, so somebody else counts here too.
         """
-        known = _read(self.path)
-        if number != known.get("charged", 0) + 1:
+        known = Count.read(self.path)
+        if number != known.charged + 1:
             raise GuaranteeError(
-                f"Release {number:,} was to be counted in {self.path.parent}, where {known.get('charged', 0):,} were counted, so two runs count in one "
+                f"Release {number:,} was to be counted in {self._folder}, where {known.charged:,} were counted, so two runs count in one "
                 "folder: give each its own."
             )
-        self._write({"run": known.get("run") or token_hex(8), "charged": number, "mechanism": self._mechanism})
+        self._write(Count(number, known.run or token_hex(8), self._mechanism))
 
-    def save(self, checkpoint: Path) -> None:
-        """A copy for a checkpoint, with the account that was charged."""
-        for name in (FILE, ACCOUNT):
-            _copy(self.path.with_name(name), checkpoint / name)
+    def save(self, checkpoint: Path, engine: "Engine | None" = None) -> None:
+        """A copy for a checkpoint, with the account that was charged, and the released numbers that the engine's next step needs."""
+        for file in (self.path, self._folder.account_file):
+            _copy(file, checkpoint / file.name)
+        if engine is not None and engine.released_numbers:
+            (checkpoint / NUMBERS).write_text(json.dumps(engine.released_numbers), encoding="utf-8")
 
-    def _write(self, facts: dict) -> None:
+    def take_up_numbers(self, checkpoint: Path | str, engine: "Engine | None") -> None:
+        """Raises GuaranteeError: the engine's next step needs a number that the checkpoint does not hold."""
+        file = Path(checkpoint) / NUMBERS
+        if engine is not None:
+            engine.take_up(read_json(file) if file.exists() else {})
+
+    def _write(self, count: Count) -> None:
         """The file, its name and its content are on disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(facts, file)
+            json.dump(count.to_dict(), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
@@ -125,10 +135,6 @@ class Releases:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _copy(source: Path, target: Path) -> None:

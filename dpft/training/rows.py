@@ -1,7 +1,7 @@
 """Rows that are read when they are drawn, and rows that are encoded once.
 
-Token ids are small and take long to make: they are made once and kept. Pictures are large, and a transform may crop them at random: what they
-become is made when it is drawn, and forgotten after the micro-batch.
+Token ids are small and take long to make: they are made once and kept. Pictures are large, and a transform may crop
+them at random: what they become is made when it is drawn, and forgotten after the micro-batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +15,9 @@ from dpft.errors import RecipeError
 def read_when_drawn(rows: Any) -> bool:
     """Whether rows are read whenever they are drawn, rather than encoded once.
 
-    They are if reading computes something, as in a ``datasets.Dataset`` with a transform or in a data set of torch, and if cells are large: a
-    column of pictures, sounds, videos, bytes or arrays of two and more dimensions. Lists of rows are in memory already.
+    They are if reading computes something, as in a ``datasets.Dataset`` with a transform or in a data set of torch,
+    and if cells are large: a column of pictures, sounds, videos, bytes or arrays of two and more dimensions. Lists of
+    rows are in memory already.
     """
     if isinstance(rows, (list, tuple)):
         return False
@@ -29,7 +30,7 @@ def may_vary(rows: Any) -> bool:
 
 
 def as_stored(rows: Any) -> Any:
-    """Rows of ``datasets`` without transform, and with files as ``{bytes, path}`` rather than decoded; other rows as they are."""
+    """Rows of ``datasets`` without transform, and with files as ``{bytes, path}``, not decoded; others as they are."""
     import datasets
 
     if not isinstance(rows, datasets.Dataset):
@@ -38,7 +39,7 @@ def as_stored(rows: Any) -> Any:
 
 
 def files_undecoded(rows: Any) -> Any:
-    """The same without decoding pictures, sounds and videos; a transform, which may need them, keeps what it is given."""
+    """The same without decoding pictures, sounds and videos; a transform is given what it was given before."""
     import datasets
 
     if not isinstance(rows, datasets.Dataset) or _computed(rows):
@@ -72,8 +73,8 @@ class WhenDrawn(Sequence):
         features = self._make(place)
         if part >= len(features):
             raise RecipeError(
-                f"The data's row {place + 1:,} made {part + 1:,} or more features when it was counted and {len(features):,} now, so it is unknown what "
-                "is drawn: let its number of features not depend on chance."
+                f"The data's row {place + 1:,} made {part + 1:,} or more features when it was counted and "
+                f"{len(features):,} now, so nobody knows what is drawn: let its number of features depend on no chance."
             )
         return features[part]
 

@@ -1,17 +1,8 @@
-"""One run: from a recipe to a folder that can be signed, published in part, and re-read.
+"""One run: from a recipe to a folder that can be signed, published in part, and re-read (:mod:`dpft.runs.folder` names its files)."""
 
-DIR/recipe.toml       the recipe as resolved                        public
-DIR/run.json          guarantee, events, versions                   public: dpft.training.published lists all of it
-DIR/releases.json     how many releases were charged                public
-DIR/weights/          the adapter or the model                      public: what the guarantee is for
-DIR/card.md, .html    the privacy card                              public
-DIR/private/          un-noised metrics, times, techniques          PRIVATE: never publish
-"""
-
-import json
 import math
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,9 +12,10 @@ from dpft.errors import BudgetError, RecipeError, first_line
 from dpft.privacy.noise import Randomness
 from dpft.privacy.plan import Plan
 from dpft.recipe import ModelTable, Recipe, expand
+from dpft.runs.folder import RunFolder, today
+from dpft.runs.record import AccountFacts, ClipFacts, MechanismFacts, RunRecord
 from dpft.training.data import load, load_public
 from dpft.training.positions import fit
-from dpft.training.published import PRIVATE, published, round_dates, today
 
 PACKAGES = ("dpft", "torch", "opacus", "transformers", "peft", "dp-accounting", "numpy", "datasets")
 
@@ -198,13 +190,14 @@ def train(
         DPFTError: see :mod:`dpft.errors`; nothing is charged by an error before the first step.
     """
     output = Path(output)
-    if (output / "releases.json").exists() and not resume:
+    folder = RunFolder(output)
+    if folder.releases_file.exists() and not resume:
         raise RecipeError(f"{output} holds a run already: choose another folder, or resume that run.")
-    if resume and not (output / "releases.json").exists():
+    if resume and not folder.releases_file.exists():
         raise RecipeError(
             f"{output} holds no run that has released anything, so there is nothing to resume: start it without --resume."
         )
-    checkpoint = last_checkpoint(output) if resume else None
+    checkpoint = folder.last_checkpoint() if resume else None
     plan = plan or recipe.plan()
     setup = setup or set_up(recipe)
     from dpft.training.saving import Saving
@@ -216,19 +209,19 @@ def train(
     saving = Saving(recipe, setup.task, lambda other: load_model(other)[1])
     if before < plan.steps:
         saving.try_it(setup.model, output)
-    (output / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    folder.write_recipe(recipe)
     started = datetime.now(UTC)
     interrupted = False
     try:
-        if before >= trainer.session.plan.steps and not _saved(output, before):
+        if before >= trainer.session.plan.steps and not _saved(folder, before):
             if checkpoint is None:
                 raise BudgetError(
                     f"All {before:,} steps of the run in {output} were released and no weights of them were saved, so nothing is left to go on with: "
                     "start another run; runs keep checkpoints if run.save_steps is set."
                 )
-            trainer.load(checkpoint)  # all was released, and then it was killed before it had saved that
+            trainer.load(str(checkpoint))  # all was released, and then it was killed before it had saved that
         else:
-            trainer.train(resume_from_checkpoint=checkpoint, from_start=resume)
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint), from_start=resume)
     except KeyboardInterrupt:
         if (
             trainer.session.releases.charged == before
@@ -244,121 +237,90 @@ def train(
     try:
         metrics = trainer.evaluate() if evaluate and setup.validation is not None else None
     finally:  # what was paid for is kept, whatever happens to its evaluation
-        loading, expected = saving.save(setup.model, output / "weights")
-        write(output, recipe, trainer, loading, metrics, interrupted)
-        _write_private(output, trainer, started)
+        loading, expected = saving.save(setup.model, folder.weights)
+        write(folder, recipe, trainer, loading, metrics, interrupted)
+        _write_private(folder, trainer, started)
         write_card(output)
-        round_dates(output)
-    saving.check(output / "weights", loading, expected)
+        folder.round_dates()
+    saving.check(folder.weights, loading, expected)
     return output
 
 
-def go_on_unless_interrupted(folder: Path) -> None:
+def go_on_unless_interrupted(output: Path | str) -> None:
     """Raises KeyboardInterrupt: the interrupt key ended this run, so what was to come after it is not wanted either."""
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    if record["interrupted"] and not record["halted"]:
+    record = RunFolder(output).record()
+    if record.interrupted and not record.halted:
         raise KeyboardInterrupt
 
 
-def last_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint that was written to its end."""
-    whole = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
-
-
-def _saved(output: Path, released: int) -> bool:
+def _saved(folder: RunFolder, released: int) -> bool:
     """Whether the folder's weights are those after all that was released."""
-    path = output / "run.json"
-    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["released_steps"] >= released
+    return folder.finished and folder.record().released_steps >= released
 
 
-def write(output: Path, recipe: Recipe, trainer, loading: str, metrics: dict | None, interrupted: bool) -> None:
+def write(folder: RunFolder, recipe: Recipe, trainer, loading: str, metrics: dict | None, interrupted: bool) -> None:
     """The run's record. Un-noised metrics go to ``private/`` unless the validation data are public."""
-    plan, engine = trainer.session.plan, trainer.session.engine
+    plan, released = trainer.session.plan, trainer.session.engine.steps_released
+    private = trainer.session.engine.randomness.private and plan.noise_multiplier > 0
     public = recipe.data.validation_is_public
-    record = {
-        "guarantee": trainer.guarantee,
-        "private": engine.randomness.private and plan.noise_multiplier > 0,
-        "epsilon": plan.epsilon_after(engine.steps_released)
-        if engine.randomness.private and plan.noise_multiplier > 0
-        else None,
-        "epsilon_rdp": plan.epsilon_rdp
-        if engine.randomness.private and plan.noise_multiplier > 0 and math.isfinite(plan.epsilon_rdp)
-        else None,
-        "delta": plan.delta,
-        "unit": plan.unit,
-        "units": plan.units,
-        "examples_per_unit": plan.examples_per_unit,
-        "adjacency": plan.adjacency,
-        "events": [
-            {
-                "event": "poisson_sampled_gaussian",
-                "noise_multiplier": plan.noise_multiplier,
-                "sample_rate": plan.sample_rate,
-                "count": engine.steps_released,
-            }
-        ],
-        "planned_steps": plan.steps,
-        "released_steps": engine.steps_released,
-        "interrupted": interrupted,
-        "halted": trainer.session.halted,
-        "ledger": _account(trainer),
-        "expected_batch_size": plan.expected_batch_size,
-        "clip": {"rule": type(plan.clip).__name__, "clip_norm": plan.clip.sensitivity},
-        "subset": recipe.subset,
-        "trainable_parameters": trainer.session.preflight.trainable_parameters if trainer.session.preflight else None,
-        "all_parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "weights": loading,
-        "metrics": {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        if metrics and public
-        else None,
-        "metrics_are_private": metrics is not None and not public,
-        "date": today(),
-        "versions": versions(),
-    }
-    (output / "run.json").write_text(json.dumps(published(record), indent=2), encoding="utf-8")
-    if metrics is not None and not public:
-        folder = output / PRIVATE
-        folder.mkdir(exist_ok=True)
-        text = {
-            "notice": "PRIVATE: computed from data without noise; the guarantee does not cover it.",
-            **{k.removeprefix("eval_"): v for k, v in metrics.items()},
-        }
-        (folder / "metrics.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
+    found = None if metrics is None else {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    record = RunRecord(
+        guarantee=trainer.guarantee,
+        private=private,
+        epsilon=plan.epsilon_after(released) if private else None,
+        epsilon_rdp=plan.epsilon_rdp if private and math.isfinite(plan.epsilon_rdp) else None,
+        delta=plan.delta,
+        unit=plan.unit,
+        units=plan.units,
+        examples_per_unit=plan.examples_per_unit,
+        adjacency=plan.adjacency,
+        events=plan.events(released),
+        planned_steps=plan.steps,
+        released_steps=released,
+        interrupted=interrupted,
+        halted=trainer.session.halted,
+        ledger=_account(trainer),
+        expected_batch_size=plan.expected_batch_size,
+        mechanism=MechanismFacts(**asdict(plan.mechanism.describe(released))),
+        clip=ClipFacts(rule=type(plan.clip).__name__, clip_norm=plan.clip.sensitivity),
+        subset=recipe.subset,
+        trainable_parameters=trainer.session.preflight.trainable_parameters if trainer.session.preflight else None,
+        all_parameters=sum(p.numel() for p in trainer.model.parameters()),
+        weights=loading,
+        metrics=(found or None) if public else None,
+        metrics_are_private=found is not None and not public,
+        date=today(),
+        versions=versions(),
+    )
+    folder.write_record(record)
+    if found is not None and not public:
+        folder.write_private(folder.metrics_file, found)
 
 
-def _write_private(output: Path, trainer, started: datetime) -> None:
+def _write_private(folder: RunFolder, trainer, started: datetime) -> None:
     """What follows the data: times, techniques, the layer that was kept, how many rows the account knew."""
     facts = {
-        "notice": "PRIVATE: these follow the data; the guarantee does not cover them.",
         "techniques": trainer.session.preflight.techniques if trainer.session.preflight else None,
         "frozen_prefix": trainer.session.prefix.name if trainer.session.prefix else None,
         "overlap": trainer.session.account.overlap if trainer.session.account else None,
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    (output / PRIVATE).mkdir(exist_ok=True)
-    (output / PRIVATE / "run.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    notice = "PRIVATE: these follow the data; the guarantee does not cover them."
+    folder.write_private(folder.facts_file, facts, notice)
 
 
-def _account(trainer) -> dict | None:
+def _account(trainer) -> AccountFacts | None:
     """Where the run was charged, and what its data set had spent when it ended."""
     if trainer.session.account is None:
         return None
     dataset = trainer.session.account.dataset
-    policy = dataset.policy
-    found = {**trainer.session.account.facts, "budget": policy["epsilon"], "delta": policy["delta"]}
-    return found | {"spent": dataset.spent(), "runs": len(dataset.record.runs)}
-
-
-def read_metrics(folder: Path | str) -> dict | None:
-    """The run's metrics, wherever they are kept; for the eyes of whoever may see the data."""
-    folder = Path(folder)
-    private = folder / "private" / "metrics.json"
-    return (
-        json.loads(private.read_text(encoding="utf-8"))
-        if private.exists()
-        else json.loads((folder / "run.json").read_text(encoding="utf-8"))["metrics"]
+    return AccountFacts(
+        **trainer.session.account.facts,
+        budget=dataset.policy["epsilon"],
+        delta=dataset.policy["delta"],
+        spent=dataset.spent(),
+        runs=len(dataset.record.runs),
     )
 
 

@@ -21,6 +21,7 @@ from dpft.gradients.side_effects import FrozenState
 from dpft.ledger import Dataset
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.privacy.plan import Plan
+from dpft.runs.folder import STATE, RunFolder
 from dpft.tasks.own_loss import check_own_loss
 from dpft.tasks.task import Task
 from dpft.training.account import Account
@@ -34,7 +35,6 @@ from dpft.training.speed import kept_prefix, timed_budget
 from dpft.training.tuning import Budget, free_memory, workspace
 
 TRAINABLE = "trainable.safetensors"  # in a checkpoint: the whole subset
-STATE = "trainer_state.json"  # in a checkpoint, and the last file of it: the steps that its weights are after
 TOKEN_BUDGET = 1024  # padded tokens of a micro-batch until a better budget is known
 
 
@@ -282,6 +282,7 @@ class Session:
         with torch.no_grad():
             for name, parameter in trainable(self.model):
                 parameter.copy_(saved[name])
+        self.releases.take_up_numbers(folder, self.engine)
         if optimizer is not None:
             optimizer.load_state_dict(torch.load(Path(folder) / "optimizer.pt", weights_only=True))
 
@@ -290,7 +291,7 @@ class Session:
         self.check_frozen()
         save_file({name: p.detach().contiguous() for name, p in trainable(self.model)}, folder / TRAINABLE)
         if folder != self.folder:
-            self.releases.save(folder)
+            self.releases.save(folder, self.engine)
 
     # -- what the session's parts ask of it -------------------------------------------------------------------------------
 
@@ -337,7 +338,7 @@ class Session:
 
     def _preflight(self) -> Preflight:
         """The proof, or what an earlier start of this very run found; it is the same for the same model and versions."""
-        path = self.folder / "private" / "preflight.json"  # its errors are numbers made from the data
+        path = RunFolder(self.folder).preflight_file  # its errors are numbers made from the data
         mixed = self.options.autocast is not None
         key = fingerprint(self.model, self.task, mixed, int(self.examples.lengths.max()))
         try:

@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from dpft.errors import RecipeError
+from dpft.runs.folder import RunFolder
 from dpft.training.batches import EVALUATION_TOKENS
 from dpft.training.prefix import WORTH, FrozenPrefix
 from dpft.training.tuning import Budget, fastest_budget
@@ -29,7 +30,7 @@ def kept_prefix(session) -> FrozenPrefix | None:
     if uses < WORTH and not asked:
         return None
     prefix = FrozenPrefix.find(session.model, session.losses, session.collated(examples.spread()))
-    folder = session.folder / "private"
+    folder = RunFolder(session.folder).private
     folder.mkdir(parents=True, exist_ok=True)
     if asked and prefix is None:
         raise RecipeError(

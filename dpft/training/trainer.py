@@ -1,34 +1,34 @@
 """DPTrainer: ``transformers.Trainer`` whose every step is one release of a :class:`dpft.Session`."""
 
 import math
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from dpft.errors import GuaranteeError, RecipeError
+from dpft.errors import GuaranteeError
 from dpft.privacy.plan import Plan
-from dpft.tasks import LabelledTask, Task
-from dpft.training.arguments import check_arguments
+from dpft.tasks import Task
+from dpft.training.arguments import check_arguments, warn_of_ignored
 from dpft.training.batches import LogicalBatch, LogicalBatches
-from dpft.training.checks import check_evaluation, copied_optimizer, refuse_unused, try_optimizer
+from dpft.training.checks import check_evaluation, copied_optimizer, try_optimizer
+from dpft.training.defaults import default_task, refuse_data, refuse_unused
+from dpft.training.evaluation import Evaluation
 from dpft.training.session import Session
 
-PUBLIC_LOGS = ("epoch", "step", "learning_rate", "epsilon")  # and figures on evaluation data that are declared public
 OPTIONS = ("randomness", "token_budget", "memory", "frozen_prefix", "ledger", "purpose", "account_rows")
 
 
-class DPTrainerMixin:
+class DPTrainerMixin(Evaluation):
     """Mix into :class:`transformers.Trainer` or a subclass (``Seq2SeqTrainer``, TRL's ``SFTTrainer``): put it first.
 
     Keyword arguments beside the trainer's own:
         plan: the privacy plan; its ``steps`` are the trainer's steps, its ``unit`` the column that names a row's unit.
-        task: per-example losses and collation; by default made of the trainer's data collator and ``labels``.
+        task: per-example losses, collation and metrics; by default the model's own loss, the trainer's data collator, ``compute_metrics``, and a
+            ``compute_loss`` or ``compute_loss_func`` of the user's own, which returns ``(B,)`` losses.
         evaluation_is_public: whether metrics on ``eval_dataset`` may be logged. If not, :meth:`evaluate` returns them
             to its caller and nothing else sees them.
         randomness, token_budget, memory, frozen_prefix, ledger, purpose, account_rows: see :class:`dpft.SessionOptions`.
@@ -49,16 +49,24 @@ class DPTrainerMixin:
         arguments = kwargs.get("args") or next((a for a in args if isinstance(a, TrainingArguments)), None)
         if arguments is not None:
             check_arguments(arguments, plan, evaluation_is_public)
+        refuse_data(kwargs.get("train_dataset"))
         super().__init__(*args, **kwargs)
         check_arguments(self.args, plan, evaluation_is_public)
-        refuse_unused(self)
+        warn_of_ignored(self.args)
+        self.has_task = task is not None
+        if self.has_task:
+            refuse_unused(self)
+        if self.model_init is not None:
+            raise GuaranteeError(
+                "model_init makes another model when training begins, which nothing would clip or noise: pass the model itself."
+            )
         self.args.max_steps = plan.steps
         self.args.max_grad_norm = 0.0
         self.args.ignore_data_skip = True  # a resumed run draws afresh: replaying old draws would need a stored seed
         self.session = Session(
             self.model,
             plan,
-            task or LabelledTask(self.data_collator),
+            task if self.has_task else default_task(self, plan.unit),
             self.train_dataset,
             self.args.output_dir,
             autocast=self.compute_loss_context_manager if self.args.bf16 else None,
@@ -91,14 +99,14 @@ class DPTrainerMixin:
         last = resume_from_checkpoint is True
         checkpoint = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
         checks = [
-            partial(check_evaluation, self.session, self.eval_dataset),
+            partial(check_evaluation, self.measured, self.eval_dataset),
             partial(try_optimizer, partial(copied_optimizer, self)),
         ]
         self.session.take_rows(self.train_dataset)  # which a user may have set
         with self.session.open(checkpoint, from_start=from_start, checks=checks):
             self.session.pay()
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        return output._replace(training_loss=math.nan, metrics=self._shown(output.metrics))
+        return output._replace(training_loss=math.nan, metrics=self.shown(output.metrics))
 
     def get_train_dataloader(self) -> LogicalBatches:
         return self.session.batches()
@@ -139,27 +147,14 @@ class DPTrainerMixin:
 
     def load(self, checkpoint: str) -> None:
         """Take up a checkpoint's weights after all of the plan was released; the claim is for all of it."""
-        self._load_from_checkpoint(checkpoint)
         self.session.take_up_finished()
+        self._load_from_checkpoint(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.session.load_checkpoint(resume_from_checkpoint)
 
-    # -- what is shown -------------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log ε spent instead of the training loss; times and memory, too, would follow the true batch sizes."""
-        super().log(self._shown(logs), *args, **kwargs)
-
-    def _shown(self, logs: dict[str, float]) -> dict[str, float]:
-        """What of the logs is computed from the plan, from released weights, or from data declared public."""
-        public = (*PUBLIC_LOGS, *(name for name in logs if name.startswith("eval_") and self.evaluation_is_public))
-        logs = {name: value for name, value in logs.items() if name in public}
-        engine = self.session.engine
-        if engine is not None and engine.steps_released and engine.randomness.private:
-            logs["epsilon"] = engine.plan.epsilon_after(engine.steps_released, exact=False)
-        return logs
+    # -- what would tell of the data ----------------------------------------------------------------------------------
 
     def floating_point_ops(self, inputs) -> int:
         """Zero: the count would give away the true batch sizes."""
@@ -168,20 +163,6 @@ class DPTrainerMixin:
     def _get_num_items_in_batch(self, *args) -> None: ...
 
     def _get_grad_norm(self, model, grad_norm=None) -> None: ...
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, Any]:
-        """The task's metrics on ``eval_dataset``, or on each of several by name, un-noised: logged only if ``evaluation_is_public``."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(rows, Mapping):
-            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in rows.items()]
-            return {name: value for found in parts for name, value in found.items()}
-        if rows is None:
-            raise RecipeError("There is no eval_dataset to evaluate on: pass one.")
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.session.evaluate(rows).items()}
-        if self.evaluation_is_public:
-            self.log({name: value for name, value in metrics.items() if isinstance(value, (int, float))})
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
 
 class DPTrainer(DPTrainerMixin, Trainer):

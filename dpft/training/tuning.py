@@ -1,7 +1,8 @@
-"""How many tokens a micro-batch should hold: timed on the machine at hand, because the cut changes speed and memory alone.
+"""How many tokens a micro-batch should hold: timed on the machine at hand, because the cut changes speed and memory
+alone.
 
-On two CPU cores one example of 128 tokens is as fast as any batch of them and needs the least memory; short examples are
-faster together; a GPU wants as much as its memory holds.
+On two CPU cores one example of 128 tokens is as fast as any batch of them and needs the least memory; short examples
+are faster together; a GPU wants as much as its memory holds.
 """
 
 import time
@@ -44,8 +45,7 @@ def fastest_budget(
 ) -> Budget:
     """The smallest token budget that is within 5 % of the fastest that fits.
 
-    One example is tried first. What it keeps tells how many fit, so that no micro-batch is tried that would take more than ``memory``; but for
-    one example, which must be.
+    One example is tried first, whatever it takes. What it keeps tells how many fit ``memory``: no more are tried.
 
     Args:
         losses: ``losses(n)``, ``(n,)``, of n equal examples of ``tokens`` tokens.
@@ -100,7 +100,8 @@ def fastest_budget(
 
 
 def _overhead(each: dict[int, float], tokens: int) -> float:
-    """From seconds for each example, by the examples of a micro-batch: seconds = overhead + slope · tokens, by least squares.
+    """From seconds for each example, by the examples of a micro-batch: seconds = overhead + slope · tokens, by least
+    squares.
 
     Relative errors are alike, so each equation is divided by its left side.
     """
@@ -119,7 +120,8 @@ def workspace(device: torch.device, memory: int) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may be used: four fifths of what the GPU, or half of what the machine, has free. Never raises without a GPU."""
+    """Bytes that may be used: four fifths of what the GPU, or half of what the machine, has free. Never raises without
+    a GPU."""
     if device.type == "cuda":
         return int(0.8 * torch.cuda.mem_get_info(device)[0])
     try:

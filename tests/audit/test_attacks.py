@@ -7,7 +7,9 @@ from dpft.audit.exposure import describe as describe_exposure
 from dpft.audit.game import audit_run
 from dpft.audit.membership import _allowed, audit_membership, describe
 from dpft.errors import RecipeError
+from dpft.privacy.events import Event
 from dpft.recipe import Recipe
+from dpft.runs.record import ClipFacts, RunRecord
 from tests.support.recipes import language_in
 
 
@@ -47,10 +49,22 @@ def test_detection_is_shown_beside_what_the_guarantee_allows(runs, tmp_path):
 
 def test_what_a_persons_guarantee_allows_is_not_said_of_one_of_their_rows():
     """One release at σ = 2 of all units: Φ(Φ⁻¹(0.01) + 1/2) = 3.4 % for a row that is a unit, and no figure for a part of one."""
-    event = {"noise_multiplier": 2.0, "sample_rate": 1.0, "count": 1}
-    run = {"private": True, "released_steps": 1, "unit": "example", "events": [event], "adjacency": "add-or-remove-one"}
-    assert _allowed(run)[1] == pytest.approx(0.034, abs=1e-3)
-    assert _allowed({**run, "unit": "patient_id"}) == [None, None]
+    facts = {
+        "guarantee": "",
+        "private": True,
+        "delta": 1e-5,
+        "units": 100,
+        "adjacency": "add-or-remove-one",
+        "subset": "all",
+    }
+    facts |= {
+        "events": (Event(1, 2.0, 1.0),),
+        "planned_steps": 1,
+        "released_steps": 1,
+        "clip": ClipFacts(rule="", clip_norm=1.0),
+    }
+    assert _allowed(RunRecord(unit="example", **facts))[1] == pytest.approx(0.034, abs=1e-3)
+    assert _allowed(RunRecord(unit="patient_id", **facts)) == [None, None]
 
 
 def test_a_folder_that_is_no_run_needs_a_recipe(runs, tmp_path):

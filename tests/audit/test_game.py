@@ -11,7 +11,7 @@ from dpft.audit.game import audit_command, audit_run
 from dpft.audit.report import describe
 from dpft.errors import PlanError, RecipeError
 from dpft.ledger import Ledger
-from dpft.privacy.plan import Plan
+from dpft.privacy.mechanisms import Mechanism
 from dpft.recipe import Recipe
 from dpft.training.run import train
 
@@ -43,8 +43,8 @@ def test_a_private_training_is_not_accused_and_a_plain_one_is_seen_through(heart
 
 def test_noise_that_is_not_there_is_a_violation(heart, tmp_path, monkeypatch):
     """T6, T7 from outside: the claim is as ever, and the noise is a thousandth of it."""
-    true = Plan.noise_std
-    monkeypatch.setattr(Plan, "noise_std", property(lambda self: true.fget(self) / 1000))
+    true = Mechanism.noise_std
+    monkeypatch.setattr(Mechanism, "noise_std", lambda self, clip: true(self, clip) / 1000)
     heart["privacy"]["epsilon"] = 0.5
     found = audit_run(Recipe.parse(heart), tmp_path / "run", canaries=100)
     assert found.verdict == "VIOLATION" and found.epsilon_lower_bound > 0.5 and found.canary == "random-tokens"

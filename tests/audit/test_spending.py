@@ -36,7 +36,7 @@ def test_an_honest_run_is_consistent(folder):
         ("run.json", ("delta",), 0.5, "permits publishing one of them whole"),
         ("run.json", ("released_steps",), 5, "count 4 releases, and it made 5"),
         ("run.json", ("events", 0, "noise_multiplier"), 9.0, "its events say otherwise"),
-        ("run.json", ("events", 0, "event"), "shuffled_gaussian", "is not what was executed"),
+        ("run.json", ("events", 0, "kind"), "shuffled_gaussian", "is not what was executed"),
         ("run.json", ("versions", "dp-accounting"), "0.3.1", "0.4 is needed"),
         ("run.json", ("versions", "dp-accounting"), "not installed", "0.4 is needed"),
         ("releases.json", ("mechanism", "adjacency"), "replace-one", "adjacency was replace-one"),

@@ -59,7 +59,7 @@ def test_a_path_that_cannot_be_used_is_one_sentence(arguments, said, in_folder):
 @pytest.mark.parametrize(
     ("error", "said", "code"),
     [
-        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), "runs/x cannot be read or written (Permission", 1),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), "runs/x cannot be read or written (Perm", 1),
         (OSError(errno.ENOSPC, "No space left on device"), "A file cannot be read or written (No space left on", 1),
         (OSError(errno.EROFS, "Read-only file system", "x"), "choose another path", 1),
         (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "free space", 1),

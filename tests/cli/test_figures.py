@@ -12,7 +12,8 @@ from dpft import sweep
 from dpft.cli import main
 from dpft.cli.progress import _Callback
 from dpft.cli.train import NON_PRIVATE, _show_run
-from dpft.privacy.accounting import epsilon, poisson_gaussian
+from dpft.privacy.accounting import epsilon
+from dpft.privacy.events import Event
 from dpft.recipe import Recipe
 from dpft.sweep import Row
 
@@ -31,7 +32,7 @@ def test_the_bar_shows_no_less_than_was_spent(plan, sigma, least):
     bar.watch(SimpleNamespace(plan=private, randomness=SimpleNamespace(private=True)))
     for done in (1, 7, 40):
         shown = float(bar._spent(done).removeprefix("ε ≤ "))
-        assert shown >= epsilon(poisson_gaussian(sigma, 0.5, done), private.delta) and shown > least
+        assert shown >= epsilon(Event(done, sigma, 0.5).dp_event, private.delta) and shown > least
 
 
 @pytest.fixture

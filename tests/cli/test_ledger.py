@@ -99,7 +99,8 @@ def test_a_changed_copy_is_warned_about(tmp_path):
 def test_the_dashboard_in_a_browser(tmp_path, width):
     run("dpft ledger create 'notes <of> 2026' --epsilon 4 --delta 1e-4 --data notes.csv")
     run(
-        "dpft ledger spend 'notes <of> 2026' --noise-multiplier 1 --sample-rate 0.01 --steps 100 --purpose '<b>counts</b>'"
+        "dpft ledger spend 'notes <of> 2026' --noise-multiplier 1 --sample-rate 0.01 --steps 100 --purpose "
+        "'<b>counts</b>'"
     )
     spent = json.loads(run("dpft ledger list --json").stdout)["datasets"][0]["spent"]
     assert run("dpft ledger dashboard --output ledger.html").exit_code == 0

@@ -1,4 +1,5 @@
-"""Output reaches pipes that cannot encode ε, as on Windows: nothing ends in a traceback, and every word stays readable."""
+"""Output reaches pipes that cannot encode ε, as on Windows: nothing ends in a traceback, and every word stays
+readable."""
 
 import io
 import json
@@ -54,7 +55,8 @@ def test_errors_and_names_from_other_alphabets_are_printed_too(in_folder):
     result = run("report", "żółw-病院")
     assert result.exit_code == 1 and result.exception.code == 1
     assert result.stderr == (
-        "Error: zó\\u0142w-\\u75c5\\u9662 holds no finished run (no run.json): give the folder that `dpft train --output` made.\n"
+        "Error: zó\\u0142w-\\u75c5\\u9662 holds no finished run (no run.json): give the folder that `dpft train "
+        "--output` made.\n"
     )
 
 

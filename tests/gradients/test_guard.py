@@ -232,7 +232,8 @@ def test_nothing_is_claimed_before_the_proof(model):
 
 
 def test_every_steps_dropout_is_secret_and_its_own(model):
-    """T20: under a published seed a unit that leaves gives all others other masks, and the sum moves by many times the clip."""
+    """T20: under a published seed a unit that leaves gives all others other masks, and the sum moves by many times the
+    clip."""
     drop, masks = nn.Dropout(0.5), []
     for _ in range(2):
         torch.manual_seed(42)

@@ -1,4 +1,5 @@
-"""T21, T11: units are added up in float64, each rounded by itself alone, and noise is added before anything is rounded."""
+"""T21, T11: units are added up in float64, each rounded by itself alone, and noise is added before anything is
+rounded."""
 
 import numpy as np
 import pytest
@@ -105,7 +106,8 @@ def test_what_is_released_is_the_noisy_mean_rounded_once(units):
 
 
 def test_ten_thousand_units_of_a_real_shape_differ_by_their_own_clipped_gradient(case):
-    """A whole model, in micro-batches of any cut: the unit that leaves takes its own part along, and others stay where they were."""
+    """A whole model, in micro-batches of any cut: the unit that leaves takes its own part along, and others stay where
+    they were."""
     made = case("gpt2", tuner="lora")
     examples = (made.examples * 40)[:100]
     plan = Plan(noise_multiplier=1.0, sample_rate=1.0, steps=1, delta=1e-5, units=10_000)

@@ -53,7 +53,8 @@ def test_every_layer_is_exact_or_refused(layer, plan):
 
 PARTS = [
     "lora(rank=2)", "lora(rank=2, targets='all-linear', dora=True)", "lora(rank=2, last_blocks=1, rslora=True)",
-    "ia3", "vera(r=4)", "loha(r=2)", "hra(r=2)", "ln_tuning", "prompt_tuning(num_virtual_tokens=2)", "fourierft(n_frequency=9)",
+    "ia3", "vera(r=4)", "loha(r=2)", "hra(r=2)", "ln_tuning", "prompt_tuning(num_virtual_tokens=2)",
+    "fourierft(n_frequency=9)",
     "vblora(r=2, num_vectors=8, vector_length=8)", "adalora(init_r=3, target_r=2, total_step=9)",
     "head", "bias", "norms", "last_blocks(1)", "layers('*1*')", "layers('*embed*')", "layers('*attn*')", "all",
     "sparse(fraction=0.01)", "sparse(fraction=0.3, choose='random')", "sparse(number=2, group='rows')",

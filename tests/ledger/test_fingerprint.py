@@ -1,4 +1,5 @@
-"""The same data are recognised whatever a file, a library or an editor made of them, and other data are not taken for them."""
+"""The same data are recognised whatever a file, a library or an editor made of them, and other data are not taken for
+them."""
 
 import datetime
 import random

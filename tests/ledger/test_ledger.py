@@ -339,7 +339,7 @@ def test_a_plan_for_more_units_than_delta_allows_is_refused(ledger):
     loose = ledger.create("loose", epsilon=5.0, delta=0.01)
     before = ledger.refresh().seq
     plan = lambda units: Plan(noise_multiplier=1.0, sample_rate=0.05, steps=100, delta=1e-6, units=units)
-    with pytest.raises(GuaranteeError, match="delta = 0.01 and the plan has 100 units"):
+    with pytest.raises(GuaranteeError, match="The delta of the account 'loose' is 0.01 for 100 units"):
         loose.open(plan(100))
     assert ledger.refresh().seq == before
     run = loose.open(plan(99))

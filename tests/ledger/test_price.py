@@ -11,7 +11,8 @@ from dpft.privacy.composition import Event
 
 @pytest.mark.parametrize(("adjacency", "price"), [("add-or-remove-one", 3.341), ("replace-one", 7.511)])
 def test_an_account_asks_the_price_of_its_own_adjacency(tmp_path, adjacency, price):
-    """T15, T18: ten releases at σ = 4 of all units are 10^½/4-GDP where a unit is removed, and 10^½/2-GDP where it is replaced."""
+    """T15, T18: ten releases at σ = 4 of all units are 10^½/4-GDP where a unit is removed, and 10^½/2-GDP where it is
+    replaced."""
     notes = Ledger(str(tmp_path / "ledger.db")).create("notes", epsilon=8.0, delta=1e-5, adjacency=adjacency)
     assert notes.spend([Event(10, 4.0, 1.0)], purpose="another tool's") == pytest.approx(price, abs=1e-3)
 

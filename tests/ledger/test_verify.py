@@ -51,9 +51,11 @@ def test_an_untouched_ledger_verifies_and_every_figure_is_composed_again(written
         "UPDATE entries SET kind = 'note' WHERE seq = 4",
         "DELETE FROM entries WHERE seq = 5",
         "DELETE FROM entries WHERE seq = 11",
-        "DELETE FROM entries WHERE seq = 11; UPDATE head SET seq = 10, hash = (SELECT hash FROM entries WHERE seq = 10)",
+        "DELETE FROM entries WHERE seq = 11; UPDATE head SET seq = 10, hash = (SELECT hash FROM entries WHERE seq = "
+        "10)",
         "DELETE FROM entries",
-        "UPDATE entries SET seq = 100 WHERE seq = 4; UPDATE entries SET seq = 4 WHERE seq = 7; UPDATE entries SET seq = 7 WHERE seq = 100",
+        "UPDATE entries SET seq = 100 WHERE seq = 4; UPDATE entries SET seq = 4 WHERE seq = 7; UPDATE entries SET seq "
+        "= 7 WHERE seq = 100",
         "INSERT INTO entries SELECT 12, dataset, kind, body, hash, hash, signature FROM entries WHERE seq = 11",
         "UPDATE entries SET signature = (SELECT e.signature FROM entries e WHERE e.seq = 3) WHERE seq = 4",
         "UPDATE entries SET signature = signature || ' ' WHERE seq = 4",

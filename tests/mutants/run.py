@@ -1,7 +1,7 @@
 """Apply each mutant to a copy of the tree and demand that the tests catch it.
 
-A mutant is a TOML file that re-introduces one known way of breaking ε (docs/pitfalls.md) by replacing text, so that it survives
-whatever moves around it:
+A mutant is a TOML file that re-introduces one known way of breaking ε (docs/pitfalls.md) by replacing text, so that it
+survives whatever moves around it:
 
     row = "T6"
     break = "the noise ignores the clip"
@@ -9,10 +9,10 @@ whatever moves around it:
     audit = "VIOLATION"                     # where the break shows from outside: what `dpft audit step` must say
 
     [[edit]]
-    file = "dpft/privacy/plan.py"
-    symbol = "Plan.noise_std"               # the function, class or method in which the old text stands once; "" for the file
-    old = '''self.noise_multiplier * self.clip.sensitivity'''
-    new = '''self.noise_multiplier'''
+    file = "dpft/privacy/mechanisms/mechanism.py"
+    symbol = "Mechanism.noise_std"          # the function, class or method that holds the text once; "" for the file
+    old = '''self.gradient_noise_multiplier * clip.sensitivity'''
+    new = '''self.gradient_noise_multiplier'''
 
 Usage: python tests/mutants/run.py [NAME ...]     (exit 1 if a mutant survives or no longer applies)
 """

@@ -21,7 +21,7 @@ DELTA = 1e-5
 )
 def test_golden_values_of_dp_sgd(noise, pld, rdp, truncated, ten_uses):
     """q = 0.02, T = 500, δ = 1e-5; computed with scipy and dp-accounting 0.6.0."""
-    event = accounting.poisson_gaussian(noise, 0.02, 500)
+    event = Event(500, noise, 0.02).dp_event
     assert accounting.epsilon(event, DELTA) == pytest.approx(pld, rel=5e-3)
     assert accounting.epsilon_rdp(event, DELTA) == pytest.approx(rdp, rel=5e-3)
     cut = dp_event.SelfComposedDpEvent(dp_event.TruncatedSubsampledGaussianDpEvent(10_000, 0.02, 260, noise), 500)
@@ -41,18 +41,18 @@ def test_golden_values_of_example_sampling_with_several_examples_per_unit(exampl
 @pytest.mark.parametrize(("shape", "expected"), [(0.0, 5.083), (1.0, 5.845), (math.inf, 6.339)])
 def test_golden_values_of_a_random_number_of_trials(shape, expected):
     """σ = 1, q = 0.02, T = 500, ten trials on average, the best released (Papernot & Steinke 2022)."""
-    trials = dp_event.RepeatAndSelectDpEvent(accounting.poisson_gaussian(1.0, 0.02, 500), 10, shape)
+    trials = dp_event.RepeatAndSelectDpEvent(Event(500, 1.0, 0.02).dp_event, 10, shape)
     assert accounting.epsilon_rdp(trials, DELTA) == pytest.approx(expected, rel=5e-3)
 
 
 def test_golden_values_of_ten_composed_runs():
-    ten = dp_event.ComposedDpEvent((accounting.poisson_gaussian(1.0, 0.02, 500),) * 10)
+    ten = dp_event.ComposedDpEvent((Event(500, 1.0, 0.02).dp_event,) * 10)
     assert accounting.epsilon(ten, DELTA) == pytest.approx(9.402, rel=5e-3)
     assert accounting.epsilon_rdp(ten, DELTA) == pytest.approx(10.186, rel=5e-3)
 
 
 def test_golden_values_of_detection():
-    rates = accounting.detection_rates(accounting.poisson_gaussian(1.0, 0.02, 500), [0.001, 0.01, 0.1])
+    rates = accounting.detection_rates(Event(500, 1.0, 0.02).dp_event, [0.001, 0.01, 0.1])
     assert rates == pytest.approx([0.0069, 0.0431, 0.2434], rel=2e-2)
 
 
@@ -68,19 +68,19 @@ def test_one_gaussian_release_matches_the_closed_form(noise):
 
 
 def test_replacing_a_unit_costs_more_than_removing_it():
-    event = accounting.poisson_gaussian(1.0, 0.02, 100)
+    event = Event(100, 1.0, 0.02).dp_event
     assert accounting.epsilon(event, DELTA, "replace-one") > 1.2 * accounting.epsilon(event, DELTA)
 
 
 def test_the_second_opinion_is_never_below_the_first():
     for noise, rate, steps in [(0.6, 0.01, 1000), (1.0, 1.0, 5), (5.0, 0.1, 3000)]:
-        event = accounting.poisson_gaussian(noise, rate, steps)
+        event = Event(steps, noise, rate).dp_event
         assert accounting.epsilon_rdp(event, DELTA) >= accounting.epsilon(event, DELTA)
 
 
 def test_the_grid_is_fine_enough_for_a_tiny_epsilon():
     """Where a fixed grid of 3e-3 would print 0.078 for 0.01."""
-    event = accounting.poisson_gaussian(97.0, 0.01, 1000)
+    event = Event(1000, 97.0, 0.01).dp_event
     assert accounting.epsilon(event, 1e-6) == pytest.approx(0.01, rel=0.01)
 
 
@@ -88,10 +88,10 @@ def test_the_grid_is_fine_enough_for_a_tiny_epsilon():
 def test_the_second_opinion_knows_the_adjacency(adjacency, apart):
     """T18: σ = 2, ten releases of all units. Under replace-one 17.86 in closed form; 8.08 was printed beside it."""
     known = gaussian.epsilon(apart * math.sqrt(10) / 2.0, DELTA)
-    unsampled = accounting.epsilon_rdp(accounting.poisson_gaussian(2.0, 1.0, 10), DELTA, adjacency)
+    unsampled = accounting.epsilon_rdp(Event(10, 2.0, 1.0).dp_event, DELTA, adjacency)
     assert known <= unsampled <= 1.1 * known
     assert epsilon_rdp((Event(10, 2.0, 1.0),), DELTA, adjacency) == unsampled
-    sampled = accounting.poisson_gaussian(2.0, 0.1, 10)
+    sampled = Event(10, 2.0, 0.1).dp_event
     found = accounting.epsilon_rdp(sampled, DELTA, adjacency)
     assert accounting.epsilon(sampled, DELTA, adjacency) <= found
     assert math.isinf(found) == (adjacency == "replace-one")  # of which no Rényi bound is known
@@ -110,7 +110,7 @@ NOISES = (1e-3, 0.01, 0.05, 0.3, 1.0, 30.0, 1e3, 1e6)
 def test_every_noise_has_figures_within_two_seconds(noise, rate):
     """δ from 1e-15 to 0.1, up to 100,000 releases: nothing raises, nothing is NaN, every claim is a bound."""
     for steps in (1, 500, 100_000):
-        event = accounting.poisson_gaussian(noise, rate, steps)
+        event = Event(steps, noise, rate).dp_event
         for delta in (1e-15, 1e-6, 0.1):
             plan = Plan(noise_multiplier=noise, sample_rate=rate, steps=steps, delta=delta)
             stated = timed(lambda plan=plan: plan.epsilon)

@@ -43,7 +43,8 @@ def test_afterwards_the_generators_are_what_they_were():
 
 
 def test_the_state_has_more_secret_bits_than_can_be_searched():
-    """torch's own seed has 32 bits on a processor; a state that one of them makes could be found from what was drawn."""
+    """torch's own seed has 32 bits on a processor; a state that one of them makes could be found from what was
+    drawn."""
     with StepChance(SecureRandomness()):
         words = torch.get_rng_state().numpy().view(np.uint32)[6 : 6 + 2 * 624 : 2].copy()
         state = random.getstate()[1][:-1]

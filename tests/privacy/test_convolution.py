@@ -1,4 +1,5 @@
-"""dpft's own arithmetic claims upper bounds: they are compared with the closed form, which knows no grid and no transform."""
+"""dpft's own arithmetic claims upper bounds: they are compared with the closed form, which knows no grid and no
+transform."""
 
 import math
 import random

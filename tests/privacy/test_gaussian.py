@@ -6,6 +6,7 @@ import mpmath
 import pytest
 
 from dpft.privacy import accounting, gaussian
+from dpft.privacy.events import Event
 
 
 def exact_delta(epsilon, mu):
@@ -47,7 +48,7 @@ def test_draws_are_bounded_by_their_exact_number():
 def test_who_is_told_the_draws_learns_more(noise, rate, count, adjacency):
     apart = 2.0 if adjacency == "replace-one" else 1.0
     told = gaussian.revealed([(noise / apart, rate, count)], 1e-6)
-    assert told >= accounting.epsilon(accounting.poisson_gaussian(noise, rate, count), 1e-6, adjacency)
+    assert told >= accounting.epsilon(Event(count, noise, rate).dp_event, 1e-6, adjacency)
 
 
 def test_a_failure_is_shared_by_all_kinds_of_releases():
@@ -68,7 +69,7 @@ def test_failures_and_what_the_draws_tell_stay_within_delta_together():
 @pytest.mark.parametrize(("adjacency", "mu"), [("add-or-remove-one", 10), ("replace-one", 20)])
 def test_the_curve_where_noise_is_little_is_above_the_exact_one(adjacency, mu):
     epsilons = [30.0, 100.0, 200.0]
-    curve = accounting.deltas(accounting.poisson_gaussian(0.1, 1.0, 1), epsilons, adjacency)
+    curve = accounting.deltas(Event(1, 0.1, 1.0).dp_event, epsilons, adjacency)
     for epsilon, found in zip(epsilons, curve, strict=True):
         exact = float(exact_delta(epsilon, mu))
         assert exact <= found * (1 + 1e-9) and found <= exact * (1 + 1e-6) + 1e-12
@@ -76,5 +77,5 @@ def test_the_curve_where_noise_is_little_is_above_the_exact_one(adjacency, mu):
 
 def test_the_curve_of_draws_that_hardly_happen_counts_them():
     """At σ = 0.1 a release tells nearly always that a unit was drawn: δ is at least its rate of 1e-14, times 0.99."""
-    (found,) = accounting.deltas(accounting.poisson_gaussian(0.1, 1e-14, 1), [1.0])
+    (found,) = accounting.deltas(Event(1, 0.1, 1e-14).dp_event, [1.0])
     assert 0.99e-14 <= found <= 1e-12

@@ -47,7 +47,8 @@ def test_each_number_is_the_half_sum_of_four_gaussians():
 
 
 def test_no_draw_ends_before_its_time(monkeypatch):
-    """A key's blocks are counted in 32 bits, so a count that starts at random would end a step in so many for want of noise."""
+    """A key's blocks are counted in 32 bits, so a count that starts at random would end a step in so many for want of
+    noise."""
     monkeypatch.setattr(SecureRandomness, "_key", lambda self: b"\xff" * 44)
     assert torch.isfinite(SecureRandomness().gaussian(1000)).all()
 
@@ -71,7 +72,8 @@ def test_noise_made_on_a_device_is_the_same_draw(monkeypatch):
 
 
 def test_noise_is_not_porous():
-    """T11: a sampler in float32 repeats itself, which tells an attacker what noise cannot have been added; this one does not."""
+    """T11: a sampler in float32 repeats itself, which tells an attacker what noise cannot have been added; this one
+    does not."""
     n = 1 << 19
     assert len(torch.randn(n).unique()) < n - 1000  # the test could fail
     assert len(SecureRandomness().gaussian(n).unique()) == n

@@ -131,7 +131,7 @@ def test_without_noise_the_claim_is_not_private():
 def test_the_sampler_has_the_rate_that_is_accounted():
     """T9."""
     plan = Plan(**BASE)
-    assert plan.sampler(SeededRandomness(0)).sample_rate == plan.event.event.sampling_probability
+    assert plan.sampler(SeededRandomness(0)).sample_rate == plan.events()[0].sample_rate
 
 
 def test_no_units_no_normaliser():

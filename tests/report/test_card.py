@@ -10,10 +10,12 @@ import pytest
 from markdown_it import MarkdownIt
 
 from dpft.privacy import accounting
+from dpft.privacy.events import Event, to_dp_event
 from dpft.privacy.rounding import rounded_up
 from dpft.report import write_card
 from dpft.report.meaning import meaning
 from dpft.report.plots import line
+from dpft.runs import RunFolder
 
 OLD = Path(__file__).parent / "run-0.1.0"
 
@@ -81,7 +83,7 @@ def test_a_plot_has_a_name_for_those_who_cannot_see_it():
     assert svg.startswith("<svg") and 'role="img"' in svg and 'aria-label="ε spent"' in svg
 
 
-EPSILON = accounting.epsilon(accounting.poisson_gaussian(1.0, 0.02, 500), 1e-5)
+EPSILON = accounting.epsilon(Event(500, 1.0, 0.02).dp_event, 1e-5)
 
 
 def figures(words, text):
@@ -91,10 +93,10 @@ def figures(words, text):
 
 def test_no_figure_of_the_card_is_below_what_it_bounds(folder):
     """ε is 2.773, which the nearest number with three digits, 2.77, would understate."""
-    found = meaning(json.loads((folder / "run.json").read_text())["events"], 1e-5)
+    found = meaning(RunFolder(folder).record().events, 1e-5)
     assert found.epsilon == EPSILON and float(f"{EPSILON:.3g}") < EPSILON
     text, page = (path.read_text() for path in write_card(folder))
-    rdp = accounting.epsilon_rdp(accounting.poisson_gaussian(1.0, 0.02, 500), 1e-5)
+    rdp = accounting.epsilon_rdp(Event(500, 1.0, 0.02).dp_event, 1e-5)
     for card in (text, page):
         stated = figures("ε = #", card)
         assert len(stated) >= 2 and all(EPSILON <= one < 1.005 * EPSILON or rdp <= one < 1.005 * rdp for one in stated)
@@ -143,3 +145,16 @@ def test_a_run_with_next_to_no_noise_has_a_card(folder):
     (folder / "run.json").write_text(json.dumps(run))
     text, page = (path.read_text() for path in write_card(folder))
     assert figures("ε = # at", text)[0] > 800 and "at most inf-fold" in text and "100 %" in page
+
+
+def test_what_a_run_releases_beside_its_steps_stands_on_the_card(folder):
+    run = json.loads((folder / "run.json").read_text())
+    means = Event(1, 2.0, 1.0, sensitivity=0.1, name="class | means")
+    run["events"].append(means.to_dict())
+    (folder / "run.json").write_text(json.dumps(run))
+    text, page = (path.read_text() for path in write_card(folder))
+    together = accounting.epsilon(to_dp_event(RunFolder(folder).record().events), 1e-5)
+    for card, name in ((text, "class \\| means"), (page, "class | means")):
+        assert f"; {name}: 1 release of the Gaussian mechanism, noise multiplier 2, sensitivity 0.1" in card
+        assert "500 releases of the Gaussian mechanism" in card and f"ε = {rounded_up(together)}" in card
+    assert together > 1.1 * EPSILON and page.count("<svg") == 2  # no curve over steps, where not all of it is steps

@@ -4,6 +4,7 @@ import pytest
 from scipy.special import ndtr, ndtri
 
 from dpft.errors import RecipeError
+from dpft.privacy.events import Event
 from dpft.recipe import Recipe
 from dpft.report.meaning import CHOICES, describe, meaning, of_recipe, of_run
 from dpft.report.plots import roc, trade_off
@@ -13,7 +14,7 @@ from dpft.training.run import train
 @pytest.mark.parametrize(("adjacency", "apart"), [("add-or-remove-one", 1), ("replace-one", 2)])
 def test_one_gaussian_release_lets_an_attacker_do_what_its_trade_off_says(adjacency, apart):
     sigma = 2.0  # over what a unit moves: 2 C where it is replaced
-    found = meaning([{"noise_multiplier": sigma * apart, "sample_rate": 1.0, "count": 1}], 1e-5, adjacency)
+    found = meaning([Event(1, sigma * apart, 1.0)], 1e-5, adjacency)
     power = lambda alpha: ndtr(ndtri(alpha) + 1 / sigma)  # Dong et al. 2022
     for rate, most in found.detection.items():
         assert most == pytest.approx(power(rate), rel=0.02) and most >= power(rate) - 1e-9
@@ -24,7 +25,7 @@ def test_one_gaussian_release_lets_an_attacker_do_what_its_trade_off_says(adjace
 
 
 def test_weak_protection_means_much_and_strong_little():
-    weak, strong = (meaning([{"noise_multiplier": s, "sample_rate": 0.1, "count": 100}], 1e-5) for s in (0.5, 20.0))
+    weak, strong = (meaning([Event(100, s, 0.1)], 1e-5) for s in (0.5, 20.0))
     assert weak.advantage > 0.8 > 0.1 > strong.advantage > 0
     assert all(strong.reconstruction[n] < 2 / n for n in CHOICES if n > 2)
 

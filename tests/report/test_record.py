@@ -12,9 +12,11 @@ from dpft.errors import RecipeError
 from dpft.privacy import accounting
 from dpft.report import write_card
 from dpft.report.meaning import of_run
-from dpft.report.record import REQUIRED, read_record
+from dpft.runs import RunFolder, RunRecord
 
 OLD = Path(__file__).parent / "run-0.1.0"  # as 0.1.0 left it, with a ledger, changed rows and an audit
+FACTS = json.loads((OLD / "run.json").read_text())
+REQUIRED = {name for name, field in RunRecord.model_fields.items() if field.is_required()}
 ENDS = ["Released and covered", "Private, not covered", "across runs", "Assumed"]
 
 
@@ -36,12 +38,11 @@ def items_of(markdown):
 
 
 @pytest.mark.parametrize(
-    ("ledger", "overlap", "metrics", "audit", "private"), itertools.product([True, False], repeat=5)
+    ("ledger", "overlap", "metrics", "audit", "private"), list(itertools.product([True, False], repeat=5))
 )
 def test_every_item_of_the_card_is_an_item_of_its_own(folder, ledger, overlap, metrics, audit, private):
-    record = read_record(folder)
-    account = {**record["ledger"], "overlap": 0.875 if overlap else None}
-    rewrite(folder, ledger=account if ledger else None, metrics=record["metrics"] if metrics else None, private=private)
+    account = {**FACTS["ledger"], "overlap": 0.875 if overlap else None}
+    rewrite(folder, ledger=account if ledger else None, metrics=FACTS["metrics"] if metrics else None, private=private)
     if not audit:
         (folder / "audit.json").unlink()
     text, page = (path.read_text(encoding="utf-8") for path in write_card(folder))
@@ -60,14 +61,14 @@ def test_the_card_of_an_old_run_is_made_again(folder):
 
 def test_the_second_opinion_is_of_what_was_released_and_derived_anew(folder):
     """What stands in the record may be of a whole plan that ended early, or of an accountant since corrected."""
-    event = {**read_record(folder)["events"][0], "count": 2}
-    rewrite(folder, epsilon_rdp=0.1, events=[event], released_steps=2, interrupted=True)
-    rdp = accounting.epsilon_rdp(accounting.composed([event]), 1e-3)
+    rewrite(folder, epsilon_rdp=0.1, events=[{**FACTS["events"][0], "count": 2}], released_steps=2, interrupted=True)
+    (event,) = RunFolder(folder).record().events
+    rdp = accounting.epsilon_rdp(event.dp_event, 1e-3)
     assert 1.7 < rdp < 2.53
     assert f"Rényi DP: {rdp + 0.005:.2f})" in write_card(folder)[0].read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("key", sorted(set(read_record(OLD)) - set(REQUIRED)))
+@pytest.mark.parametrize("key", sorted(set(FACTS) - REQUIRED))
 def test_a_fact_that_a_version_does_not_record_leaves_the_rest_of_the_card(folder, key):
     record = json.loads((folder / "run.json").read_text())
     del record[key]
@@ -79,7 +80,7 @@ def test_a_fact_that_a_version_does_not_record_leaves_the_rest_of_the_card(folde
 
 @pytest.mark.parametrize("key", ["spent", "budget", "delta", "runs", "overlap", "run"])
 def test_an_account_may_keep_facts_to_itself(folder, key):
-    account = read_record(folder)["ledger"]
+    account = dict(FACTS["ledger"])
     del account[key]
     rewrite(folder, ledger=account)
     assert "Counted across runs: the ledger's account `notes`" in write_card(folder)[0].read_text(encoding="utf-8")

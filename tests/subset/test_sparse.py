@@ -169,18 +169,21 @@ def logits(model, made):
         return model.eval()(**batch).logits
 
 
+BERT, PEFT = "BertForSequenceClassification.from_pretrained", "PeftModel.from_pretrained"
+
+
 @pytest.mark.parametrize(
     ("subset", "file", "line"),
     [
         ("sparse(fraction=0.1)", "delta.safetensors", "dpft.load_weights"),
-        ("sparse(rank=1)", "adapter_model.safetensors", "PeftModel.from_pretrained"),
-        ("sparse(fraction=0.1) + norms", "model.safetensors", "BertForSequenceClassification.from_pretrained"),
-        ("sparse(fraction=0.1) + lora(rank=2)", "model.safetensors", "BertForSequenceClassification.from_pretrained"),
-        ("sparse(fraction=0.1) + lora(rank=2) + head", "model.safetensors", "BertForSequenceClassification.from_pretrained"),
-        ("ia3 + norms", "model.safetensors", "BertForSequenceClassification.from_pretrained"),
+        ("sparse(rank=1)", "adapter_model.safetensors", PEFT),
+        ("sparse(fraction=0.1) + norms", "model.safetensors", BERT),
+        ("sparse(fraction=0.1) + lora(rank=2)", "model.safetensors", BERT),
+        ("sparse(fraction=0.1) + lora(rank=2) + head", "model.safetensors", BERT),
+        ("ia3 + norms", "model.safetensors", BERT),
         ("prompt_tuning(num_virtual_tokens=3) + norms", "delta.safetensors", "dpft.load_weights"),
-        ("p_tuning(num_virtual_tokens=3, encoder_hidden_size=8)", "adapter_model.safetensors", "PeftModel.from_pretrained"),
-        ("vera(r=4) + head", "adapter_model.safetensors", "PeftModel.from_pretrained"),
+        ("p_tuning(num_virtual_tokens=3, encoder_hidden_size=8)", "adapter_model.safetensors", PEFT),
+        ("vera(r=4) + head", "adapter_model.safetensors", PEFT),
     ],
 )  # fmt: skip
 def test_trained_weights_load_as_their_line_says(subset, file, line, case, plan, tmp_path):

@@ -13,7 +13,8 @@ READY = "charged"  # what the child prints when its charge must have reached the
 
 
 def cut_after(script: str, folder: Path, tmp_path: Path, **environment: str) -> Path:
-    """Run ``script`` in ``folder`` until it prints ``charged``, cut the power, and return the folder as it is found again.
+    """Run ``script`` in ``folder`` until it prints ``charged``, cut the power, and return the folder as it is found
+    again.
 
     Args:
         script: Python, whose working directory is ``folder``; whatever it does after that line is lost.

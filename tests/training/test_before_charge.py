@@ -45,19 +45,26 @@ def charged(trainer):
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
 
+class Doubled(BertForTokenClassification):
+    """A model whose own loss weighs what no rule knows of."""
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.loss = None if found.loss is None else 2 * found.loss
+        return found
+
+
 def test_a_loss_that_is_not_the_models_own_is_refused_with_both_numbers(make, case):
-    """Labels for each token would be shifted as a language model's are, and the whole budget spent on that."""
+    """Otherwise the whole budget would be spent on another loss."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=60
     )
-    model = Subset("all").apply(BertForTokenClassification(config))
+    model = Subset("all").apply(Doubled(config))
     tokens = case("gpt2")
     trainer = make(model=model, task=LabelledTask(tokens.batch))
     trainer.train_dataset = tokens.examples * 10
-    with pytest.raises(
-        RecipeError, match=r"dpft's loss is \d\.\d+ and the loss of BertForTokenClassification itself is \d"
-    ):
+    with pytest.raises(RecipeError, match=r"dpft's loss is \d\.\d+ and the loss of Doubled itself is \d"):
         trainer.train()
     assert charged(trainer) == 0
 
@@ -101,7 +108,7 @@ class OwnLossBelow(
         ("preprocess_logits_for_metrics", DPTrainer, {"preprocess_logits_for_metrics": lambda logits, labels: logits}),
     ],
 )
-def test_what_would_never_be_called_is_refused_by_name(make, name, kind, fields):
+def test_what_would_never_be_called_beside_a_task_is_refused_by_name(make, name, kind, fields):
     with pytest.raises(GuaranteeError, match=name):
         make(kind, **fields)
 

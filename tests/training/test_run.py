@@ -31,7 +31,8 @@ def test_a_run_leaves_a_folder_that_says_everything(recipe, tmp_path):
     assert run["epsilon"] <= 3.0 and run["released_steps"] == run["planned_steps"] == 4
     assert run["events"] == [
         {
-            "event": "poisson_sampled_gaussian",
+            "version": 2,
+            "kind": "poisson_sampled_gaussian",
             "noise_multiplier": pytest.approx(run["events"][0]["noise_multiplier"]),
             "sample_rate": 0.25,
             "count": 4,

@@ -6,10 +6,10 @@ The row of ``padding_idx`` stays zero as PyTorch leaves it (Opacus 1.6 fills it)
 from dataclasses import dataclass
 
 import torch
-from opacus.grad_sample import register_grad_sampler
 from torch import Tensor, nn
 
 from dpft.errors import IsolationError
+from dpft.gradients.rules.registry import register
 from dpft.gradients.rules.unmade import Unmade, made
 
 
@@ -76,7 +76,8 @@ def embedding(layer: nn.Embedding, activations: list[Tensor], grad_output: Tenso
     """Each token's output gradient ``(B, ..., n)`` belongs to its row.
 
     Raises:
-        IsolationError: the layer divides by how often a token occurs in the batch, or changes its table in its forward pass.
+        IsolationError: the layer divides by how often a token occurs in the batch, or changes its table in its forward
+            pass.
     """
     if layer.scale_grad_by_freq:
         raise IsolationError(
@@ -85,7 +86,8 @@ def embedding(layer: nn.Embedding, activations: list[Tensor], grad_output: Tenso
         )
     if layer.max_norm is not None:
         raise IsolationError(
-            f"An embedding with max_norm={layer.max_norm:g} shrinks the rows of the words that occur, un-noised: set it to None."
+            f"An embedding with max_norm={layer.max_norm:g} shrinks the rows of the words that occur, un-noised: set "
+            "it to None."
         )
     if not layer.weight.requires_grad:
         return {}
@@ -98,6 +100,6 @@ def embedding(layer: nn.Embedding, activations: list[Tensor], grad_output: Tenso
     return {layer.weight: Rows.of((tokens + first).flatten(), values.reshape(-1, values.shape[-1]), examples, height)}
 
 
-@register_grad_sampler(nn.Embedding)
+@register(nn.Embedding)
 def _embedding_for_opacus(layer: nn.Embedding, activations: list[Tensor], grad_output: Tensor) -> dict:
     return {parameter: made(g) for parameter, g in embedding(layer, activations, grad_output).items()}

@@ -1,10 +1,10 @@
-"""Linear layers: the per-example gradient of a weight is a product of two known matrices, and need not be made to be used."""
+"""Linear layers: the per-example gradient of a weight is a product of two known matrices, and need not be made to be
+used."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from opacus.grad_sample import register_grad_sampler
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,11 +16,12 @@ from dpft.gradients.precision import (
     precise,
     precise_bmm,
 )
+from dpft.gradients.rules.registry import register
 from dpft.gradients.rules.unmade import Unmade, made
 
-# Making a gradient (m, n), taking its norm and adding it up moves about 3 numbers of each weight through memory, while the norm
-# alone costs 2 T² (m + n) operations. Memory is taken to move one number in the time of so many operations: an estimate,
-# which changes speed alone; benchmarks/speed.py shows what comes of it on either side.
+# Making a gradient (m, n), taking its norm and adding it up moves about 3 numbers of each weight through memory, while
+# the norm alone costs 2 T² (m + n) operations. Memory is taken to move one number in the time of so many operations: an
+# estimate, which changes speed alone; benchmarks/speed.py shows what comes of it on either side.
 OPERATIONS_PER_NUMBER = 40
 FEW_TOKENS = 24  # below it a product in float64 costs less than to add up each example's by itself
 ROUNDING = 2.0**-21  # of sums of products in float32, relative to the sum of their absolute values
@@ -147,6 +148,6 @@ def _gradients(layer: nn.Module, grad_output: Tensor, product: Callable[[], Prod
     return gradients
 
 
-@register_grad_sampler(Conv1D)
+@register(Conv1D)
 def _conv1d_for_opacus(layer: Conv1D, activations: list[Tensor], grad_output: Tensor) -> dict[nn.Parameter, Tensor]:
     return {parameter: made(g) for parameter, g in conv1d(layer, activations, grad_output).items()}

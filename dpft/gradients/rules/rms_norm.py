@@ -1,7 +1,6 @@
 """RMS normalisation with a multiplicative weight, as Llama-like models and T5 define it."""
 
 import torch
-from opacus.grad_sample import register_grad_sampler
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
@@ -9,8 +8,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
+from dpft.gradients.rules.registry import register
 
-@register_grad_sampler([LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, T5LayerNorm])
+
+@register(LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, T5LayerNorm)
 def rms_norm(layer: nn.Module, activations: list[Tensor], grad_output: Tensor) -> dict[nn.Parameter, Tensor]:
     """``y = w · x / rms(x)``, so ``dw = Σ dy · x / rms(x)`` over all but the example and the last dimension."""
     if not layer.weight.requires_grad:

@@ -12,7 +12,8 @@ DENSE = 1 / 40  # above this share of the weights a whole product and a pick are
 
 
 def is_sparse_linear(layer: nn.Module) -> bool:
-    """Whether the layer is a linear one whose weight is a :class:`~dpft.subset.sparse.SparseDelta`'s and nothing else."""
+    """Whether the layer is a linear one whose weight is a :class:`~dpft.subset.sparse.SparseDelta`'s and nothing
+    else."""
     if not parametrize.is_parametrized(layer) or list(layer.parametrizations) != ["weight"]:
         return False
     steps = layer.parametrizations["weight"]
@@ -35,7 +36,8 @@ def sparse_linear(layer: nn.Module, activations: list[Tensor], grad_output: Tens
 
 
 def _at(first: Tensor, second: Tensor, indices: Tensor) -> Tensor:
-    """``(B, T, m)`` and ``(B, T, n)`` to the entries of each ``(m, n)`` product at flat ``indices`` ``(k,)``: ``(B, k)``."""
+    """``(B, T, m)`` and ``(B, T, n)`` to the entries of each ``(m, n)`` product at flat ``indices`` ``(k,)``:
+    ``(B, k)``."""
     height, width = first.shape[2], second.shape[2]
     if len(indices) > DENSE * height * width:
         return torch.stack([(a.T @ b).flatten()[indices] for a, b in zip(first, second, strict=True)])

@@ -13,7 +13,8 @@ from dpft.gradients.rules.unmade import Unmade
 
 @dataclass(frozen=True)
 class Tied(Unmade):
-    """Per-example gradients of a table ``(m, n)``: the rows of the words read, and the product of the head's matrices."""
+    """Per-example gradients of a table ``(m, n)``: the rows of the words read, and the product of the head's
+    matrices."""
 
     rows: Rows
     product: Product

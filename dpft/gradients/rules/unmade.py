@@ -33,7 +33,8 @@ class Unmade(ABC):
 
     @abstractmethod
     def add_to(self, total: Tensor, factors: Tensor) -> None:
-        """``total`` ``(m, n)`` ``+= Σ_i factors[i] · g_i``; both are float64, and each example is rounded by itself alone."""
+        """``total`` ``(m, n)`` ``+= Σ_i factors[i] · g_i``; both are float64, and each example is rounded by itself
+        alone."""
 
     @abstractmethod
     def without(self, examples: Tensor) -> "Unmade":

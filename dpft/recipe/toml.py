@@ -5,13 +5,14 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from dpft.errors import RecipeError
 
 WINDOWS_PATHS = "a backslash in \"...\" starts an escape, so write Windows paths in '...' or with /."
 
 
-def read(path: Path | str, overrides: tuple[str, ...] = ()) -> dict:
+def read(path: Path | str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     """The file's tables, with ``overrides``: ``"table.key=value"`` with a TOML value or a bare string.
 
     UTF-8 is read with a byte-order mark or without, and UTF-16 with one, as Windows PowerShell 5 writes it.
@@ -29,7 +30,7 @@ def read(path: Path | str, overrides: tuple[str, ...] = ()) -> dict:
     return tables
 
 
-def dumps(value) -> str:
+def dumps(value: object) -> str:
     """A truth value, number, string or list as TOML."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -65,7 +66,7 @@ def _way_out(text: str, error: tomllib.TOMLDecodeError) -> str:
     return WINDOWS_PATHS if "\\" in line else "fix that line."
 
 
-def _override(tables: dict, override: str) -> None:
+def _override(tables: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(

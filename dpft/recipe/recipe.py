@@ -1,0 +1,176 @@
+"""A run's recipe: public information only, validated before anything is read or charged."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+
+from dpft.errors import DPFTError, RecipeError
+from dpft.privacy.delta import check_delta
+from dpft.privacy.plan import Plan
+from dpft.recipe import toml
+from dpft.recipe.paths import PATHS, check_path, expanded_path, listed
+from dpft.recipe.tables import (
+    CLIP_SETTINGS,
+    BaselineTable,
+    DataTable,
+    LedgerTable,
+    ModelTable,
+    OptimizerTable,
+    PrivacyTable,
+    RunTable,
+    Table,
+    TaskError,
+    TaskTable,
+    by_its_task,
+)
+
+
+class Recipe(Table):
+    """One run, as one TOML file.
+
+    Raises:
+        RecipeError: from :meth:`read` and :meth:`parse`, one sentence for the first thing that is wrong.
+    """
+
+    subset: str = Field(description="Which parameters train, such as 'lora(rank=8) + head'.")
+    model: ModelTable
+    task: SerializeAsAny[Annotated[TaskTable, BeforeValidator(by_its_task)]]
+    data: DataTable
+    privacy: PrivacyTable
+    optimizer: OptimizerTable = OptimizerTable()
+    baseline: BaselineTable = BaselineTable()
+    run: RunTable = RunTable()
+    ledger: LedgerTable = LedgerTable()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        from dpft.subset import Subset
+
+        subset = Subset(self.subset)
+        if subset.needs_public_data and self.data.public is None:
+            raise ValueError(
+                f"{self.subset} chooses weights by gradients, which would reveal whose data made them: declare public data in data.public, or choose by magnitude"
+            )
+        if self.data.public is not None:
+            public = {os.path.realpath(expanded_path(path)) for path in listed(self.data.public)}
+            validation = None if self.data.validation_is_public else self.data.validation
+            private = [*listed(self.data.train), *listed(validation)]
+            shared = [path for path in private if os.path.realpath(expanded_path(path)) in public]
+            if shared:
+                raise ValueError(
+                    f"data.public names the private file {shared[0]}, whose gradients would be released un-noised: name public data"
+                )
+        if self.privacy.batch_size > self.data.units:
+            raise ValueError(
+                f"privacy.batch_size is {self.privacy.batch_size:,} of {self.data.units:,} units: expect at most all of them"
+            )
+        check_delta(self.privacy.delta, self.data.units, subject="privacy.delta")
+        if self.data.examples_per_unit > 1 and self.data.unit == "example":
+            raise ValueError(
+                "data.examples_per_unit is above 1, but each example is its own unit: name the unit column in data.unit"
+            )
+        return self
+
+    @classmethod
+    def read(cls, path: Path | str, overrides: tuple[str, ...] = ()) -> "Recipe":
+        """Read a TOML file, with ``overrides``: ``"table.key=value"`` with a TOML value or a bare string.
+
+        UTF-8 is read with a byte-order mark or without, and UTF-16 with one, as Windows PowerShell 5 writes it.
+
+        Raises:
+            RecipeError: one sentence for the first thing that is wrong.
+        """
+        tables = toml.read(path, overrides)
+        for key in PATHS:
+            check_path(tables, key)
+        return cls.parse(tables)
+
+    @classmethod
+    def parse(cls, tables: dict) -> "Recipe":
+        try:
+            return cls.model_validate(tables)
+        except ValidationError as error:
+            raise RecipeError(_sentence(error)) from error
+
+    def plan(self) -> Plan:
+        """The plan, calibrated; takes seconds when ε is the target."""
+        privacy, data = self.privacy, self.data
+        try:
+            return Plan.calibrate(
+                epsilon=privacy.epsilon,
+                noise_multiplier=privacy.noise_multiplier,
+                delta=privacy.delta,
+                units=data.units,
+                batch_size=privacy.batch_size,
+                steps=privacy.steps,
+                epochs=privacy.epochs,
+                **privacy.mechanism,
+                adjacency=privacy.adjacency,
+                unit=data.unit,
+                examples_per_unit=data.examples_per_unit,
+                unit_gradient=data.unit_gradient,
+            )
+        except DPFTError as error:
+            raise RecipeError(str(error)) from error
+
+    def without_privacy(self) -> "Recipe":
+        """The same run with no noise and a bound that clips nothing: the baseline beside which privacy is judged."""
+        privacy = dict(epsilon=None, noise_multiplier=0.0, clipping="flat", clip_norm=1e9)
+        privacy |= {name: PrivacyTable.model_fields[name].default for name in CLIP_SETTINGS}
+        if self.baseline.steps:
+            privacy |= dict(steps=self.baseline.steps, epochs=None)
+        optimizer = dict(learning_rate=self.baseline.learning_rate or self.optimizer.learning_rate)
+        return self.model_copy(
+            update=dict(
+                privacy=self.privacy.model_copy(update=privacy), optimizer=self.optimizer.model_copy(update=optimizer)
+            )
+        )
+
+    def to_toml(self, *, comments: bool = False) -> str:
+        """The recipe as resolved; with ``comments``, each key explained."""
+        lines = (
+            []
+            if comments is False
+            else ["# A run of dpft. Everything in this file is public: declare it, never compute it from the data."]
+        )
+
+        def write(name: str, field, value) -> None:
+            if comments and field.description:
+                lines.append(f"# {field.description}")
+            if value is not None:
+                lines.append(f"{name} = {toml.dumps(value)}")
+            elif comments:
+                lines.append(f"# {name} =")
+
+        for key, field in type(self).model_fields.items():
+            value = getattr(self, key)
+            if isinstance(value, Table):
+                lines += ["", f"[{key}]"]
+                for name, inner in type(value).model_fields.items():
+                    write(name, inner, getattr(value, name))
+            else:
+                write(key, field, value)
+        return "\n".join(lines) + "\n"
+
+
+def _sentence(error: ValidationError, table: type[Table] = Recipe, above: tuple = ()) -> str:
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, TaskError):
+        return _sentence(cause.error, cause.table, first["loc"])
+    place = ".".join([*above, *first["loc"]][:2])  # a table's key; what follows says which alternative of a type failed
+    if first["type"] == "extra_forbidden":
+        from difflib import get_close_matches
+
+        for part in first["loc"][:-1]:
+            table = table.model_fields[part].annotation
+        close = get_close_matches(str(first["loc"][-1]), table.model_fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(table.model_fields)}."
+        return f"The recipe has an unknown key {place}: {hint}"
+    if first["type"] == "missing":
+        return f"The recipe lacks {place}: add it, or start from `dpft init`."
+    if first["type"] == "value_error":
+        return f"{str(cause).removesuffix('.')}."
+    return f"The recipe's {place} is {first['input']!r}, but {first['msg'][0].lower()}{first['msg'][1:]}: fix it."

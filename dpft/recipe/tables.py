@@ -1,0 +1,218 @@
+"""The tables of a recipe, each with its keys, their defaults and what they mean."""
+
+import re
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dpft.privacy.accounting import Adjacency
+from dpft.privacy.clipping import AutoClip, Clip, FlatClip, PerLayerClip, Shares
+from dpft.values import Column
+
+CLIP_SETTINGS = {  # of the privacy table, and the clipping that uses each
+    "clip_shares": "per-layer",
+    "clip_quantile": "adaptive",
+    "clip_rate": "adaptive",
+    "clip_budget": "adaptive",
+}
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelTable(Table):
+    path: str = Field(description="A checkpoint folder, or a model's name on a hub. $VARIABLES are expanded.")
+    revision: str | None = Field(None, description="The hub revision.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the frozen weights; norms are float32, sums and noise float64 always."
+    )
+    quantize: Literal["4bit", "8bit"] | None = Field(
+        None,
+        description="Load the frozen weights quantized by bitsandbytes (pip install dpft[quantized]); adapters only.",
+    )
+    dropout: bool = Field(
+        False, description="Keep the model's dropout; the noise regularises already, and without it training is faster."
+    )
+
+
+class TaskTable(Table):
+    """What every task's table has. A task adds its keys in a subclass: :attr:`dpft.tasks.Task.Settings`."""
+
+    former: ClassVar[tuple[str, ...]] = ()  # keys of other tasks, which recipes of earlier versions hold: left out
+    name: str = Field(description="What is learned: a task's name. Its other keys are the task's own.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former(cls, table):
+        return {k: v for k, v in table.items() if k not in cls.former} if isinstance(table, dict) else table
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """What the data must have."""
+        return {}
+
+
+class TaskError(ValueError):
+    def __init__(self, table: type[TaskTable], error: ValidationError) -> None:
+        super().__init__(str(error))
+        self.table, self.error = table, error
+
+
+def by_its_task(table):
+    """The table as the task of its name reads it."""
+    if not isinstance(table, dict) or not isinstance(table.get("name"), str):
+        return table
+    from dpft.tasks.registry import find
+
+    kind = find(table["name"]).Settings
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        raise TaskError(kind, error) from error
+
+
+def check_labels(labels: list[str]) -> None:
+    """Raises ValueError: fewer than two labels are declared, or one twice."""
+    if len(set(labels)) < 2:
+        raise ValueError(
+            "task.labels must declare at least two labels, because a label list collected from the data would reveal who has a rare one"
+        )
+    if len(set(labels)) != len(labels):
+        raise ValueError("task.labels names a label twice: keep each once")
+
+
+class DataTable(Table):
+    train: str | list[str] = Field(
+        description="The private data: CSV, TSV, JSON lines, Parquet, or a folder saved by `datasets`. "
+        "A CSV cell is a text: 01 is not 1, and NA is not missing."
+    )
+    validation: str | list[str] | None = Field(None, description="Held-out data for evaluation.")
+    validation_rows: int | None = Field(
+        None, ge=1, description="Evaluate on so many of them, drawn once for all runs, where all would take too long."
+    )
+    validation_is_public: bool = Field(
+        False, description="Whether metrics on the validation data may stand on the card."
+    )
+    public: str | list[str] | None = Field(
+        None, description="Data declared public, with the same columns: what sparse(choose='gradient') looks at."
+    )
+    units: int = Field(ge=1, description="The declared, public number of units in the training data.")
+    unit: str = Field(
+        "example", description="The column whose text or whole number names a row's unit, such as patient_id."
+    )
+    examples_per_unit: int = Field(1, ge=1, description="How many examples of a unit one step uses at most.")
+    unit_gradient: Literal["mean", "sum"] = Field("mean", description="How a unit's examples make its gradient.")
+
+
+class PrivacyTable(Table):
+    epsilon: float | None = Field(None, gt=0, description="The target; or give noise_multiplier.")
+    noise_multiplier: float | None = Field(None, ge=0, description="The noise; or give epsilon.")
+    delta: float = Field(gt=0, lt=1, description="Must be below 1/units.")
+    batch_size: int = Field(ge=1, description="Expected units per step; a draw's true size is random and private.")
+    steps: int | None = Field(None, ge=1, description="Releases; or give epochs.")
+    epochs: float | None = Field(None, gt=0, description="Expected passes over the data; or give steps.")
+    clipping: Literal["flat", "automatic", "per-layer", "adaptive"] = Field(
+        "flat",
+        description="flat; automatic (AUTO-S); per-layer, each layer to its share; adaptive, flat at a quantile of norms.",
+    )
+    clip_norm: float = Field(1.0, gt=0, description="The bound on one unit's gradient; adaptive: of the first step.")
+    clip_shares: Shares = Field(
+        "equal",
+        description="per-layer: each layer's share of the bound is equal, or follows its size (√ of its parameters).",
+    )
+    clip_quantile: float = Field(
+        0.5, ge=0, le=1, description="adaptive: the share of units that are to stay unclipped."
+    )
+    clip_rate: float = Field(0.2, gt=0, le=1, description="adaptive: how fast the bound follows.")
+    clip_budget: float = Field(
+        0.01, gt=0, lt=1, description="adaptive: the share of the budget (of 1/σ²) that is paid for the quantile."
+    )
+    adjacency: Adjacency = Field("add-or-remove-one", description="Which data sets are indistinguishable.")
+
+    @model_validator(mode="after")
+    def _two_of_three(self):
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("privacy needs epsilon or noise_multiplier, one of them, and the other follows")
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("privacy needs steps or epochs, one of them, and the other follows")
+        return self
+
+    @model_validator(mode="after")
+    def _uses_what_is_set(self):
+        for name, clipping in CLIP_SETTINGS.items():
+            if self.clipping != clipping and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"privacy.{name} is {getattr(self, name)!r}, which clipping = {self.clipping!r} does not use: remove it, or choose clipping = {clipping!r}"
+                )
+        return self
+
+    @property
+    def clip(self) -> Clip:
+        """The clip of the first step."""
+        if self.clipping == "per-layer":
+            return PerLayerClip(self.clip_norm, self.clip_shares)
+        return AutoClip(self.clip_norm) if self.clipping == "automatic" else FlatClip(self.clip_norm)
+
+    @property
+    def mechanism(self) -> dict:
+        """The mechanism's name and its facts but for noise, rate and steps, as :class:`Plan` takes them."""
+        if self.clipping != "adaptive":
+            return {"mechanism": "dp-sgd", "clip": self.clip}
+        settings = dict(quantile=self.clip_quantile, clip_rate=self.clip_rate, quantile_share=self.clip_budget)
+        return {"mechanism": "dp-sgd-adaptive-clip", "clip": self.clip, **settings}
+
+
+class OptimizerTable(Table):
+    name: str = Field("adamw_torch", description="Any optimizer of transformers.TrainingArguments.")
+    learning_rate: float = Field(5e-4, gt=0, description="Higher than without privacy, where steps are few.")
+    schedule: str = Field("constant", description="Any scheduler of transformers, such as linear or cosine.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="As in the optimizer.")
+
+
+class BaselineTable(Table):
+    """The run without privacy in ``dpft compare``: noise and clipping slow learning, so it may need other settings."""
+
+    learning_rate: float | None = Field(None, gt=0, description="By default the private run's.")
+    steps: int | None = Field(None, ge=1, description="By default the private run's.")
+
+
+class RunTable(Table):
+    seed: int = Field(
+        0, description="Initialises new layers, and nothing else: noise, sampling and dropout are secret."
+    )
+    frozen_prefix: Literal["auto", "on", "off"] = Field(
+        "auto", description="Compute layers before all that trains once for each example, and keep that encrypted."
+    )
+    token_budget: Annotated[int, Field(ge=16)] | Literal["auto"] = Field(
+        "auto", description="Padded tokens in a micro-batch: speed and memory, not privacy; auto times a few."
+    )
+    memory: float | None = Field(
+        None, gt=0, description="GiB that a micro-batch may take beside the model, for token_budget = auto."
+    )
+    save_steps: int | None = Field(None, ge=1, description="Write a checkpoint every so many steps, to resume from.")
+
+
+class LedgerTable(Table):
+    """The account that pays."""
+
+    dataset: str | None = Field(
+        None, description="The data set's name in the ledger; without one nothing across runs is counted."
+    )
+    url: str | None = Field(None, description="The ledger's file or URL; by default DPFT_LEDGER, or the user's own.")
+    purpose: str = Field("", description="What the run is for; goes on record.")
+
+    @model_validator(mode="after")
+    def _no_secret(self):
+        if self.url and re.search(r"://[^/@]*:.+@|[?&](ssl)?pass(word|file)=", self.url):
+            raise ValueError(
+                "ledger.url holds a password, and recipes are published with their runs: put it into ~/.pgpass or PGPASSWORD"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _names_an_account(self):
+        if self.dataset is None and (self.url or self.purpose):
+            raise ValueError("ledger.dataset is not named, so nothing would be charged: name the data set's account")
+        return self

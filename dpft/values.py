@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite, isnan
+from pathlib import Path
 from typing import Any
 
 KINDS = {
@@ -127,11 +128,18 @@ def _number(value: Any, name: str, column: Column) -> str | None:
 
 
 def _file(value: Any, name: str, column: Column) -> str | None:
-    """A path, or an object of ``datasets`` with a path, bytes or an array."""
-    if missing(value) or (isinstance(value, dict) and not any(value.get(key) is not None for key in FILES)):
+    """A path, a file's bytes, or an object of ``datasets`` with a path, bytes or an array."""
+    if (
+        missing(value)
+        or value == b""
+        or (isinstance(value, dict) and not any(value.get(key) is not None for key in FILES))
+    ):
         return f"has no {column.kind} in column {name!r}: remove such rows."
     if isinstance(value, (bool, int, float, list)):
         return f"has {kind(value)} in column {name!r}, not an {column.kind}: name its file."
+    path = value.get("path") if isinstance(value, dict) and not any(map(value.get, FILES[1:])) else value
+    if isinstance(path, str) and not path.startswith(INLINE) and not Path(path).is_file():
+        return f"names a file in column {name!r} that is not there: correct the path, from the data file's folder on."
     return None
 
 
@@ -145,6 +153,7 @@ def _messages(value: Any, name: str, column: Column) -> str | None:
     return None if good else f"has no chat in column {name!r}: write a list of objects with a role and a content."
 
 
+INLINE = "data:"  # how a URI begins that is the file itself, in base64
 FILES = ("path", "bytes", "array")
 COLUMNS: dict[str, Callable[[Any, str, Column], str | None]] = {
     "text": _text,

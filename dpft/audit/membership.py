@@ -16,7 +16,7 @@ from dpft.privacy.rounding import percent_up
 from dpft.recipe import Recipe
 from dpft.runs import RunFolder, RunRecord
 from dpft.training.batches import Examples
-from dpft.training.data import check, read
+from dpft.training.data import check, read_for
 from dpft.workflows.setup import load_model
 
 RATES = (0.001, 0.01)  # of false alarms at which detection is reported
@@ -72,7 +72,7 @@ def audit_membership(
     single = recipe.data.model_copy(update=dict(unit="example"))
     rows = []
     for name, paths in (("members", members), ("non-members", non_members)):
-        rows.append(read(paths if isinstance(paths, str) else list(paths)))
+        rows.append(read_for(recipe.task, paths if isinstance(paths, str) else list(paths)))
         check(rows[-1], recipe.task, single, name)
     task, before = load_model(recipe)
     features = [f for part in rows for f in Examples.encode(part, task).features]

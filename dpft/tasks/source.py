@@ -31,11 +31,12 @@ class Source:
 
         return getattr(transformers, kind).from_pretrained(self.path, revision=self.revision, **self.options, **options)
 
-    def labelled_model(self, kind: str, labels: list[str], tokenizer):
-        """The model with one output for each label, and with a padding token in its configuration."""
+    def labelled_model(self, kind: str, labels: list[str], tokenizer=None, **options):
+        """The model with one output for each label, and with the tokenizer's padding token in its configuration."""
         names = dict(enumerate(labels))
-        model = self.model(kind, num_labels=len(names), id2label=names, label2id={v: k for k, v in names.items()})
-        if model.config.pad_token_id is None:  # decoders find an example's last token by it
+        options |= dict(num_labels=len(names), id2label=names, label2id={v: k for k, v in names.items()})
+        model = self.model(kind, **options)
+        if tokenizer is not None and model.config.pad_token_id is None:  # decoders find an example's last token by it
             padding = tokenizer.pad_token_id
             model.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding
         return model

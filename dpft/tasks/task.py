@@ -1,7 +1,8 @@
 """The contract of a task: all that the rest of dpft knows of what is learned."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from dpft.tasks.encoded import Encoded
 from dpft.tasks.source import Source
 
 Features = Mapping[str, Any]
+PATCH = 3 * 16 * 16  # numbers of an array that count as one token: what vision models commonly make one of
 TEXTS = ("An example.", "Another example, which is a little longer than the first one.")  # of made-up rows
 
 
@@ -53,6 +55,8 @@ class Task(ABC):
         groups: the metric that holds a mapping from a group, such as a class, to its figures.
         adds_layers: whether ``load`` adds layers that the run's seed initialises.
         template: what ``dpft init`` writes for it: ``subset``, and the keys of ``task`` that must be declared.
+        takes_files: whether ``encode`` is given pictures and sounds of ``datasets`` as ``{bytes, path}``, not decoded.
+        has_chance: whether ``draw`` does anything, where the settings decide it.
     """
 
     name: ClassVar[str]
@@ -61,6 +65,8 @@ class Task(ABC):
     groups: ClassVar[str | None] = None
     adds_layers: ClassVar[bool] = False
     template: ClassVar[Mapping[str, Any]] = {"subset": "lora(rank=8)", "task": {}}
+    takes_files: ClassVar[bool] = False
+    has_chance: bool = True
 
     # -- from a recipe ---------------------------------------------------------------------------------------------
 
@@ -86,16 +92,19 @@ class Task(ABC):
     def encode(self, rows: Mapping[str, Sequence]) -> Sequence[Features] | Encoded:
         """Columns of some rows to one feature a row, from that row alone; any other number as :class:`Encoded`.
 
-        Features may name a file that ``draw`` or ``collate`` decodes; ``size`` must do without.
+        Features may name a file that ``collate`` decodes; ``size`` must do without. Large or computed rows are encoded
+        anew at each draw, one by one, and nothing of them is kept (:func:`dpft.training.rows.read_when_drawn`).
         """
 
     def size(self, features: Features) -> Size:
-        """By default what ``length`` says, if there is one, or the longest sequence among the features; for both numbers."""
+        """By default what ``length`` says, if there is one, or the largest among the features; for both numbers.
+
+        A sequence counts its length. An array of two and more dimensions counts one for each ``PATCH`` numbers, or its
+        first dimension if that is more: a picture of 3 × 224 × 224 is 196, and 50 frames of 80 numbers are 50.
+        """
         own = getattr(self, "length", None)
-        lengths = (
-            [len(value) for value in features.values() if hasattr(value, "__len__")] if own is None else [own(features)]
-        )
-        return Size(max(lengths, default=1), max(lengths, default=1))
+        largest = max(map(_tokens, features.values()), default=1) if own is None else own(features)
+        return Size(largest, largest)
 
     def draw(self, features: Features, random: np.random.Generator) -> Features:
         """A step's chance for one example: a crop, a mask, a timestep; by default none.
@@ -104,6 +113,9 @@ class Task(ABC):
         audits collate what was not drawn, so ``collate`` takes both.
         """
         return features
+
+    # (self, features) -> features for steps in which the output of the layers that read the input is kept
+    unread: ClassVar[Callable | None] = None
 
     @abstractmethod
     def collate(self, features: Sequence[Features]) -> Mapping[str, Tensor]:
@@ -160,6 +172,18 @@ class MeanLoss:
         return {"loss": self._total / max(self._examples, 1), "examples": self._examples}
 
 
+def _tokens(value: Any) -> int:
+    """What a feature counts by default; 1 for a single number."""
+    size = getattr(value, "size", None)
+    shape = (
+        [3, *size] if isinstance(size, tuple) else list(getattr(value, "shape", ()))
+    )  # a picture of Pillow has a width and a height
+    while not hasattr(value, "shape") and isinstance(value, Sized):
+        shape.append(len(value))
+        value = value[0] if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) else None
+    return max(1, *shape[:1], math.prod(shape) // PATCH if len(shape) > 1 else 1)
+
+
 def size_of(task: Any, features: Features) -> Size:
     """The example's size by any task, also by one that is no :class:`Task` and has a ``length``."""
     return task.size(features) if hasattr(task, "size") else Task.size(task, features)
@@ -167,4 +191,4 @@ def size_of(task: Any, features: Features) -> Size:
 
 def draws(task: Any) -> bool:
     """Whether the task has a chance of its own in each step."""
-    return getattr(type(task), "draw", Task.draw) is not Task.draw
+    return getattr(type(task), "draw", Task.draw) is not Task.draw and getattr(task, "has_chance", True)

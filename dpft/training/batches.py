@@ -17,6 +17,7 @@ from dpft.privacy.plan import Plan
 from dpft.privacy.sampling import PoissonSampler
 from dpft.tasks.encoded import Encoded
 from dpft.tasks.task import Task, draws, size_of
+from dpft.training.rows import WhenDrawn, files_undecoded, may_vary, read_when_drawn
 from dpft.training.units import check_count, unit_ids
 from dpft.values import kind, plain
 
@@ -34,6 +35,7 @@ class Examples:
         members: each unit's examples, by their numbers.
         costs: ``(n,)``, what padding multiplies (:attr:`dpft.tasks.Size.cost`); by default the lengths.
         chance: the task's ``draw``, if it has one of its own.
+        varies: whether a row that is read again may be another (:func:`dpft.training.rows.may_vary`).
     """
 
     features: Sequence
@@ -41,6 +43,7 @@ class Examples:
     members: Sequence[np.ndarray]
     costs: np.ndarray | None = None
     chance: Callable | None = None
+    varies: bool = False
 
     def __post_init__(self) -> None:
         if self.costs is None:
@@ -48,7 +51,7 @@ class Examples:
 
     @classmethod
     def encode(cls, rows, task: Task, unit: str = "example") -> "Examples":
-        """Encode a ``datasets.Dataset`` or any sequence of rows.
+        """Encode a ``datasets.Dataset`` or any sequence of rows; of rows that are read when drawn, only the sizes are kept.
 
         Args:
             unit: ``"example"``, or the column that names a row's unit (:func:`dpft.training.units.unit_ids`).
@@ -57,21 +60,30 @@ class Examples:
             RecipeError: there are no rows, a column is missing, an id names no unit, or the task made other than one
                 feature a row and did not return :class:`dpft.tasks.Encoded`.
         """
-        features, places, ids = [], [], []
-        for start in range(0, len(rows), CHUNK):
-            columns = _columns(rows, start, min(start + CHUNK, len(rows)))
+        rows = files_undecoded(rows) if getattr(task, "takes_files", False) else rows
+        late = read_when_drawn(rows)
+        size = 1 if late else CHUNK
+        features, places, ids, sizes = [], [], [], []
+        for start in range(0, len(rows), size):
+            columns = _columns(rows, start, min(start + size, len(rows)))
             if unit != "example":
                 if unit not in columns:
                     raise RecipeError(f"The data have no column {unit!r}: they have {', '.join(columns)}.")
                 ids += plain(columns[unit])
-            encoded, owners = _with_rows(task.encode(columns), min(CHUNK, len(rows) - start))
-            features += encoded
+            try:
+                encoded, owners = _with_rows(task.encode(columns), min(size, len(rows) - start))
+            except RecipeError as error:
+                raise RecipeError(f"The data's row {start + 1:,}, encoded alone: {error}") if late else error from error
+            sizes += [size_of(task, feature) for feature in encoded]
+            features += () if late else encoded
             places += [start + owner for owner in owners]
-        if not features:
+        if not places:
             raise RecipeError("The data are empty: there is nothing to learn from.")
-        sizes = np.array([size_of(task, feature) for feature in features], dtype=np.int64)
+        if late:
+            features = WhenDrawn(lambda row: _with_rows(task.encode(_columns(rows, row, row + 1)), 1)[0], places)
+        sizes = np.array(sizes, dtype=np.int64)
         costs, lengths = sizes.T.copy()
-        more = dict(costs=costs, chance=task.draw if draws(task) else None)
+        more = dict(costs=costs, chance=task.draw if draws(task) else None, varies=may_vary(rows))
         units = range(len(rows)) if unit == "example" else unit_ids(ids, unit)
         if unit == "example" and places == list(units):
             return cls(features, lengths, np.arange(len(features)).reshape(-1, 1), **more)

@@ -1,13 +1,17 @@
 """The recipe's data, with every complaint before the first charge."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from dpft.errors import RecipeError
-from dpft.recipe import DataTable, Recipe, TaskTable
+from dpft.recipe import DataTable, Recipe, TaskTable, expand, listed
 from dpft.training.files import read
 from dpft.training.units import check_count, unit_ids
+from dpft.values import INLINE
 
-__all__ = ["check", "column_of", "load", "load_public", "read"]
+__all__ = ["check", "column_of", "load", "load_public", "read", "read_for"]
+FILE_KINDS = ("image", "audio")
+FILES_AT_A_TIME = 16
 
 
 def load(recipe: Recipe, *, validation: bool = True):
@@ -17,7 +21,7 @@ def load(recipe: Recipe, *, validation: bool = True):
         RecipeError: a file or column is missing, a cell holds no text, no declared label or no unit's id, or the number
             of units is far from the declared one. Rows are counted from 1 over all files, without headers.
     """
-    train = read(recipe.data.train)
+    train = read_for(recipe.task, recipe.data.train)
     check(train, recipe.task, recipe.data, "data.train")
     count = len(set(column_of(train, recipe.data.unit))) if recipe.data.unit != "example" else len(train)
     check_count(count, recipe.data.units, "data.train")
@@ -42,14 +46,39 @@ def load_public(recipe: Recipe):
 
 def _row_by_row(recipe: Recipe, paths: str | list[str], where: str):
     """Checked rows of data in which it does not matter whose a row is."""
-    rows = read(paths)
+    rows = read_for(recipe.task, paths)
     check(rows, recipe.task, recipe.data.model_copy(update=dict(unit="example")), where)
     return rows
 
 
-def column_of(rows, name: str) -> Iterator:
+def read_for(task: TaskTable, paths: str | list[str]):
+    """The rows of these files, whose pictures and sounds are found from the folder of the file that names them.
+
+    Raises:
+        RecipeError: see :func:`read`; or files of several folders name others from there on.
+    """
+    rows, folders = read(paths), {str(Path(expand(path)).absolute().parent) for path in listed(paths)}
+    for name, column in task.columns.items():
+        if column.kind in FILE_KINDS and getattr(rows.features.get(name), "dtype", None) in ("string", "large_string"):
+            found = list(column_of(rows, name))
+            if len(folders) > 1 and any(map(_is_relative, found)):
+                raise RecipeError(
+                    f"The data files lie in {len(folders):,} folders and name files in column {name!r} from there on, "
+                    "so it is unknown from where: put them in one folder, or write whole paths."
+                )
+            whole = [str(Path(*folders, path)) if _is_relative(path) else path for path in found]
+            order = rows.column_names
+            rows = rows.remove_columns(name).add_column(name, whole, feature=rows.features[name]).select_columns(order)
+    return rows
+
+
+def _is_relative(path: str | None) -> bool:
+    return bool(path) and not path.startswith(INLINE) and not Path(path).is_absolute()
+
+
+def column_of(rows, name: str, at_a_time: int = 1000) -> Iterator:
     """A column's values, a thousand rows at a time: one by one takes fifty times as long."""
-    for part in rows.select_columns([name]).iter(1000):
+    for part in rows.select_columns([name]).iter(at_a_time):
         yield from part[name]
 
 
@@ -66,7 +95,8 @@ def check(rows, task: TaskTable, data: DataTable, where: str) -> None:
     if len(rows) == 0:
         raise RecipeError(f"{where} is empty: there is nothing to learn from.")
     for name, column in task.columns.items():
-        for i, value in enumerate(column_of(rows, name), 1):
+        at_a_time = FILES_AT_A_TIME if column.kind in FILE_KINDS else 1000  # files may be of any size
+        for i, value in enumerate(column_of(rows, name, at_a_time), 1):
             fault = column.fault(value, name)
             if fault is not None:
                 raise RecipeError(f"{where} row {i:,} {fault}")

@@ -2,7 +2,8 @@
 
 ``datasets.load_dataset`` guesses types, takes words such as NA for missing, and leaves a readable copy of the rows in
 the user's cache. This module parses rows into memory instead. There they need less than the token ids that training keeps
-of them, so what fits in training fits here. A folder of ``save_to_disk`` is mapped where it lies.
+of them, so what fits in training fits here. A folder of ``save_to_disk`` is mapped where it lies. The bytes of pictures and sounds in Parquet are
+unpacked to a file without a name, which the operating system forgets when the process ends, and mapped as well.
 """
 
 import csv
@@ -10,15 +11,21 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from secrets import token_hex
+from tempfile import TemporaryFile
 from typing import TextIO
 
 from dpft.errors import RecipeError
 from dpft.recipe import expand, listed
+from dpft.training.rows import files_undecoded
 from dpft.values import kind
 
 CHUNK = 10_000  # rows of a CSV file that exist as Python texts at a time
+FILES_AT_A_TIME = 64  # rows with pictures or sounds
+BUFFER = 1 << 20  # bytes that are read of a Parquet file at a time
+IN_MEMORY = 1 << 26  # bytes of a Parquet file with pictures that may be in memory
 LONGEST = 2**31 - 1  # characters of a cell; Python's own limit of 131,072 is below a long document
 
 
@@ -51,7 +58,7 @@ def read(paths: str | list[str]):
         rows = _reader(files)(files)
         if not isinstance(rows, datasets.Dataset):
             rows = datasets.Dataset(rows, fingerprint=token_hex(8))  # or all of them would be hashed
-        return _with_class_names(rows)
+        return _with_class_names(files_undecoded(rows))
     except RecipeError:
         raise
     except OSError as error:
@@ -197,7 +204,8 @@ def _parquet(files: list[Path]):
     tables = []
     for file in files:
         try:
-            table = ParquetFile(file).read()
+            parquet = ParquetFile(file, buffer_size=BUFFER, pre_buffer=False)
+            table = _mapped(parquet) if _holds_files(parquet) else parquet.read()
         except pa.ArrowException as error:
             raise RecipeError(f"{file.name} is not a whole Parquet file: write it again.") from error
         for i, field in enumerate(table.schema):
@@ -205,6 +213,28 @@ def _parquet(files: list[Path]):
                 table = table.set_column(i, field.name, table.column(i).cast(field.type.value_type))
         tables.append(table)
     return _joined(tables, files)
+
+
+def _holds_files(parquet) -> bool:
+    """Whether there are enough bytes in its columns of bytes that they had better not be in memory."""
+    import pyarrow as pa
+
+    schema, groups = parquet.schema_arrow, map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
+    inner = lambda kind: [kind.field(i).type for i in range(kind.num_fields)] if pa.types.is_struct(kind) else [kind]
+    binary = any(pa.types.is_binary(k) or pa.types.is_large_binary(k) for kind in schema.types for k in inner(kind))
+    return binary and sum(group.total_byte_size for group in groups) > IN_MEMORY
+
+
+def _mapped(parquet):
+    """The table, in a file without a name that is mapped into memory: rows that are not read take none."""
+    import pyarrow as pa
+
+    file = TemporaryFile()  # noqa: SIM115  (lives as long as the table, which is mapped from it)
+    with pa.ipc.new_file(file, parquet.schema_arrow) as writer:
+        for batch in parquet.iter_batches(batch_size=FILES_AT_A_TIME):
+            writer.write_batch(batch)
+    file.flush()
+    return pa.ipc.open_file(pa.py_buffer(mmap(file.fileno(), 0, access=ACCESS_READ))).read_all()
 
 
 def _joined(tables: list, files: list[Path]):

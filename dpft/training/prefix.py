@@ -43,6 +43,7 @@ class FrozenPrefix:
         per_token: which of these have a row for each token; padding is not kept.
         random: whether two passes in training mode differ, by dropout.
         numbers: how many float32 are kept for each token, and for each example besides.
+        unread: the task's :attr:`dpft.tasks.Task.unread`.
     """
 
     name: str
@@ -51,6 +52,7 @@ class FrozenPrefix:
     per_token: list[bool]
     random: bool
     numbers: tuple[int, int]
+    unread: Callable[[Mapping], Mapping] | None = None
     _store: EncryptedStore | None = None
     _structure: object = None
     _others: list = field(default_factory=list)  # the output's leaves that are not kept, as they were once
@@ -133,7 +135,9 @@ class FrozenPrefix:
         return 1 << self.bytes(examples).bit_length() < shutil.disk_usage(folder).free / 2
 
     def shortened(self, examples: Examples) -> Examples:
-        """The examples, as long as they are to what still runs."""
+        """The examples, as long as they are to what still runs, and without what only the kept layers read."""
+        if self.unread is not None:
+            examples = replace(examples, chance=lambda features, random: self.unread(features))
         ones = np.ones_like(examples.lengths)
         return examples if any(self.per_token) else replace(examples, lengths=ones, costs=ones)
 
@@ -144,12 +148,14 @@ class FrozenPrefix:
         losses: Callable[[Mapping], Tensor],
         folder: Path,
         token_budget: int,
+        replayed: Callable[[Sequence[int]], dict] | None = None,
     ) -> None:
         """Compute and keep the output for every example, in evaluation mode.
 
         Args:
             collate: the batch of the examples with these numbers.
             folder: where the nameless file lies.
+            replayed: the batch that a step makes of them, by default the same.
 
         Raises:
             IsolationError: an example's output depends on which others share its batch, or padding comes first.
@@ -171,18 +177,19 @@ class FrozenPrefix:
                     self._shapes[place] = [tensor.shape for tensor in rows]
                     flat = torch.cat([tensor.flatten() for tensor in rows]).float().cpu()
                     self._store.write(place, flat.numpy().tobytes())
-            self._verify(collate, losses, [*examples.spread_places(), int(examples.lengths.argmax())])
+            self._verify(
+                collate, replayed or collate, losses, [*examples.spread_places(), int(examples.lengths.argmax())]
+            )
         finally:
             for module, mode in zip(model_modules, modes_before, strict=True):
                 module.training = mode
 
-    def _verify(self, collate: Callable, losses: Callable, places: Sequence[int]) -> None:
+    def _verify(self, collate: Callable, replayed: Callable, losses: Callable, places: Sequence[int]) -> None:
         """What is replayed, alone or beside others, gives the loss that the model gives."""
         with torch.no_grad():
             for group in [list(places), *([place] for place in places)]:
-                batch = collate(group)
+                wanted, batch = losses(collate(group)), replayed(group)
                 self.select(group, batch)
-                wanted = losses(batch)
                 with self:
                     made = losses(batch)
                 if not torch.allclose(made, wanted, rtol=TOLERANCE, atol=TOLERANCE):

@@ -30,6 +30,7 @@ from dpft.training.checks import try_optimizer
 from dpft.training.heap import kept_heap
 from dpft.training.prefix import FrozenPrefix
 from dpft.training.releases import Releases
+from dpft.training.rows import as_stored
 from dpft.training.speed import kept_prefix, timed_budget
 from dpft.training.tuning import Budget, free_memory, workspace
 
@@ -369,7 +370,7 @@ class Session:
 
     def _opened_account(self, released: int) -> Account | None:
         """All that can be refused is refused here, before the preflight; nothing is charged yet."""
-        rows = self.rows if self.options.account_rows is None else self.options.account_rows
+        rows = as_stored(self.rows if self.options.account_rows is None else self.options.account_rows)
         rows = rows if self.options.ledger and isinstance(rows[0], Mapping) else None
         model = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
         about = dict(rows=rows, purpose=self.options.purpose, model=model)

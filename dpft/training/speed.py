@@ -24,6 +24,8 @@ def kept_prefix(session) -> FrozenPrefix | None:
                 "frozen_prefix is on, but the task draws each example anew in every step, so nothing of it can be kept: switch it off."
             )
         return None
+    if examples.varies and not asked:
+        return None
     uses = session.plan.sample_rate * (session.plan.steps - session.engine.steps_released)
     if uses < WORTH and not asked:
         return None
@@ -38,8 +40,10 @@ def kept_prefix(session) -> FrozenPrefix | None:
         return None
     session.options.tell("say", f"keeping the output of {prefix.name}")
     collate = lambda places: session.collated([examples.features[place] for place in places])
+    prefix.unread = getattr(session.task, "unread", None)
+    replayed = lambda places: session.collated(prefix.shortened(examples).drawn(places))
     try:
-        prefix.fill(examples, collate, session.losses, folder, EVALUATION_TOKENS)
+        prefix.fill(examples, collate, session.losses, folder, EVALUATION_TOKENS, replayed)
     except Exception:  # a model may raise anything when its beginning is replayed
         prefix.close()
         if asked:

@@ -22,6 +22,7 @@ WORTH = 0.95  # a larger budget must make an example at least 5 % faster
 DOUBLINGS = 2  # without such a gain end the search: a single one may be the machine's mood
 ENOUGH = 0.3  # seconds for which micro-batches of one size are timed; the fastest counts
 SECONDS = 10.0  # after which nothing larger is tried
+BACKWARD = 1.5  # times what a forward pass keeps, a micro-batch takes at its peak: 1.0 to 1.5 for ViT-S, by what trains
 UNKNOWN_MEMORY = 1 << 31  # bytes, where the system does not say what is free
 
 
@@ -44,32 +45,43 @@ def fastest_budget(
 ) -> Budget:
     """The smallest token budget that is within 5 % of the fastest that fits.
 
+    One example is tried first, whatever it takes. What it keeps tells how many fit ``memory``: no more are tried.
+
     Args:
         losses: ``losses(n)``, ``(n,)``, of n equal examples of ``tokens`` tokens.
         accumulate: what a step does with them.
         most: how many examples a micro-batch may hold at all.
-        memory: bytes that a forward pass may keep.
+        memory: bytes that a micro-batch may take.
         draw: tokens that a logical batch is expected to have: a larger budget would seldom be filled.
 
     Raises:
         torch.OutOfMemoryError: a single example does not fit.
     """
 
+    def passed(n: int) -> tuple[float, int]:
+        """Seconds, and the bytes kept of each example, those shared by all included."""
+        since, saved = _now(model), SavedBytes(model)
+        with saved:
+            found = losses(n)
+        accumulate(found)
+        return _now(model) - since, -(-saved.bytes // n)
+
     def timed(n: int) -> tuple[float, int]:
-        """Seconds for each example, and the bytes kept."""
+        """Seconds for each example, and the bytes kept of it."""
         times: list[float] = []
         while sum(times) < ENOUGH and len(times) < 10:
-            since, saved = _now(model), SavedBytes(model)
-            with saved:
-                found = losses(n)
-            accumulate(found)
-            times.append(_now(model) - since)
-        return min(times) / n, saved.bytes
+            seconds, kept = passed(n)
+            times.append(seconds)
+        return min(times) / n, kept
 
     started, tried, idle = time.perf_counter(), {}, 0
-    accumulate(losses(1))  # what only a first pass does is not counted
+    _, kept = passed(1)  # what only a first pass does is not timed
     smallest = max(SMALLEST, tokens)
     for budget in (smallest << k for k in range(max(1, (LARGEST // smallest).bit_length()))):
+        fitting = max(1, int(memory / (BACKWARD * max(kept, 1))))
+        if tried and fitting * tokens < budget:
+            break
+        budget = min(budget, fitting * tokens)
         n = min(budget // tokens, most)
         best = min(tried.values(), default=float("inf"))
         try:
@@ -77,7 +89,7 @@ def fastest_budget(
         except torch.OutOfMemoryError:
             break
         idle = 0 if tried[budget] <= WORTH * best else idle + 1
-        full = budget >= draw or n == most or 2 * kept > memory
+        full = budget >= draw or n == most
         if full or idle == DOUBLINGS or time.perf_counter() - started > SECONDS:
             break
     if not tried:  # one example fits, and no more were tried with success

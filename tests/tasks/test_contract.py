@@ -44,7 +44,15 @@ def text(folder):
     tokenizer(folder)
 
 
-CHECKPOINTS = (text,)  # a task is tried on the first that it loads
+def pictures(folder):
+    config = transformers.ViTConfig(
+        image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+
+
+CHECKPOINTS = (text, pictures)  # a task is tried on the first that it loads
 
 
 @pytest.fixture(scope="module", params=registry.names())

@@ -180,7 +180,9 @@ class CallsInSteps(TrainerCallback):
 def test_a_run_with_a_prefix_trains_the_same_weights(case, plan, tmp_path, subset):
     """And evaluates other examples as ever, and leaves nothing of the prefix behind."""
     runs = [run(case, plan, tmp_path / how, subset, how, token_budget=16) for how in ("off", "on")]
-    assert runs[0].prefix is None and runs[1].prefix is not None and runs[1].prefix._store is None
+    assert (
+        runs[0].session.prefix is None and runs[1].session.prefix is not None and runs[1].session.prefix._store is None
+    )
     assert runs[0].calls.count > 0 and runs[1].calls.count == 0
     expected = dict(runs[0].model.named_parameters())
     for name, parameter in runs[1].model.named_parameters():
@@ -192,13 +194,13 @@ def test_a_run_with_a_prefix_trains_the_same_weights(case, plan, tmp_path, subse
 
 def test_it_is_kept_only_where_it_pays(case, plan, tmp_path):
     """Six steps at rate ½ use each example three times; one step does not."""
-    assert run(case, plan, tmp_path / "a", "head", "auto").prefix is not None
-    assert run(case, lambda **f: plan(**{**f, "steps": 1}), tmp_path / "b", "head", "auto").prefix is None
-    assert run(case, plan, tmp_path / "c", "lora + head", "auto").prefix is None
+    assert run(case, plan, tmp_path / "a", "head", "auto").session.prefix is not None
+    assert run(case, lambda **f: plan(**{**f, "steps": 1}), tmp_path / "b", "head", "auto").session.prefix is None
+    assert run(case, plan, tmp_path / "c", "lora + head", "auto").session.prefix is None
     with pytest.raises(RecipeError, match="first block trains"):
         run(case, plan, tmp_path / "d", "lora + head", "on")
 
 
 def test_layers_with_dropout_are_not_computed_once_for_all_steps(case, plan, tmp_path):
     """T20: kept without being asked for, they would train another model than the one that was named."""
-    assert run(case, plan, tmp_path / "a", "head", "auto", dropout=0.5, token_budget=64).prefix is None
+    assert run(case, plan, tmp_path / "a", "head", "auto", dropout=0.5, token_budget=64).session.prefix is None

@@ -161,7 +161,7 @@ def test_an_interrupt_before_a_resumed_run_goes_on_leaves_its_weights(recipe, tm
     recipe["run"] = {"save_steps": 2}
     folder = train(Recipe.parse(recipe), tmp_path / "run", callbacks=[Interrupt()])
     before = {path: path.read_bytes() for path in (folder / "weights").iterdir()}
-    monkeypatch.setattr("dpft.training.trainer.DPTrainerMixin._preflight", interrupted)
+    monkeypatch.setattr("dpft.training.session.Session._preflight", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(Recipe.parse(recipe), folder, resume=True)
     assert before == {path: path.read_bytes() for path in (folder / "weights").iterdir()}

@@ -247,7 +247,7 @@ def test_a_run_keeps_the_heap_until_it_ends(make, monkeypatch):
         def on_step_end(self, *_, **__):
             seen.append("step")
 
-    monkeypatch.setattr("dpft.training.trainer.kept_heap", watched)
+    monkeypatch.setattr("dpft.training.session.kept_heap", watched)
     make(callbacks=[Steps()]).train()
     assert seen == ["kept", *["step"] * 6, "given back"]
 
@@ -285,19 +285,19 @@ def test_a_resumed_run_never_exceeds_its_plan(make, tmp_path, subset):
     with pytest.raises(RuntimeError, match="power cut"):
         make(subset, args=args(), callbacks=[Crash(3)]).train()
     resumed = make(subset, args=args())
-    assert resumed.releases.charged == 3
+    assert resumed.session.releases.charged == 3
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.releases.charged == resumed.engine.steps_released == 6
+    assert resumed.session.releases.charged == resumed.session.engine.steps_released == 6
     assert resumed.state.global_step == 5  # resumed from 2, and 3 of the plan's 6 releases were left
     with pytest.raises(BudgetError, match="nothing is left"):
         make(subset, args=args()).train(resume_from_checkpoint=True)
 
 
 def test_a_resumed_run_takes_up_the_preflight_of_the_same_model_alone(make, tmp_path, monkeypatch):
-    from dpft.training import trainer
+    from dpft.training import session
 
     done = []
-    monkeypatch.setattr(trainer, "preflight", lambda *a: done.append(1) or preflight(*a))
+    monkeypatch.setattr(session, "preflight", lambda *a: done.append(1) or preflight(*a))
     with monkeypatch.context() as patch:  # as if the tests' own collation were a package's
         patch.setattr("dpft.gradients.preflight._versioned", lambda part: True)
         of_one_model(make, tmp_path / "versioned", done)
@@ -312,8 +312,8 @@ def of_one_model(make, tmp_path, done):
     with pytest.raises(RuntimeError, match="power cut"):
         resumed = make(subset, args=args(), callbacks=[Crash(2)])
         resumed.train(resume_from_checkpoint=True)
-    assert len(done) == 1 and resumed.engine.max_examples(9) == 1
-    assert resumed.preflight.techniques == {"per example": resumed.preflight.trainable_parameters}
+    assert len(done) == 1 and resumed.session.engine.max_examples(9) == 1
+    assert resumed.session.preflight.techniques == {"per example": resumed.session.preflight.trainable_parameters}
     make(subset, args=args(bf16=True, use_cpu=True)).train(resume_from_checkpoint=True)
     assert len(done) == 2
 

@@ -131,3 +131,12 @@ def test_a_system_without_glibc_keeps_no_heap_and_trains(monkeypatch, missing):
     monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(missing))
     with heap.kept_heap():
         assert heap._glibc() is None
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(3, 5), (196, 5), (16, 1), (3, 0)])
+def test_no_more_is_tried_than_one_example_says_will_fit(monkeypatch, tokens, fits):
+    """As of pictures, of which 42 were tried before the memory was looked at."""
+    machine = Machine(monkeypatch, 1.0, 1e-9)
+    memory = int(tuning.BACKWARD * 4000 * (fits + 0.5))
+    assert machine.fastest(tokens, memory=memory) == tokens * max(1, fits if tokens == 3 or fits == 1 else 4)
+    assert max(machine.sizes) <= max(1, fits)

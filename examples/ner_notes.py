@@ -47,11 +47,11 @@ def main() -> None:
     )
 
 
-RECIPE = """subset = "lora(rank=8, last_blocks=2) + head"
+RECIPE = """subset = "lora(rank=8, last_blocks=1) + head"
 model.path = "$DPFT_MODELS/minilm-l6"
 task = {{name = "token_classification", tokens = "words", max_length = 64, labels = {labels}}}
 data = {{train = "{folder}/train.jsonl", validation = "{folder}/validation.jsonl", units = 1201}}
-privacy = {{epsilon = 3.0, delta = 1e-4, batch_size = 128, steps = 60, clip_norm = 0.1}}
+privacy = {{epsilon = 3.0, delta = 1e-4, batch_size = 128, steps = 100, clip_norm = 0.1}}
 optimizer.learning_rate = 0.01
 """
 

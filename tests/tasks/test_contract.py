@@ -93,10 +93,10 @@ def test_it_says_what_it_is(made):
     kind = registry.find(recipe.task.name)
     assert isinstance(task, Task) and type(task) is kind and kind.name == recipe.task.name and kind.__doc__
     assert kind.Settings is type(recipe.task)
-    documented = DOCUMENT.read_text(encoding="utf-8")
+    ours, documented = kind.__module__.startswith("dpft."), DOCUMENT.read_text(encoding="utf-8")
     for key, field in kind.Settings.model_fields.items():
         assert field.description, key
-        assert f"| `task.{key}` |" in documented
+        assert not ours or f"| `task.{key}` |" in documented
     assert {column.kind for column in recipe.task.columns.values()} <= COLUMNS.keys()
 
 

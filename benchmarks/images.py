@@ -49,10 +49,10 @@ def held() -> list[int]:
 
 def train(folder: Path, number: int) -> None:
     import transformers
-    from dpft.training.run import set_up
 
     from dpft.recipe import Recipe
     from dpft.training.session import Session
+    from dpft.workflows.setup import set_up
 
     config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     transformers.ViTForImageClassification(config).save_pretrained(folder / "model")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from dpft.training.run import load_model, set_up, train
 from PIL import Image
 
 from dpft.errors import IsolationError, RecipeError
@@ -20,6 +19,8 @@ from dpft.training.batches import Examples
 from dpft.training.data import load
 from dpft.training.rows import WhenDrawn
 from dpft.training.session import Session
+from dpft.workflows.setup import load_model, set_up
+from dpft.workflows.train import train
 
 LABELS = ["left", "right"]
 BLOCKS = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)

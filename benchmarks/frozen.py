@@ -5,8 +5,8 @@
 dpft    DPTrainer: the encoder's output is computed once for each diagnosis and kept, encrypted, as long as the run
 opacus  PrivacyEngine.make_private with Poisson batches and BatchMemoryManager, hooks on the head alone
 
-Each runs in a process of its own. Timed is everything from the loaded model to the last step: tokenizing, the preflight, filling,
-training. Before that, both make the clipped sum of the same 64 diagnoses, which must agree.
+Each runs in a process of its own. Timed is everything from the loaded model to the last step: tokenizing, the
+preflight, filling, training. Before that, both make the clipped sum of the same 64 diagnoses, which must agree.
 """
 
 import argparse

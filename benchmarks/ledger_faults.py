@@ -2,12 +2,18 @@
 
     python benchmarks/ledger_faults.py --json [--kills 500] [--rounds 200] [--tamperings 1000] [--store sqlite]
 
-kills        processes that charge and release are killed (SIGKILL) at random instants; what they released is kept in a file that is
-             flushed after every release. Every twentieth is a real training run. ``under_counted`` counts releases that were not charged.
-races        16 processes ask for the last of a budget at the same instant; ``overspent`` counts rounds in which more was granted.
-tamperings   single bytes of an export and of a SQLite file, and whole rows, are changed; ``unnoticed`` counts changes of what the
-             ledger says that neither opening nor verifying finds. Bytes of a SQLite file that no row depends on are counted apart.
-speed        the latency of a charge with 10,000 entries present, and the composition of 300 different events, from nothing.
+kills        processes that charge and release are killed (SIGKILL) at random instants; what they released is kept in a
+file that is
+             flushed after every release. Every twentieth is a real training run. ``under_counted`` counts releases that
+             were not charged.
+races        16 processes ask for the last of a budget at the same instant; ``overspent`` counts rounds in which more
+was granted.
+tamperings   single bytes of an export and of a SQLite file, and whole rows, are changed; ``unnoticed`` counts changes
+of what the
+             ledger says that neither opening nor verifying finds. Bytes of a SQLite file that no row depends on are
+             counted apart.
+speed        the latency of a charge with 10,000 entries present, and the composition of 300 different events, from
+nothing.
 """
 
 import argparse
@@ -38,7 +44,7 @@ def plan(steps: int = 10_000):
     return dpft.Plan(noise_multiplier=20.0, sample_rate=0.001, steps=steps, delta=1e-6)
 
 
-# -- kills ---------------------------------------------------------------------------------------------------------------
+# -- kills -------------------------------------------------------------------------------------------------------------
 
 
 def release_forever(url: str, journal: str) -> None:
@@ -134,7 +140,7 @@ def kills(url: str, count: int, folder: Path) -> dict:
     }
 
 
-# -- races ---------------------------------------------------------------------------------------------------------------
+# -- races -------------------------------------------------------------------------------------------------------------
 
 
 def race(url: str, rounds: int, start, stop, granted) -> None:
@@ -188,7 +194,7 @@ def races(url: str, rounds: int) -> dict:
     }
 
 
-# -- tampering -----------------------------------------------------------------------------------------------------------
+# -- tampering ---------------------------------------------------------------------------------------------------------
 
 
 def tamperings(count: int, folder: Path) -> dict:
@@ -257,11 +263,13 @@ def _tamper_row(path: Path, rows: int) -> None:
             [f"DELETE FROM entries WHERE seq = {one}"],
             [f"UPDATE entries SET {column} = {column} || ' ' WHERE seq = {one}"],
             [
-                f"UPDATE entries SET {column} = (SELECT {column} FROM entries WHERE seq = {rows}) || 'x' WHERE seq = {one}"
+                f"UPDATE entries SET {column} = (SELECT {column} FROM entries WHERE seq = {rows}) || 'x' WHERE seq = "
+                f"{one}"
             ],
             ["UPDATE entries SET body = replace(body, '\"count\":5', '\"count\":4')"],
             [
-                f"INSERT INTO entries SELECT {rows + 1}, dataset, kind, body, hash, hash, signature FROM entries WHERE seq = {one}"
+                f"INSERT INTO entries SELECT {rows + 1}, dataset, kind, body, hash, hash, signature FROM entries "
+                f"WHERE seq = {one}"
             ],
             [f"UPDATE entries SET seq = -1 WHERE seq = {one}", f"UPDATE entries SET seq = {one} WHERE seq = {other}"]
             + [f"UPDATE entries SET seq = {other} WHERE seq = -1"],
@@ -276,7 +284,7 @@ def _tamper_row(path: Path, rows: int) -> None:
             connection.execute(statement)
 
 
-# -- speed ---------------------------------------------------------------------------------------------------------------
+# -- speed -------------------------------------------------------------------------------------------------------------
 
 
 def latency(url: str, present: int = 10_000, charges: int = 200) -> dict:
@@ -310,9 +318,11 @@ def composition(events: int = 300) -> dict:
         "import random, time\n"
         "from dpft.privacy.composition import Event, epsilon\n"
         "random.seed(0)\n"
-        f"events = tuple(Event(int(10 ** random.uniform(1, 3)), random.uniform(0.9, 2.5), 10 ** random.uniform(-3, -1.7)) for _ in range({events}))\n"
+        f"events = tuple(Event(int(10 ** random.uniform(1, 3)), random.uniform(0.9, 2.5), 10 ** random.uniform(-3, "
+        f"-1.7)) for _ in range({events}))\n"
         "since = time.perf_counter(); first = epsilon(events, 1e-6); cold = time.perf_counter() - since\n"
-        "since = time.perf_counter(); epsilon((*events, Event(100, 1.234, 0.01)), 1e-6); print(first, cold, time.perf_counter() - since)"
+        "since = time.perf_counter(); epsilon((*events, Event(100, 1.234, 0.01)), 1e-6); print(first, cold, "
+        "time.perf_counter() - since)"
     )
     root = str(Path(__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}

@@ -154,7 +154,8 @@ class Plain(System):
 
 
 def losses_of_a_run(work: Work, losses: Callable) -> Callable:
-    """Those of dpft's task, where plain training's are ``losses``: of a language model, whose logits it never makes at once."""
+    """Those of dpft's task, where plain training's are ``losses``: of a language model, whose logits it never makes at
+    once."""
     import torch
 
     from dpft.tasks import LabelledTask

@@ -9,9 +9,10 @@ opacus   hooks, with BatchMemoryManager(max_physical_batch_size=8), which cuts t
 dpft     DPTrainer with its defaults
 sorted   no privacy: plain backward passes over dpft's own micro-batches, cut from sorted texts by 1,024 padded tokens
 
-Each is a process of its own, and they take turns of one micro-batch, so that a machine that drifts drifts for all: plain, dpft
-and sorted, then Opacus and dpft once more, because plain and Opacus may need 16 GiB each. Time is
-that of the step: sampling, collation, noise and update included; loading, preflight and tuning excluded. Memory is the process's peak.
+Each is a process of its own, and they take turns of one micro-batch, so that a machine that drifts drifts for all:
+plain, dpft and sorted, then Opacus and dpft once more, because plain and Opacus may need 16 GiB each. Time is
+that of the step: sampling, collation, noise and update included; loading, preflight and tuning excluded. Memory is the
+process's peak.
 The floor is the time of ``sorted`` less the share of its tokens that are padding: what remains is what the texts cost.
 """
 
@@ -92,7 +93,8 @@ class Texts:
         self.examples = Examples.encode(self.rows, self.task)
 
     def losses(self, model, batch: dict):
-        """Those of training without dpft, which makes all logits (their cross-entropy is dpft's, which is faster than PyTorch's)."""
+        """Those of training without dpft, which makes all logits (their cross-entropy is dpft's, which is faster than
+        PyTorch's)."""
         from dpft.tasks.losses import token_losses, without_labels
 
         return token_losses(model(**without_labels(batch)).logits, batch["labels"], shift=True)

@@ -1,8 +1,8 @@
 """Cells of the data by value: what kind each is, whether one is missing, and which declared class a label is.
 
-A cell means the text that stands in the file. The text 01 is not 1, and NA is a text like any other. A whole number means
-its digits; true and false have two spellings, JSON's and Python's. A float means no text: 7.0 may have been written as 7,
-so it names neither a class nor a unit.
+A cell means the text that stands in the file. The text 01 is not 1, and NA is a text like any other. A whole number
+means its digits; true and false have two spellings, JSON's and Python's. A float means no text: 7.0 may have been
+written as 7, so it names neither a class nor a unit.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -1,9 +1,11 @@
-"""Does the published seed help to tell whether a record was there? Black-box trainings with dropout, judged by their weights alone.
+"""Does the published seed help to tell whether a record was there? Black-box trainings with dropout, judged by their
+weights alone.
 
-The attacker has the recipe with its seed, the model before training, and two data sets that differ by one text; sees the weights after
-one step with every unit in it, and nothing else. It trains on both data sets itself, without noise and with the same seed, and
-says which of the two clipped sums the released weights are nearer to: those of one training each, and the means of several. If
-dropout's masks follow from the seed, a text that leaves shifts the masks of all others, and the sums lie many times the clip apart.
+The attacker has the recipe with its seed, the model before training, and two data sets that differ by one text; sees
+the weights after one step with every unit in it, and nothing else. It trains on both data sets itself, without noise
+and with the same seed, and says which of the two clipped sums the released weights are nearer to: those of one training
+each, and the means of several. If dropout's masks follow from the seed, a text that leaves shifts the masks of all
+others, and the sums lie many times the clip apart.
 
     python -m benchmarks.attacks.published_seed --trials 200 --output benchmarks/results/published_seed.json
 """

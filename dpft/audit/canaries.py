@@ -1,13 +1,14 @@
 """Canaries: made-up records that are planted in the training data by secret coins, and looked for afterwards.
 
-Each is a unit of its own, made from public material alone (a tokenizer's vocabulary, a template, rows of ``data.public``) and never
-by a look at the private data: what depended on a person would have to be paid for. Included or not is decided by the operating
-system's entropy, once for each.
+Each is a unit of its own, made from public material alone (a tokenizer's vocabulary, a template, rows of
+``data.public``) and never by a look at the private data: what depended on a person would have to be paid for. Included
+or not is decided by the operating system's entropy, once for each.
 
-``random-tokens``  a record that the task makes up, such as random words with a random label: nothing else in the data supports it
-``secret``         an in-distribution sentence with a random code in it, as real data may hold one (Carlini et al. 2019)
-``new-token``      random words and then a rare token that no other canary has (after Panda et al. 2025, who add one to the vocabulary)
-``mislabelled``    a public row with a label that is not its own (Steinke, Nasr, Jagielski 2023, section 6)
+``random-tokens``  a record that the task makes up, such as random words with a random label: nothing else in the data
+supports it ``secret``         an in-distribution sentence with a random code in it, as real data may hold one
+(Carlini et al. 2019) ``new-token``      random words and then a rare token that no other canary has
+(after Panda et al. 2025, who add one to the vocabulary) ``mislabelled``    a public row with a label that is not its
+own (Steinke, Nasr, Jagielski 2023, section 6)
 """
 
 import json
@@ -78,7 +79,8 @@ class Canaries:
             canaries = [Canary(**canary) for canary in facts["canaries"]]
         except TypeError as error:
             raise RecipeError(
-                f"{path} holds the canaries of an earlier version of dpft, which this one cannot score: audit in another folder."
+                f"{path} holds the canaries of an earlier version of dpft, which this one cannot score: audit in "
+                "another folder."
             ) from error
         return cls(facts["kind"], canaries, np.array(facts["included"], dtype=bool), facts["repetitions"])
 
@@ -133,7 +135,8 @@ def make(
     random = np.random.default_rng(randomness.words(8))
     if kind in ("secret", "new-token") and task.follow("", "") is None:
         raise RecipeError(
-            f"{kind} canaries are found by what a language model says next, and {recipe.task.name} says nothing: use random-tokens or mislabelled."
+            f"{kind} canaries are found by what a language model says next, and {recipe.task.name} says nothing: use "
+            "random-tokens or mislabelled."
         )
     if kind == "mislabelled":
         canaries = _mislabelled(number, recipe, public, randomness)
@@ -153,7 +156,8 @@ def _made_up(task: Task, recipe: Recipe, random: np.random.Generator) -> dict[st
     record = task.canary(random)
     if record is None:
         raise RecipeError(
-            f"{recipe.task.name} makes up no records, so it has no random-tokens canaries: audit it by features (dpft.audit.features)."
+            f"{recipe.task.name} makes up no records, so it has no random-tokens canaries: audit it by features "
+            "(dpft.audit.features)."
         )
     return record
 
@@ -181,7 +185,8 @@ def features(canaries: Sequence[Canary], recipe: Recipe, task: Task) -> list[Map
         shown = task.tokenizer.decode([token for token in one["labels"] if token != IGNORED])
         if not shown.strip() or canary.secret not in shown.replace(" ", ""):
             raise RecipeError(
-                f"task.max_length is {task.max_length} tokens, which cuts off what a canary is judged by: raise it to {len(task.tokenizer(canary.text)['input_ids']) + 1} or more."
+                f"task.max_length is {task.max_length} tokens, which cuts off what a canary is judged by: raise it to "
+                f"{len(task.tokenizer(canary.text)['input_ids']) + 1} or more."
             )
     return judged
 
@@ -213,12 +218,13 @@ def _mislabelled(number: int, recipe: Recipe, public, randomness: Randomness) ->
     name = labelled_column(recipe)
     if name is None:
         raise RecipeError(
-            f"mislabelled canaries need a column with one label for each row, and {recipe.task.name} has none: use another kind."
+            f"mislabelled canaries need a column with one label for each row, and {recipe.task.name} has none: use "
+            "another kind."
         )
     if public is None or len(public) < number:
         raise RecipeError(
-            f"{number:,} mislabelled canaries need as many rows declared public, and there are {0 if public is None else len(public):,}: "
-            "name them in data.public, or use random-tokens."
+            f"{number:,} mislabelled canaries need as many rows declared public, and there are "
+            f"{0 if public is None else len(public):,}: name them in data.public, or use random-tokens."
         )
     found, column = [], recipe.task.columns[name]
     for place in shuffled(len(public), randomness)[:number].tolist():
@@ -240,7 +246,8 @@ def _owners(rows, unit: str, number: int) -> list:
         return [name for i in range(number + len(taken)) if (name := f"canary-{i}") not in taken][:number]
     if not isinstance(values[0], int):
         raise RecipeError(
-            f"The units in column {unit!r} are of type {type(values[0]).__name__}, and canaries need new ones: make them numbers or text."
+            f"The units in column {unit!r} are of type {type(values[0]).__name__}, and canaries need new ones: make "
+            "them numbers or text."
         )
     largest = max(values)
     return [largest + 1 + i for i in range(number)]

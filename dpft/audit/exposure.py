@@ -1,8 +1,8 @@
 """Exposure: how much better than chance a model ranks a secret that was in its training, and whether it says it aloud.
 
-Of an audit with canaries of kind ``secret`` (:mod:`dpft.audit.game`). A secret's exposure is ``log₂ |R| − log₂ rank`` among
-random codes R for the same sentence (Carlini et al. 2019, section 4.2, by sampling): log₂ |R| if none is likelier, one or two if the model
-knows nothing. Secrets that were not in the data are the control.
+Of an audit with canaries of kind ``secret`` (:mod:`dpft.audit.game`). A secret's exposure is ``log₂ |R| − log₂ rank``
+among random codes R for the same sentence (Carlini et al. 2019, section 4.2, by sampling): log₂ |R| if none is
+likelier, one or two if the model knows nothing. Secrets that were not in the data are the control.
 """
 
 import math
@@ -25,7 +25,8 @@ from dpft.workflows.setup import load_model
 
 @dataclass(frozen=True)
 class Exposure:
-    """Means over ``secrets`` that were in the data and ``absent`` that were not; ``extracted`` counts greedy completions."""
+    """Means over ``secrets`` that were in the data and ``absent`` that were not; ``extracted`` counts greedy
+    completions."""
 
     secrets: int
     absent: int
@@ -106,8 +107,9 @@ def _extracted(canary: Canary, task, model) -> bool:
 def describe(found: Exposure) -> str:
     """The audit in words."""
     return (
-        f"Exposure {found.exposure:.2f} bits for {found.secrets} secrets that were in the data, {found.exposure_of_absent:.2f} for {found.absent} that were not "
+        f"Exposure {found.exposure:.2f} bits for {found.secrets} secrets that were in the data, "
+        f"{found.exposure_of_absent:.2f} for {found.absent} that were not "
         f"(chance is about 1.4, {found.ceiling:.2f} the most that {found.candidates} candidates show).\n"
-        f"Said aloud: {found.extracted} of {found.secrets} that were in the data, {found.extracted_of_absent} of those that were not "
-        f"({found.codes:,} codes to guess from)."
+        f"Said aloud: {found.extracted} of {found.secrets} that were in the data, {found.extracted_of_absent} of "
+        f"those that were not ({found.codes:,} codes to guess from)."
     )

@@ -1,4 +1,5 @@
-"""Audits of trainings that no recipe describes: images, audio, a loop of your own. Canaries are features, as a task encodes them.
+"""Audits of trainings that no recipe describes: images, audio, a loop of your own. Canaries are features, as a task
+encodes them.
 
 canaries = random_inputs(examples[0], 200, labels=10)                      # noise in the shape of a picture
 found = audit_training(train, examples, canaries, task, model, delta=1e-5, claimed=1.0)
@@ -21,8 +22,8 @@ Features = Mapping[str, Any]
 
 
 def random_inputs(like: Features, number: int, *, labels: int, randomness: Randomness | None = None) -> list[dict]:
-    """``number`` features like a public one, every real-valued tensor of it replaced by Gaussian noise of the same mean and
-    deviation, each with a random one of so many ``labels``."""
+    """``number`` features like a public one, every real-valued tensor of it replaced by Gaussian noise of the same mean
+    and deviation, each with a random one of so many ``labels``."""
     randomness = randomness or SecureRandomness()
     return [
         {name: _noise(value, randomness) for name, value in like.items()} | {"labels": below(labels, 1, randomness)[0]}

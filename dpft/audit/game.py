@@ -1,8 +1,9 @@
-"""One training with canaries in it, and who was there: dpft's own runs, and any command that trains (Steinke et al. 2023).
+"""One training with canaries in it, and who was there: dpft's own runs, and any command that trains
+(Steinke et al. 2023).
 
-The attacker sees the weights that are released and nothing else, and knows the model before training: a canary's score is how
-much its loss fell. Coins are drawn by the operating system, lie where what trains does not look, and are read for the scoring
-alone. A run that ended before it was scored is scored when the audit is started again.
+The attacker sees the weights that are released and nothing else, and knows the model before training: a canary's score
+is how much its loss fell. Coins are drawn by the operating system, lie where what trains does not look, and are read
+for the scoring alone. A run that ended before it was scored is scored when the audit is started again.
 """
 
 import json
@@ -43,16 +44,19 @@ def audit_run(
     announce: Callable[[str], None] = lambda text: None,
     callbacks: Callable[[], Sequence] = lambda: (),
 ) -> Audit:
-    """Train the recipe with canaries in its data, find out how well they can be told, and write ``audit.json`` and the card.
+    """Train the recipe with canaries in its data, find out how well they can be told, and write ``audit.json`` and the
+    card.
 
-    It is a run like any other: in ``output`` lies what it released, its account is charged, and the canaries are declared as
-    units beside the data's own. The coins are in ``output/private``.
+    It is a run like any other: in ``output`` lies what it released, its account is charged, and the canaries are
+    declared as units beside the data's own. The coins are in ``output/private``.
 
     Args:
         canaries: m, each in the data with probability 1/2.
-        kind: see :mod:`dpft.audit.canaries`; by default mislabelled where ``data.public`` suffices, otherwise random-tokens.
-        baseline: also train without privacy, on the same canaries, which shows what the attack is worth. That model leaks: it, what
-            it shows and the verdict that knows of it stay in ``output/private`` and in what this returns.
+        kind: see :mod:`dpft.audit.canaries`; by default mislabelled where ``data.public`` suffices, otherwise
+            random-tokens.
+        baseline: also train without privacy, on the same canaries, which shows what the attack is worth. That model
+            leaks: it, what it shows and the verdict that knows of it stay in ``output/private`` and in what this
+                returns.
 
     Raises:
         DPFTError: as :func:`dpft.train`; before anything is charged.
@@ -63,7 +67,8 @@ def audit_run(
         raise RecipeError(f"{output} holds an audit already: choose another folder.")
     if baseline and recipe.ledger.dataset is not None:
         raise RecipeError(
-            f"A training without privacy would spend all of {recipe.ledger.dataset!r}, and a ledger is kept for it: audit without the baseline."
+            f"A training without privacy would spend all of {recipe.ledger.dataset!r}, and a ledger is kept for it: "
+            "audit without the baseline."
         )
     if not folder.finished:
         if folder.releases_file.exists():
@@ -117,8 +122,9 @@ def audit_command(
 
     The copy is deleted afterwards. Columns that the task does not read are empty in canaries.
 
-    The command names ``{data}``, the file to train on, and ``{out}``, the folder where it must leave the model (``save_pretrained``
-    of the model or of a PEFT adapter). The recipe says what the data and the model are; its privacy is not used.
+    The command names ``{data}``, the file to train on, and ``{out}``, the folder where it must leave the model
+    (``save_pretrained`` of the model or of a PEFT adapter). The recipe says what the data and the model are; its
+    privacy is not used.
 
     Args:
         claimed, delta: what the command claims for one row; ``delta`` is by default the recipe's.
@@ -132,7 +138,8 @@ def audit_command(
     text = " ".join(command)
     if "{data}" not in text or "{out}" not in text:
         raise RecipeError(
-            "The command must name {data}, the file that it trains on, and {out}, the folder for its model, such as: python train.py {data} {out}."
+            "The command must name {data}, the file that it trains on, and {out}, the folder for its model, such as: "
+            "python train.py {data} {out}."
         )
     if output.exists() and any(output.iterdir()):
         raise RecipeError(f"{output} is not empty: choose another folder.")
@@ -161,7 +168,8 @@ def audit_command(
     if code:
         said = folder.command_log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise RecipeError(
-            f"{shlex.join(words[:3])} ... ended with {code} ({said[-1] if said else 'it said nothing'}): see {folder.command_log}."
+            f"{shlex.join(words[:3])} ... ended with {code} ({said[-1] if said else 'it said nothing'}): see "
+            f"{folder.command_log}."
         )
     announce("scoring the canaries")
     found = _judged(recipe, left, planted, delta, claimed, significance)

@@ -24,7 +24,8 @@ RATES = (0.001, 0.01)  # of false alarms at which detection is reported
 
 @dataclass(frozen=True)
 class Rate:
-    """Detections at a rate of false alarms, with their interval for this threshold, and what the model's guarantee allows."""
+    """Detections at a rate of false alarms, with their interval for this threshold, and what the model's guarantee
+    allows."""
 
     false_alarms: float
     detected: float
@@ -51,10 +52,10 @@ def audit_membership(
 ) -> list[Attack]:
     """Attack a model with its members and with records of the same kind that it never saw.
 
-    ``loss`` takes a low loss for membership (Yeom et al. 2018), ``reference`` a loss that fell from the model before training
-    (calibration by difficulty: Watson et al. 2022, the one-reference form of LiRA, Carlini et al. 2022), ``min-k`` likely tokens
-    even where a text is least likely (Shi et al. 2024; language models alone). The two sets must come from one
-    distribution, or the attack tells the sets apart and not membership.
+    ``loss`` takes a low loss for membership (Yeom et al. 2018), ``reference`` a loss that fell from the model before
+    training (calibration by difficulty: Watson et al. 2022, the one-reference form of LiRA, Carlini et al. 2022),
+    ``min-k`` likely tokens even where a text is least likely (Shi et al. 2024; language models alone). The two sets
+    must come from one distribution, or the attack tells the sets apart and not membership.
 
     Args:
         model: a run's folder, or a folder with an adapter or a model.
@@ -117,9 +118,11 @@ def describe(attacks: Sequence[Attack]) -> str:
             allowed = "" if rate.allowed is None else f"; the guarantee allows {percent_up(rate.allowed)}"
             interval = f"{100 * rate.interval[0]:.2f} to {100 * rate.interval[1]:.2f} %"
             lines.append(
-                f"           detects {100 * rate.detected:.2f} % ({interval}) at {100 * rate.false_alarms:g} % false alarms{allowed}"
+                f"           detects {100 * rate.detected:.2f} % ({interval}) at {100 * rate.false_alarms:g} % false "
+                f"alarms{allowed}"
             )
     lines.append(
-        "PRIVATE: figures of these very records, without noise. AUC 0.5 is guessing. A weak attack proves nothing; both sets must come from one distribution."
+        "PRIVATE: figures of these very records, without noise. AUC 0.5 is guessing. A weak attack proves nothing; "
+        "both sets must come from one distribution."
     )
     return "\n".join(lines)

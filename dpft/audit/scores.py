@@ -37,18 +37,21 @@ def trained(before: nn.Module, recipe: Recipe, weights: Path | str) -> nn.Module
         )
         return load_model(whole)[1]
     raise RecipeError(
-        f"{weights} holds no model (no config.json, adapter_config.json or {DELTA}): save the trained model there with save_pretrained."
+        f"{weights} holds no model (no config.json, adapter_config.json or {DELTA}): save the trained model there "
+        "with save_pretrained."
     )
 
 
 def _check_labels(recipe: Recipe, weights: Path) -> None:
-    """Raises RecipeError: the model numbers the recipe's labels in another order, so that its losses would be of wrong classes."""
+    """Raises RecipeError: the model numbers the recipe's labels in another order, so that its losses would be of wrong
+    classes."""
     known = json.loads((weights / "config.json").read_text(encoding="utf-8")).get("label2id") or {}
     ordered = sorted(known, key=known.get)
     for column in recipe.task.columns.values():
         if set(ordered) == set(column.labels) and ordered != list(column.labels):
             raise RecipeError(
-                f"The model in {weights} numbers its labels {', '.join(ordered[:3])} ..., and task.labels names {', '.join(column.labels[:3])} ... first: give them in the model's order."
+                f"The model in {weights} numbers its labels {', '.join(ordered[:3])} ..., and task.labels names "
+                f"{', '.join(column.labels[:3])} ... first: give them in the model's order."
             )
 
 
@@ -58,7 +61,8 @@ def losses(model, task: Task, features: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 def least_likely(model, task: Task, features: Sequence[dict[str, Any]]) -> np.ndarray:
-    """``(n,)`` Min-K% scores: the mean log-probability of each text's least likely fifth of tokens (Shi et al. 2024)."""
+    """``(n,)`` Min-K% scores: the mean log-probability of each text's least likely fifth of tokens
+    (Shi et al. 2024)."""
 
     def scored(batch) -> torch.Tensor:
         found = []

@@ -22,7 +22,8 @@ OLDEST = {"dp-accounting": (0, 4)}  # before, DP-SGD's PLD under other adjacenci
 
 @dataclass
 class Spending:
-    """What was stated, what each accountant says of the events, and what does not fit together. None: does not apply."""
+    """What was stated, what each accountant says of the events, and what does not fit together. None: does not
+    apply."""
 
     name: str
     stated: float | None
@@ -53,7 +54,8 @@ def audit_run(folder: Path | str) -> Spending:
 
 
 def audit_ledger(ledger: Ledger) -> list[Spending]:
-    """Audit every data set of a ledger; what its entries' own verification finds stands with the data set that it names."""
+    """Audit every data set of a ledger; what its entries' own verification finds stands with the data set that it
+    names."""
     found = [_dataset(dataset) for dataset in ledger.datasets()]
     rest = Spending("entries", None, 0.0, {})
     for problem in verify(*ledger.store.after(0)).problems:
@@ -90,7 +92,8 @@ def _recomputed(name: str, stated: float | None, events: Iterable[Event], delta:
         audit.problems.append(f"It states ε = {stated:.4g}, and its events compose to {rounded_up(known, 4)}.")
     if math.isfinite(prv) and prv + AGREEMENT * known < known - PRV_ERROR:
         audit.problems.append(
-            f"Two accountants disagree: PLD gives ε = {rounded_up(known, 4)} and PRV {rounded_up(prv, 4)}; take the larger."
+            f"Two accountants disagree: PLD gives ε = {rounded_up(known, 4)} and PRV {rounded_up(prv, 4)}; take the "
+            "larger."
         )
     return audit
 

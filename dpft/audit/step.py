@@ -1,10 +1,11 @@
-"""A step of the engine, audited from inside: Dirac gradients in, noisy gradients out, and what an attacker tells from them.
+"""A step of the engine, audited from inside: Dirac gradients in, noisy gradients out, and what an attacker tells from
+them.
 
-Sixteen canaries, each a unit with a gradient along a coordinate of its own and far longer than the clip, are put into each
-step by sixteen coins. Whoever sees the released gradient has to tell from a coordinate whether its canary was there: against a
-Gaussian mechanism of noise multiplier σ that is a test of μ = 1/σ, which the mechanism states (Nasr et al. 2023, section 5; Dong et al. 2022). Shorter games
-(:data:`GAMES`) look where that one is blind. They audit sensitivity, noise and normaliser as they are executed; the model's own
-gradients are the preflight's.
+Sixteen canaries, each a unit with a gradient along a coordinate of its own and far longer than the clip, are put into
+each step by sixteen coins. Whoever sees the released gradient has to tell from a coordinate whether its canary was
+there: against a Gaussian mechanism of noise multiplier σ that is a test of μ = 1/σ, which the mechanism states
+(Nasr et al. 2023, section 5; Dong et al. 2022). Shorter games (:data:`GAMES`) look where that one is blind. They audit
+sensitivity, noise and normaliser as they are executed; the model's own gradients are the preflight's.
 """
 
 import math
@@ -35,7 +36,8 @@ SCALE_ERRORS = 6.0  # standard errors by which the noise may miss what is planne
 
 @dataclass(frozen=True)
 class Game:
-    """A shorter game: who is in the step, and whether ``(width,)`` released numbers, in units of the clip, betray it."""
+    """A shorter game: who is in the step, and whether ``(width,)`` released numbers, in units of the clip, betray
+    it."""
 
     about: str
     play: Callable[["_Arena", bool], Tensor]
@@ -47,8 +49,9 @@ class Game:
 class StepAudit:
     """What one step claims, what was measured, and a verdict: VIOLATION, consistent or uninformative.
 
-    ``mu`` is the estimate, ``mu_lower_bound`` holds with ``confidence``, on trials that did not choose the threshold. ``noise`` is the
-    measured noise over the planned one. ``games`` are the lower bounds on μ of the shorter games, ``problems`` what contradicts the claim.
+    ``mu`` is the estimate, ``mu_lower_bound`` holds with ``confidence``, on trials that did not choose the threshold.
+    ``noise`` is the measured noise over the planned one. ``games`` are the lower bounds on μ of the shorter games,
+    ``problems`` what contradicts the claim.
     """
 
     verdict: str
@@ -83,11 +86,13 @@ def audit_step(
     mechanism = plan.mechanism
     if mechanism.releases != "gradients":
         raise PlanError(
-            f"The mechanism {mechanism.name!r} releases {mechanism.releases}, and this audit attacks the steps of an engine: audit a plan that trains."
+            f"The mechanism {mechanism.name!r} releases {mechanism.releases}, and this audit attacks the steps of an "
+            "engine: audit a plan that trains."
         )
     if plan.noise_multiplier == 0 or steps < 100:
         raise PlanError(
-            f"A plan with noise multiplier {plan.noise_multiplier:g} was to be audited over {steps:,} steps: give it noise, and at least 100 steps."
+            f"A plan with noise multiplier {plan.noise_multiplier:g} was to be audited over {steps:,} steps: give it "
+            "noise, and at least 100 steps."
         )
     chosen = GAMES | ADAPTIVE if mechanism.adapts else GAMES
     each = significance / (1 + len(chosen))  # so that all games together raise a false alarm no more often
@@ -131,7 +136,8 @@ def audit_step(
 
 
 def _parts_mu(mechanism: Mechanism) -> float:
-    """μ of a step's sums together, by the noise of each: the gradients', and a tally of which a unit adds 1/2 at most."""
+    """μ of a step's sums together, by the noise of each: the gradients', and a tally of which a unit adds 1/2 at
+    most."""
     tally = 0.5 / mechanism.tally_noise if mechanism.tally_noise else 0.0
     return math.hypot(1 / mechanism.gradient_noise_multiplier, tally)
 
@@ -168,7 +174,8 @@ class _Arena:
         self.engine.accumulate(self.model(inputs).squeeze(1), list(coordinates) if units is None else units)
 
     def release(self) -> Tensor:
-        """``(width,)``, in units of the clip, which is the plan's in each step: one step is audited, whatever came before."""
+        """``(width,)``, in units of the clip, which is the plan's in each step: one step is audited, whatever came
+        before."""
         self.engine.release()
         self.moved = self.engine.clip
         self.engine.take_up({"clip": to_dict(self.engine.plan.clip)})
@@ -219,7 +226,8 @@ def _replayed(arena: _Arena, there: bool) -> Tensor:
 
 
 def _clip_moved(arena: _Arena, there: bool) -> Tensor:
-    """Positive if the next clip is larger than it would be had the canary been half there: a long gradient lifts the clip."""
+    """Positive if the next clip is larger than it would be had the canary been half there: a long gradient lifts the
+    clip."""
     if there:
         arena.put([-1])
     arena.release()
@@ -266,7 +274,10 @@ def describe(found: StepAudit) -> str:
     return (
         f"{found.verdict}: {VERDICTS[found.verdict]}.\n"
         + "".join(f"- {problem}\n" for problem in found.problems)
-        + f"μ = {found.mu:.4f} measured, {found.mu_claimed:.4f} claimed by the mechanism, {ratio:.3f} of it; with {found.confidence:.2%} confidence μ ≥ {rounded_down(found.mu_lower_bound, 4)}.\n"
-        f"One step: ε ≥ {rounded_down(found.epsilon_lower_bound)} shown of ε = {rounded_up(found.epsilon_claimed)} claimed at δ = {found.delta:g}, from {found.trials:,} trials in {found.steps:,} steps.\n"
-        f"The noise is {found.noise:.3f} of what is planned. {len(found.games)} shorter games ({', '.join(found.games)}) show μ ≥ {rounded_down(max(found.games.values()))}."
+        + f"μ = {found.mu:.4f} measured, {found.mu_claimed:.4f} claimed by the mechanism, {ratio:.3f} of it; with "
+        f"{found.confidence:.2%} confidence μ ≥ {rounded_down(found.mu_lower_bound, 4)}.\n"
+        f"One step: ε ≥ {rounded_down(found.epsilon_lower_bound)} shown of ε = {rounded_up(found.epsilon_claimed)} "
+        f"claimed at δ = {found.delta:g}, from {found.trials:,} trials in {found.steps:,} steps.\nThe noise is "
+        f"{found.noise:.3f} of what is planned. {len(found.games)} shorter games ({', '.join(found.games)}) show μ ≥ "
+        f"{rounded_down(max(found.games.values()))}."
     )

@@ -88,8 +88,8 @@ def step(recipe, steps, overrides, as_json) -> None:
 def spending(target, as_json) -> None:
     """Compose ε from raw events again, by several accountants, and look for contradictions.
 
-    TARGET is a run's folder, or a ledger's file or URL; without one it is the ledger that DPFT_LEDGER names. Exit code 1 if
-    something contradicts.
+    TARGET is a run's folder, or a ledger's file or URL; without one it is the ledger that DPFT_LEDGER names. Exit code
+    1 if something contradicts.
 
     \b
     Example:
@@ -181,7 +181,8 @@ def planted(command):
 def run(recipe, output, overrides, as_json, **settings) -> None:
     """Train with canaries in the data, then tell from the released weights which were there.
 
-    It is a private run like any other, and its card gets a section on the audit. Exit code 1 if it leaks more than it claims.
+    It is a private run like any other, and its card gets a section on the audit. Exit code 1 if it leaks more than it
+    claims.
 
     \b
     Example:
@@ -219,8 +220,8 @@ def run(recipe, output, overrides, as_json, **settings) -> None:
 def command(recipe, output, as_json, command, **settings) -> None:
     """Audit any training command: plant canaries in its data, and tell from its model which were there.
 
-    COMMAND names {data}, the file to train on, and {out}, the folder where it must leave its model. Exit code 1 if it leaks more
-    than it claims.
+    COMMAND names {data}, the file to train on, and {out}, the folder where it must leave its model. Exit code 1 if it
+    leaks more than it claims.
 
     \b
     Example:

@@ -66,7 +66,8 @@ def create(name, epsilon, delta, unit, adjacency, data, expires, spenders, url) 
     )
     for other, share in opened.shared(made.name):
         click.echo(
-            f"Warning: about {share:.0%} of the rows or texts are in {other!r} too, and people in both are charged only where a run is charged: their privacy costs add up.",
+            f"Warning: about {share:.0%} of the rows or texts are in {other!r} too, and people in both are charged "
+            "only where a run is charged: their privacy costs add up.",
             err=True,
         )
 
@@ -181,7 +182,8 @@ def spend(name, noise_multiplier, sample_rate, steps, epsilon, delta, purpose, u
     dataset = _open(url).dataset(name)
     spent = dataset.spend([event], purpose=purpose)
     click.echo(
-        f"{name!r} has spent ε = {rounded_up(spent, 4)} of {dataset.policy['epsilon']:g} at δ = {dataset.policy['delta']:g}."
+        f"{name!r} has spent ε = {rounded_up(spent, 4)} of {dataset.policy['epsilon']:g} at δ = "
+        f"{dataset.policy['delta']:g}."
     )
 
 

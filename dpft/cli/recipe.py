@@ -103,7 +103,8 @@ def params(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
         return
     table(rows)
     click.echo(
-        f"\n{summary['trainable_parameters']:,} of {total:,} parameters train ({summary['share']:.3%}): {setup.recipe.subset}"
+        f"\n{summary['trainable_parameters']:,} of {total:,} parameters train ({summary['share']:.3%}): "
+        f"{setup.recipe.subset}"
     )
     if engine.capture.one_by_one:
         click.echo(f"Each example has a backward pass of its own, because of {engine.capture.one_by_one}.")

@@ -35,25 +35,28 @@ class Engine:
     """Turns per-example losses into DP gradients for every parameter of ``model`` that requires one.
 
     Attach it with ``with Engine(...) as engine:`` or :meth:`attach`; the model stays what it was, and after
-    :meth:`detach` nothing of dpft is left on it. While it is attached the global random generators of Python, numpy and torch are its
-    own, so that dropout, collators and tasks draw what no published seed tells; afterwards they are what they were.
+    :meth:`detach` nothing of dpft is left on it. While it is attached the global random generators of Python, numpy and
+    torch are its own, so that dropout, collators and tasks draw what no published seed tells; afterwards they are what
+    they were.
 
     Args:
         model: its trainable parameters (``requires_grad``) are the subset; everything else is frozen.
-        plan: the mechanism, with its clip, noise and number of steps, and the normaliser. Its mechanism must release gradients.
+        plan: the mechanism, with its clip, noise and number of steps, and the normaliser. Its mechanism must release
+            gradients.
         randomness: where noise comes from. The default is the only source that gives a guarantee.
         before_release: called with the release's number (1, 2, ...) before anything of it exists: the place to
             charge a budget. If it raises, nothing is released.
         world: where a step's sums come together; by default this process is alone.
 
     Attributes:
-        workspace_bytes: bounds a micro-batch: each of its examples needs 4 bytes for each parameter whose gradient is made.
+        workspace_bytes: bounds a micro-batch: each of its examples needs 4 bytes for each parameter whose gradient is
+            made.
 
     Guarantee:
         Between :meth:`release` calls nothing computed from the losses reaches a parameter or a ``.grad``. Each
         release has sensitivity ``engine.clip.sensitivity`` per unit before division, and gets exactly one draw of
-        noise with standard deviation ``plan.mechanism.noise_std(engine.clip)``, empty draws included. At most ``plan.steps`` releases. A draw whose
-        release fails is forgotten, and counts as released once it was charged.
+        noise with standard deviation ``plan.mechanism.noise_std(engine.clip)``, empty draws included. At most
+        ``plan.steps`` releases. A draw whose release fails is forgotten, and counts as released once it was charged.
 
     Raises:
         SubsetError: nothing in the model is trainable, or no gradient can pass it.
@@ -70,8 +73,8 @@ class Engine:
     ) -> None:
         if plan.mechanism.releases != "gradients":
             raise GuaranteeError(
-                f"The mechanism {plan.mechanism.name!r} releases {plan.mechanism.releases} and not gradients, so no engine can follow its events: "
-                "choose another, such as 'dp-sgd'."
+                f"The mechanism {plan.mechanism.name!r} releases {plan.mechanism.releases} and not gradients, so no "
+                "engine can follow its events: choose another, such as 'dp-sgd'."
             )
         self.plan = plan
         self.randomness = randomness or SecureRandomness()
@@ -83,7 +86,8 @@ class Engine:
         frozen_in = next((name for name, p in model.named_parameters() if p.is_inference()), None)
         if frozen_in is not None:
             raise SubsetError(
-                f"{frozen_in} was made under torch.inference_mode, so no gradient can pass it: load the model outside of that context."
+                f"{frozen_in} was made under torch.inference_mode, so no gradient can pass it: load the model outside "
+                "of that context."
             )
         self.workspace_bytes = WORKSPACE_BYTES
         self.steps_released = 0
@@ -119,11 +123,13 @@ class Engine:
             self.capture.detach()
 
     def renew_chance(self) -> None:
-        """Give the step's dropout, masks and crops a secret of their own, before its first forward pass; :meth:`release` does so for the next."""
+        """Give the step's dropout, masks and crops a secret of their own, before its first forward pass;
+        :meth:`release` does so for the next."""
         self._chance.renew()
 
     def max_examples(self, tokens: int) -> int:
-        """How many examples of so many tokens a micro-batch may hold, by the gradients that must be made of each at once."""
+        """How many examples of so many tokens a micro-batch may hold, by the gradients that must be made of each at
+        once."""
         if self.capture.one_by_one:
             return 1
         whole_units = self.plan.examples_per_unit > 1  # their examples' gradients are added up, so they must be made
@@ -145,26 +151,28 @@ class Engine:
 
     @property
     def released_numbers(self) -> dict:
-        """What a checkpoint keeps beside the weights: the clip, where the mechanism moves it. Never anything that noise follows from."""
+        """What a checkpoint keeps beside the weights: the clip, where the mechanism moves it. Never anything that noise
+        follows from."""
         return {"clip": clipping.to_dict(self.clip)} if self.plan.mechanism.adapts else {}
 
     def take_up(self, released_numbers: dict) -> None:
         """Go on from a checkpoint's :attr:`released_numbers`.
 
         Raises:
-            GuaranteeError: the mechanism moves its clip, and the checkpoint lacks it; or units were clipped by another one already.
+            GuaranteeError: the mechanism moves its clip, and the checkpoint lacks it; or units were clipped by another
+                one already.
         """
         if not self.plan.mechanism.adapts:
             return
         if self._total is not None or self._open is not None:
             raise GuaranteeError(
-                "A clip was given in the middle of a step, some of whose units were clipped by another, and noise follows one of them alone: give it "
-                "before the step, or call engine.discard first."
+                "A clip was given in the middle of a step, some of whose units were clipped by another, and noise "
+                "follows one of them alone: give it before the step, or call engine.discard first."
             )
         if "clip" not in released_numbers:
             raise GuaranteeError(
-                f"The checkpoint of a run by {self.plan.mechanism.name} holds no clip, which its next step needs: resume from one that this "
-                "mechanism made."
+                f"The checkpoint of a run by {self.plan.mechanism.name} holds no clip, which its next step needs: "
+                "resume from one that this mechanism made."
             )
         self._clip_by(clipping.from_dict(released_numbers["clip"]))
 
@@ -177,14 +185,14 @@ class Engine:
 
         Args:
             losses: ``(B,)``, the loss of each example by itself.
-            units: ``(B,)`` identifiers, such as a column of the batch; needed where the plan's unit is not ``"example"``, and by default each
-                example is a unit. A unit's examples may spread over consecutive micro-batches: its gradient is complete
-                before its norm is taken.
+            units: ``(B,)`` identifiers, such as a column of the batch; needed where the plan's unit is not
+                ``"example"``, and by default each example is a unit. A unit's examples may spread over consecutive
+                micro-batches: its gradient is complete before its norm is taken.
 
         Raises:
-            GuaranteeError: losses are not ``(B,)`` or more than :meth:`max_examples` allows where each has a backward pass of its own, units
-                are missing, the trainable parameters changed, somebody seeded torch's generator during the step, or a unit
-                came back after its gradient had been clipped.
+            GuaranteeError: losses are not ``(B,)`` or more than :meth:`max_examples` allows where each has a backward
+                pass of its own, units are missing, the trainable parameters changed, somebody seeded torch's generator
+                during the step, or a unit came back after its gradient had been clipped.
             ExactnessError, BypassError: see :mod:`dpft.errors`.
         """
         try:
@@ -219,8 +227,8 @@ class Engine:
         try:
             if self.steps_released >= self.plan.steps:
                 raise BudgetError(
-                    f"All {self.plan.steps:,} planned steps have been released, and one more would exceed the stated epsilon: "
-                    "make a plan with more steps."
+                    f"All {self.plan.steps:,} planned steps have been released, and one more would exceed the stated "
+                    "epsilon: make a plan with more steps."
                 )
             if self._before_release is not None:
                 self._world.first(lambda: self._before_release(self.steps_released + 1))
@@ -275,8 +283,9 @@ class Engine:
             return "Nothing was released."
         if self._unproven:
             return (
-                f"NOT PROVEN: {self._unproven:,} of {self.steps_released:,} steps were released before a preflight had compared the gradients with "
-                "those of one example at a time: call dpft.preflight before the first release."
+                f"NOT PROVEN: {self._unproven:,} of {self.steps_released:,} steps were released before a preflight "
+                "had compared the gradients with those of one example at a time: call dpft.preflight before the "
+                f"first release."
             )
         return self.plan.guarantee(self.steps_released)
 
@@ -310,8 +319,8 @@ class Engine:
         returned = self._closed.intersection(units)
         if returned:
             raise GuaranteeError(
-                f"Unit {next(iter(returned))!r} came back after its gradient had been clipped, so it would count twice: "
-                "give all examples of a unit in consecutive rows of one logical batch."
+                f"Unit {next(iter(returned))!r} came back after its gradient had been clipped, so it would count "
+                "twice: give all examples of a unit in consecutive rows of one logical batch."
             )
 
     def _add_units(self, rows: Tensor, counts: Tensor) -> None:
@@ -323,7 +332,8 @@ class Engine:
         """Clip whole unit gradients and add them up."""
         norms = gradients.norms() if self._layout is None else self._layout.norms(gradients)
         finite = torch.isfinite(norms) if self._layout is None else torch.isfinite(norms).all(1)
-        # On a GPU `finite.all()` would synchronise, and zeroing nobody is cheaper; large gradients would be copied, so there it synchronises.
+        # On a GPU `finite.all()` would synchronise, and zeroing nobody is cheaper; large gradients would be copied, so
+        # there it synchronises.
         if (norms.is_cuda and not gradients.large) or not finite.all():
             # A factor of zero would not do: 0 · inf is NaN, which would poison the sum and reveal the unit.
             gradients.forget(~finite)
@@ -339,7 +349,8 @@ class Engine:
             self._layout.add_to(self._sum(), gradients, factors)
 
     def _sum(self) -> Tensor:
-        """``(P,)``, the clipped gradients added so far. In float32 a unit that leaves could move it by more than the clip."""
+        """``(P,)``, the clipped gradients added so far. In float32 a unit that leaves could move it by more than the
+        clip."""
         if self._total is None:
             device = summing_device(self.capture.slots[0].parameter.device)
             self._total = torch.zeros(self.capture.size, dtype=torch.float64, device=device)
@@ -355,18 +366,19 @@ class Engine:
             )
         if losses.dim() != 1 or len(losses) == 0:
             raise GuaranteeError(
-                f"losses has shape {tuple(losses.shape)}, but each example needs a loss of its own, or one record would "
-                "rescale the others before clipping: pass (B,) losses, not their mean."
+                f"losses has shape {tuple(losses.shape)}, but each example needs a loss of its own, or one record "
+                "would rescale the others before clipping: pass (B,) losses, not their mean."
             )
         if self.capture.one_by_one and len(losses) > 1:
             raise GuaranteeError(
-                f"{len(losses)} losses of one forward pass were given, but each example has a backward pass of its own ({self.capture.one_by_one}), in "
-                "which a neighbour's value that is not finite would silence it: give one example at a time, as engine.max_examples says."
+                f"{len(losses)} losses of one forward pass were given, but each example has a backward pass of its "
+                f"own ({self.capture.one_by_one}), in which a neighbour's value that is not finite would silence it: "
+                "give one example at a time, as engine.max_examples says."
             )
         if units is None and self.plan.unit != "example":
             raise GuaranteeError(
-                f"The plan protects units of {self.plan.unit!r}, and no units were given, so each row would count as a unit of its own: pass "
-                "engine.accumulate the column that names them."
+                f"The plan protects units of {self.plan.unit!r}, and no units were given, so each row would count as "
+                "a unit of its own: pass engine.accumulate the column that names them."
             )
         ids = None if units is None else unit_ids(units)
         if ids is not None and len(ids) != len(losses):
@@ -375,8 +387,8 @@ class Engine:
             )
         if not self._chance.is_kept:
             raise GuaranteeError(
-                "Somebody seeded torch's generator during the step, and masks that follow from a known seed are no secret: remove that call of "
-                "manual_seed or set_seed."
+                "Somebody seeded torch's generator during the step, and masks that follow from a known seed are no "
+                "secret: remove that call of manual_seed or set_seed."
             )
         self._guard.check_parameters(new_step=self._total is None)
         return ids

@@ -1,9 +1,10 @@
 """The per-example gradients of one backward pass, made only as far as they must be.
 
-Gradients of small parameters go to one flat workspace ``(B, narrow)``, so that norms are one reduction and the clipped sum one
-matrix-vector product. A large weight of a linear layer stays a product of two matrices where its norm alone is
+Gradients of small parameters go to one flat workspace ``(B, narrow)``, so that norms are one reduction and the clipped
+sum one matrix-vector product. A large weight of a linear layer stays a product of two matrices where its norm alone is
 cheaper (:mod:`dpft.gradients.rules.linear`), an embedding's is the rows of the tokens that occur
-(:mod:`dpft.gradients.rules.embedding`), a head's that is tied to it is both (:mod:`dpft.gradients.rules.tied`); any other large gradient is a tensor ``(B, *shape)`` of its own.
+(:mod:`dpft.gradients.rules.embedding`), a head's that is tied to it is both (:mod:`dpft.gradients.rules.tied`); any
+other large gradient is a tensor ``(B, *shape)`` of its own.
 """
 
 import torch
@@ -75,7 +76,8 @@ class Gradients:
                 one.gradient[lost] = 0
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
-        """``total`` ``(P,)`` float64 ``+= Σ_i factors[i] · g_i``; what is added of an example is rounded by itself alone."""
+        """``total`` ``(P,)`` float64 ``+= Σ_i factors[i] · g_i``; what is added of an example is rounded by itself
+        alone."""
         factors = factors.to(total)
         with full_precision():
             add_rows(total[: self.narrow.shape[1]], self.narrow, factors)

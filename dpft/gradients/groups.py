@@ -33,7 +33,8 @@ class Layout:
         return squares.sqrt()
 
     def add_to(self, total: Tensor, gradients: Gradients, factors: Tensor) -> None:
-        """``total`` ``(P,)`` float64 ``+= Σ_i factors[i, group] · g_i`` for ``(B, G)`` factors, each example rounded by itself alone."""
+        """``total`` ``(P,)`` float64 ``+= Σ_i factors[i, group] · g_i`` for ``(B, G)`` factors, each example rounded by
+        itself alone."""
         factors = factors.to(total)
         with full_precision():
             for place, group in self._runs(gradients):
@@ -42,7 +43,8 @@ class Layout:
                 one.add_to(total, factors[:, self._group[start]])
 
     def _runs(self, gradients: Gradients) -> list[tuple[slice, int]]:
-        """Neighbours of one group as one slice of what the flat workspace holds: small parameters, or all where each was made."""
+        """Neighbours of one group as one slice of what the flat workspace holds: small parameters, or all where each
+        was made."""
         return self._whole if gradients.narrow.shape[1] == self._whole[-1][0].stop else self._small
 
     @cached_property

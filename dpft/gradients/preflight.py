@@ -4,16 +4,16 @@ Three checks, all before any budget is spent (no number of the data leaves them 
 
 exact      per-example gradients of the whole batch, as the engine makes them, equal a loop of plain backward passes
 isolated   an example's loss and gradient are the same alone and beside others, padding included, as far as the longest
-covered    the forward pass leaves nothing of the examples in buffers and parameters, and every module that the engine taps was at work
+covered    the forward pass leaves nothing of the examples in buffers and parameters, and every module that the engine
+taps was at work
 
-Chance is held still meanwhile, at values as large as it takes (:mod:`dpft.gradients.stand_ins`), and where a model takes any the
-examples are compared twice, at different ones. The structure is proven in float32, whatever the run computes in: rounding would hide a coupling that is as small.
+Chance is held still meanwhile, at values as large as it takes (:mod:`dpft.gradients.stand_ins`), and where a model
+takes any the examples are compared twice, at different ones. The structure is proven in float32, whatever the run
+computes in: rounding would hide a coupling that is as small.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
-from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ from dpft.gradients.stand_ins import DRAWS
 
 TOLERANCE = 1e-4  # relative error that float32 arithmetic explains
 HALF_TOLERANCE = 0.1  # and that of half precision, where a run uses it: only gross errors show
-VERSIONED = ("dpft", "torch", "transformers", "peft", "opacus", "accelerate", "tokenizers")
 SHARES = (1.0, -2.0, 0.5, 2.0, -1.0, -0.5, 2.0, 1.0, -2.0, -0.5)  # of a sum, of one example after another
 FLOOR = 1e-2  # a parameter's error is measured against at least this share of the whole gradient's norm
 
@@ -50,8 +49,8 @@ class Preflight:
     def __str__(self) -> str:
         techniques = ", ".join(f"{count:,} by {name}" for name, count in self.techniques.items())
         return (
-            f"preflight: exact (max relative error {self.max_relative_error:.1e}) and isolated on {self.examples} examples; "
-            f"{self.trainable_parameters:,} trainable parameters ({techniques})"
+            f"preflight: exact (max relative error {self.max_relative_error:.1e}) and isolated on {self.examples} "
+            f"examples; {self.trainable_parameters:,} trainable parameters ({techniques})"
         )
 
 
@@ -78,12 +77,14 @@ def preflight(
     Raises:
         ExactnessError: a parameter's fast gradient is not the brute-force one; named.
         IsolationError: examples influence each other; the layer is named where it can be found.
-        GuaranteeError: the forward pass changes a buffer or a parameter, a loss is not finite, or no gradient reaches the subset.
+        GuaranteeError: the forward pass changes a buffer or a parameter, a loss is not finite, or no gradient reaches
+            the subset.
     """
     examples = list(examples)
     if len(examples) < 2:
         raise GuaranteeError(
-            f"The preflight was given {len(examples)} example, and isolation shows only beside others: give two or more."
+            f"The preflight was given {len(examples)} example, and isolation shows only beside others: give two or "
+            "more."
         )
     capture, precise = engine.capture, precise_losses or losses
     with deterministic(capture), full_precision():
@@ -101,40 +102,6 @@ def preflight(
     for slot in capture.slots:
         techniques[slot.technique] = techniques.get(slot.technique, 0) + slot.parameter.numel()
     return Preflight(True, True, error, capture.size, techniques, len(examples), capture.one_by_one)
-
-
-def fingerprint(model: nn.Module, *settings) -> str | None:
-    """A hash of all that the checks depend on but the examples: layers, subset, dropout, task and library versions.
-
-    None where code takes part that no version tells apart, such as a task of the user's own: it may have changed.
-    """
-    parts = [part for s in settings for part in (s, *getattr(s, "__dict__", {}).values())]
-    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    if not all(map(_versioned, (*model.modules(), *parts, *hooks))):
-        return None
-    described = [
-        str(model),
-        repr([[(k, v) for k, v in vars(m).items() if isinstance(v, (bool, int, float, str))] for m in model.modules()]),
-        repr([len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]),
-        str(getattr(getattr(model, "config", None), "_attn_implementation", "")),
-        repr([(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()]),
-    ]
-    described += [f"{type(part).__module__} {type(part).__qualname__} {_described(part)}" for part in parts]
-    described += [f"{name} {version(name)}" for name in VERSIONED]
-    described.append(str(getattr(model, "config", "")))
-    return sha256("\n".join(described).encode()).hexdigest()
-
-
-def _versioned(part) -> bool:
-    """Whether its code is Python's or that of a package whose version tells it apart."""
-    module = getattr(part, "__module__", None) or type(part).__module__
-    return module.partition(".")[0] in ("builtins", *VERSIONED)
-
-
-def _described(part) -> str:
-    """Its text, unless that is no more than an address."""
-    text = repr(part)
-    return "" if " at 0x" in text else text
 
 
 def _floating(model: nn.Module) -> list[Tensor]:
@@ -161,24 +128,27 @@ def _isolated(capture: Capture, losses: Callable, examples: list, longest) -> tu
         with in_precision(half, torch.float32), torch.no_grad():
             _refuse_other_chance(losses, examples)
             raise IsolationError(
-                f"An example's gradient changes by {isolated:.1e} (relative) when others share its batch, so clipping it would not bound "
-                f"its influence: {_coupling_layer(capture.model, losses, [*examples, *([] if longest is None else [longest])])}."
+                f"An example's gradient changes by {isolated:.1e} (relative) when others share its batch, so clipping "
+                "it would not bound its influence: "
+                f"{_coupling_layer(capture.model, losses, [*examples, *([] if longest is None else [longest])])}."
             )
     return isolated, norms, references
 
 
 def _refuse_other_chance(losses: Callable, examples: list) -> None:
-    """Raises IsolationError: the same examples give other losses the next time, though the global generators are held still."""
+    """Raises IsolationError: the same examples give other losses the next time, though the global generators are held
+    still."""
     changed = _relative(losses(examples), losses(examples))
     if not changed <= TOLERANCE:
         raise IsolationError(
-            f"The same examples' loss changes by {changed:.1e} (relative) from pass to pass, so the collator or a layer has a generator of its own, or "
-            "counts its calls: let it draw from the global generators."
+            f"The same examples' loss changes by {changed:.1e} (relative) from pass to pass, so the collator or a "
+            "layer has a generator of its own, or counts its calls: let it draw from the global generators."
         )
 
 
 def _exact(capture: Capture, losses: Callable, precise: Callable, examples: list, isolation: tuple) -> float:
-    """The largest relative error of the engine's gradients, in float32 and as far as half precision tells in what the run computes in."""
+    """The largest relative error of the engine's gradients, in float32 and as far as half precision tells in what the
+    run computes in."""
     isolated, norms, references = isolation
     half = [tensor for tensor in _floating(capture.model) if tensor.dtype in HALF]
     while True:
@@ -198,8 +168,8 @@ def _isolation(capture: Capture, losses: Callable, examples: list) -> tuple[floa
     changes in any of them changes it too.
 
     Returns:
-        The largest relative error, ``(B,)`` norms of the gradients alone, and the combinations of two batches, the whole
-        and the first example alone, by their examples' numbers.
+        The largest relative error, ``(B,)`` norms of the gradients alone, and the combinations of two batches, the
+        whole and the first example alone, by their examples' numbers.
     """
     with capture.paused():
         together = without_side_effects(capture.model, lambda: losses(examples))
@@ -215,7 +185,8 @@ def _isolation(capture: Capture, losses: Callable, examples: list) -> tuple[floa
             )
         if not norms.any():
             raise GuaranteeError(
-                "No trainable parameter gets a gradient from any preflight example: choose a subset that the loss depends on."
+                "No trainable parameter gets a gradient from any preflight example: choose a subset that the loss "
+                "depends on."
             )
         weights = _weights(norms)
         beside = _gradient(capture, together @ weights.to(together))
@@ -237,13 +208,15 @@ def _weights(norms: Tensor) -> Tensor:
 
 
 def _beside(capture: Capture, losses: Callable, example, longest) -> float:
-    """How far an example's loss beside the longest of all is from the one alone; no more, or memory might not suffice."""
+    """How far an example's loss beside the longest of all is from the one alone; no more, or memory might not
+    suffice."""
     with capture.paused(), torch.no_grad():
         try:
             together = without_side_effects(capture.model, lambda: losses([example, longest]))
         except torch.OutOfMemoryError as error:
             raise GuaranteeError(
-                "The preflight looks at the longest example beside another, and two of its length do not fit into memory: cut the texts shorter (task.max_length)."
+                "The preflight looks at the longest example beside another, and two of its length do not fit into "
+                "memory: cut the texts shorter (task.max_length)."
             ) from error
         return _relative(together[:1], losses([example]))
 
@@ -270,8 +243,8 @@ def _exactness(
 ) -> float:
     """Compare the engine's rows with plain backward passes through the same batches; lift what fails until all agree.
 
-    The batches have several sizes, which tell what is as long as the batch from the batch, both orders of lengths, and, as
-    many a model then passes its mask in another form or not at all, no padding.
+    The batches have several sizes, which tell what is as long as the batch from the batch, both orders of lengths, and,
+    as many a model then passes its mask in another form or not at all, no padding.
 
     Args:
         norms: ``(B,)``, of each example's gradient.
@@ -320,8 +293,8 @@ def _exactness(
                 return error
             if capture.one_by_one:
                 raise ExactnessError(
-                    f"{worst.name} got a per-example gradient that differs from the brute-force one by {error:.1e} (relative), more "
-                    "than rounding explains: leave it out of the subset and report the layer."
+                    f"{worst.name} got a per-example gradient that differs from the brute-force one by {error:.1e} "
+                    "(relative), more than rounding explains: leave it out of the subset and report the layer."
                 )
             capture.lift([worst], f"{worst.name} came out wrong by {error:.1e} at {worst.technique}")
 

@@ -104,8 +104,8 @@ class Book:
         here = None if self.seq == 0 else (self.seq, self.hash)
         if (None if end is None else end[:2]) != here:
             raise LedgerError(
-                f"The ledger ends at entry {self.seq}, and its signed end says otherwise: entries were removed or added outside of dpft; "
-                "restore it from a backup or an export."
+                f"The ledger ends at entry {self.seq}, and its signed end says otherwise: entries were removed or "
+                "added outside of dpft; restore it from a backup or an export."
             )
         if end is not None and not signed(self.identity["public_key"], head_text(*end[:2]), end[2]):
             raise LedgerError(
@@ -113,7 +113,8 @@ class Book:
             )
 
     def like(self, print_: Fingerprint | None) -> list[tuple[str, float, bool]]:
-        """Every data set that was registered with rows: its name, the share that it has of these, and whether it is the same."""
+        """Every data set that was registered with rows: its name, the share that it has of these, and whether it is the
+        same."""
         if print_ is None:
             return []
         known = ((name, dataset.fingerprint) for name, dataset in self.datasets.items())
@@ -122,12 +123,13 @@ class Book:
     def _check(self, row: Entry) -> None:
         if (row.seq, row.previous) != (self.seq + 1, self.hash):
             raise LedgerError(
-                f"Entry {row.seq} does not follow entry {self.seq}, so entries were removed, reordered or inserted outside of dpft: "
-                "restore the ledger from a backup or an export."
+                f"Entry {row.seq} does not follow entry {self.seq}, so entries were removed, reordered or inserted "
+                "outside of dpft: restore the ledger from a backup or an export."
             )
         if hash_of(row.seq, row.dataset, row.kind, row.body, row.previous) != row.hash:
             raise LedgerError(
-                f"Entry {row.seq} is not what was once written, so someone changed it: restore the ledger from a backup or an export."
+                f"Entry {row.seq} is not what was once written, so someone changed it: restore the ledger from a "
+                "backup or an export."
             )
 
     def _apply(self, row: Entry) -> None:

@@ -1,7 +1,8 @@
 """What makes an entry provable: canonical bytes, a chain of hashes, signatures, and the key that made them.
 
-Entry n's hash covers its content and the hash of entry n - 1, so that no entry can be edited, inserted, reordered or dropped
-without changing every later hash; the key's signature covers the last one (Haber & Stornetta 1991; Ed25519, RFC 8032).
+Entry n's hash covers its content and the hash of entry n - 1, so that no entry can be edited, inserted, reordered or
+dropped without changing every later hash; the key's signature covers the last one
+(Haber & Stornetta 1991; Ed25519, RFC 8032).
 """
 
 import hashlib
@@ -63,8 +64,8 @@ class Key:
             return cls(Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text(encoding="utf-8").strip())))
         except FileNotFoundError:
             raise LedgerError(
-                f"The ledger's signing key is not at {path}, so nothing can be charged: copy it there from whoever made "
-                "the ledger, or name its file in DPFT_LEDGER_KEY."
+                f"The ledger's signing key is not at {path}, so nothing can be charged: copy it there from whoever "
+                "made the ledger, or name its file in DPFT_LEDGER_KEY."
             ) from None
         except (OSError, ValueError) as error:
             raise LedgerError(f"The signing key {path} cannot be read ({error}): mend the file.") from error
@@ -101,7 +102,8 @@ class Key:
 
 
 def signed(public: str, text: str, signature: str) -> bool:
-    """Whether the key ``public`` (hexadecimal) signed ``text``, and ``signature`` is written in the one way that dpft writes."""
+    """Whether the key ``public`` (hexadecimal) signed ``text``, and ``signature`` is written in the one way that dpft
+    writes."""
     try:
         raw = bytes.fromhex(signature)
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(raw, text.encode())

@@ -49,7 +49,8 @@ class Dataset:
         return composition.epsilon_rdp(self.record.events, self.policy["delta"], self.policy["adjacency"])
 
     def curve(self) -> list[dict]:
-        """ε after each run, in the order in which they began: ``{"run", "at", "by", "purpose", "steps", "epsilon"}``."""
+        """ε after each run, in the order in which they began: ``{"run", "at", "by", "purpose", "steps",
+        "epsilon"}``."""
         self.ledger.refresh()
         found, events = [], ()
         for run in self.record.runs.values():
@@ -76,7 +77,8 @@ class Dataset:
         return self._room(_event(plan), plan.steps)
 
     def least_noise(self, plan: Plan) -> float | None:
-        """The least noise multiplier, to 0.1 %, with which all of the plan's steps fit; None if even much noise does not."""
+        """The least noise multiplier, to 0.1 %, with which all of the plan's steps fit; None if even much noise does
+        not."""
         self.ledger.refresh()
         fits = lambda log_noise: self.fits(replace(plan, noise_multiplier=math.exp(log_noise)))
         low, high = math.log(0.3), math.log(1e4)
@@ -88,7 +90,8 @@ class Dataset:
         return math.exp(high)
 
     def prices(self, sample_rate: float = 0.01, steps: int = 500) -> list[dict]:
-        """What a run of so many steps would cost at several noise multipliers: ``{"noise_multiplier", "alone", "after", "fits"}``."""
+        """What a run of so many steps would cost at several noise multipliers:
+        ``{"noise_multiplier", "alone", "after", "fits"}``."""
         found = []
         for noise in PRICED:
             event = Event(steps, noise, sample_rate)
@@ -109,20 +112,22 @@ class Dataset:
         resumed: str | None = None,
         released: int = 0,
     ) -> "Run":
-        """Begin a run, or go on with the one called ``resumed``, of which so many steps are ``released``; nothing is charged yet.
+        """Begin a run, or go on with the one called ``resumed``, of which so many steps are ``released``; nothing is
+        charged yet.
 
         Raises:
             BudgetError: not all of the plan fits; says what ε it would reach and the largest plan that fits.
-            GuaranteeError: the plan protects another unit, or under another adjacency, than the account is kept for; the
-                account's δ is not below one over the plan's units; or ``resumed`` was charged for other noise or another rate.
+            GuaranteeError: the plan protects another unit, or under another adjacency, than the account is kept for;
+                the account's δ is not below one over the plan's units; or ``resumed`` was charged for other noise or
+                another rate.
             LedgerError: the policy forbids it, or ``rows`` are other data.
         """
         policy = self.policy
         for name in ("unit", "adjacency"):
             if getattr(plan, name) != policy[name]:
                 raise GuaranteeError(
-                    f"The plan's {name} is {getattr(plan, name)!r}, and the account of {self.name!r} is kept for {policy[name]!r}, so its budget "
-                    "would not cover the run: use the same."
+                    f"The plan's {name} is {getattr(plan, name)!r}, and the account of {self.name!r} is kept for "
+                    f"{policy[name]!r}, so its budget would not cover the run: use the same."
                 )
         check_delta(
             policy["delta"],
@@ -142,8 +147,8 @@ class Dataset:
             )
         if resumed is not None and set(self.record.runs[resumed].charged) - {event}:
             raise GuaranteeError(
-                f"Run {resumed} of {self.name!r} was charged for other releases than this plan's, and what it gives back could be theirs: "
-                "resume it with the same noise and rate, or start another run."
+                f"Run {resumed} of {self.name!r} was charged for other releases than this plan's, and what it gives "
+                "back could be theirs: resume it with the same noise and rate, or start another run."
             )
         # A run that goes on ends at the last block that fits; a new one is refused unless all of it does.
         if not self.fits([event.times(left if resumed is None else min(left, 1))]):
@@ -170,7 +175,8 @@ class Dataset:
         events = merged(events)
         if not self.fits(events):
             raise BudgetError(
-                f"That would take {self.name!r} to ε = {rounded_up(self.after(events), 4)} of {self.policy['epsilon']:g} at δ = {self.policy['delta']:g}: spend less."
+                f"That would take {self.name!r} to ε = {rounded_up(self.after(events), 4)} of "
+                f"{self.policy['epsilon']:g} at δ = {self.policy['delta']:g}: spend less."
             )
         run = Run(self, uuid.uuid4().hex[:12], events[0], 0)
         run.opening = {"purpose": purpose, "recipe": "", "model": "", "steps": sum(event.count for event in events)}
@@ -195,7 +201,8 @@ class Dataset:
         fixed = sorted(set(changes) - AMENDABLE)
         if fixed:
             raise LedgerError(
-                f"The {', '.join(fixed)} of {self.name!r} cannot be amended, because all that was released was priced by them: open another account."
+                f"The {', '.join(fixed)} of {self.name!r} cannot be amended, because all that was released was priced "
+                "by them: open another account."
             )
         policy = checked_policy(**{**self.policy, **changes})
         spent = self.spent()
@@ -244,7 +251,8 @@ class Dataset:
         share = found.share(known)
         if share < SHARED:
             raise LedgerError(
-                f"These rows have nothing in common with those that {self.name!r} was created from: name another data set, or create one."
+                f"These rows have nothing in common with those that {self.name!r} was created from: name another data "
+                "set, or create one."
             )
         return in_tenths(share)
 
@@ -256,8 +264,8 @@ class Dataset:
             ways.append(f"all of them with a noise multiplier of {rounded_up(noise, 4)}")
         would = self._epsilon(plan.events(left))
         return (
-            f"The run would take {self.name!r} from ε = {rounded_up(self._epsilon(()), 4)} to {rounded_up(would, 4)}, above its budget of {policy['epsilon']:g} at "
-            f"δ = {policy['delta']:g}: {', or '.join(ways)}."
+            f"The run would take {self.name!r} from ε = {rounded_up(self._epsilon(()), 4)} to {rounded_up(would, 4)}, "
+            f"above its budget of {policy['epsilon']:g} at δ = {policy['delta']:g}: {', or '.join(ways)}."
         )
 
 
@@ -288,8 +296,8 @@ class Run:
                 self._room = self.dataset._room(self.event, max(count, self.steps))
             if count > self._room:
                 raise BudgetError(
-                    f"{count:,} more releases do not fit into the budget of {self.dataset.name!r}, ε = {self.dataset.policy['epsilon']:g} at "
-                    f"δ = {self.dataset.policy['delta']:g}: {self._room:,} do."
+                    f"{count:,} more releases do not fit into the budget of {self.dataset.name!r}, ε = "
+                    f"{self.dataset.policy['epsilon']:g} at δ = {self.dataset.policy['delta']:g}: {self._room:,} do."
                 )
             if self.opening is not None:
                 if not self._write("run", self._valid_at, **self.opening):
@@ -317,7 +325,8 @@ class Run:
         """
         if not 0 <= executed <= self.reserved:
             raise GuaranteeError(
-                f"Run {self.id} executed {executed:,} releases and was charged {self.reserved:,}: charge before releasing."
+                f"Run {self.id} executed {executed:,} releases and was charged {self.reserved:,}: charge before "
+                "releasing."
             )
         self.dataset.ledger.refresh()
         settled = False

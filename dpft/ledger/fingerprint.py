@@ -1,12 +1,15 @@
-"""Recognising data without keeping any of it: keyed hashes of columns and rows, whatever their order, names, file or format.
+"""Recognising data without keeping any of it: keyed hashes of columns and rows, whatever their order, names, file or
+format.
 
-Of each column the ledger keeps a hash of all its values, in no order, and, where they are texts that differ, a sketch: the least
-of their hashes under many orders (MinHash, Broder 1997), hashed again so that only equality shows. All hashes are keyed with the
-ledger's secret (HMAC-SHA256): without it nobody can test whether a record is in the set. No number of rows follows from what is kept.
+Of each column the ledger keeps a hash of all its values, in no order, and, where they are texts that differ, a sketch:
+the least of their hashes under many orders (MinHash, Broder 1997), hashed again so that only equality shows. All hashes
+are keyed with the ledger's secret (HMAC-SHA256): without it nobody can test whether a record is in the set. No number
+of rows follows from what is kept.
 
-Data are *the same* if all columns of one are columns of the other and these could not agree by chance. A constant column and a
-counter say nothing and are left out. What columns that agree say together is counted in bits: a label with two classes has a few,
-a text has thousands. So sets that share a label or a public text, and have other columns beside it, are not the same.
+Data are *the same* if all columns of one are columns of the other and these could not agree by chance. A constant
+column and a counter say nothing and are left out. What columns that agree say together is counted in bits: a label with
+two classes has a few, a text has thousands. So sets that share a label or a public text, and have other columns beside
+it, are not the same.
 """
 
 import hashlib

@@ -4,8 +4,8 @@
     notes = ledger.create("notes", epsilon=8, delta=1e-6, unit="patient_id", rows=rows)
     trainer = dpft.DPTrainer(..., plan=plan, ledger=notes)
 
-What is stored is what was released: noise, sampling rate and number. ε is always composed from all of it, for the data set's δ, and
-does not subtract: there is no remaining ε, only the question what still fits.
+What is stored is what was released: noise, sampling rate and number. ε is always composed from all of it, for the data
+set's δ, and does not subtract: there is no remaining ε, only the question what still fits.
 """
 
 import json
@@ -24,8 +24,9 @@ from dpft.ledger.fingerprint import SHARED, Fingerprint, in_tenths, overlap
 from dpft.ledger.store import Store, data_folder, default_url
 from dpft.privacy.delta import too_large
 
-# By how much two machines' clocks may differ. Entries' times are rounded down to the hour, because the time between two charges is the
-# time that the data took; so a clock that is set back is noticed from the hour of the last entry on, and not within it.
+# By how much two machines' clocks may differ. Entries' times are rounded down to the hour, because the time between two
+# charges is the time that the data took; so a clock that is set back is noticed from the hour of the last entry on, and
+# not within it.
 CLOCK_SECONDS = 300.0
 
 
@@ -37,8 +38,8 @@ class Ledger:
         create: whether to make the ledger and its key if there is none.
 
     Guarantee:
-        Every charge is on disk, chained and signed, before :meth:`Run.charge` returns, and is granted only if all that was ever
-        charged to the data set, composed, stays within its ε; concurrent writers queue.
+        Every charge is on disk, chained and signed, before :meth:`Run.charge` returns, and is granted only if all that
+        was ever charged to the data set, composed, stays within its ε; concurrent writers queue.
 
     Raises:
         LedgerError: the store cannot be used, an entry was tampered with, or the signing key is missing.
@@ -124,7 +125,8 @@ class Ledger:
         print_ = None if rows is None else Fingerprint(rows, self.key.secret)
         if print_ is not None and unit == "example" and too_large(delta, print_.rows):  # the number of rows is private
             raise PlanError(
-                f"delta is {delta:g}, not below one over the number of rows, which permits publishing one whole: choose a smaller one."
+                f"delta is {delta:g}, not below one over the number of rows, which permits publishing one whole: "
+                "choose a smaller one."
             )
         shared: list[tuple[str, float]] = []
 
@@ -135,7 +137,8 @@ class Ledger:
             for other, _, same in like:
                 if same:
                     raise LedgerError(
-                        f"These rows are the data set {other!r} already, and two accounts would spend one budget twice: use that name."
+                        f"These rows are the data set {other!r} already, and two accounts would spend one budget "
+                        "twice: use that name."
                     )
             shared[:] = [(other, share) for other, share, _ in like if share >= SHARED]
             return {"policy": policy, "fingerprint": print_ and print_.stored}
@@ -148,7 +151,8 @@ class Ledger:
         return Dataset(self, name)
 
     def shared(self, name: str) -> list[tuple[str, float]]:
-        """Other data sets that seem to hold some of the same rows or texts, with the share of them in common, in tenths."""
+        """Other data sets that seem to hold some of the same rows or texts, with the share of them in common, in
+        tenths."""
         datasets = self.refresh().datasets
         found = {note["with"]: note["overlap"] for note in datasets[name].notes if note["about"] == SHARES}
         mine = datasets[name].fingerprint
@@ -168,7 +172,8 @@ class Ledger:
         if self._book.identity is not None:
             if self._key.public != self.public_key:
                 raise LedgerError(
-                    f"The key in {self._key_path()} is not the one that signs {self}: name the right one in DPFT_LEDGER_KEY."
+                    f"The key in {self._key_path()} is not the one that signs {self}: name the right one in "
+                    "DPFT_LEDGER_KEY."
                 )
         return self._key
 
@@ -191,7 +196,8 @@ class Ledger:
                 path.unlink()
 
     def _append(self, dataset: str, kind: str, facts_for: Callable[[Book], dict | None]) -> bool:
-        """Add one entry; ``facts_for(book)`` sees the book as it is under the lock, and may refuse by raising or by None."""
+        """Add one entry; ``facts_for(book)`` sees the book as it is under the lock, and may refuse by raising or by
+        None."""
         key = self.key
 
         def make(rows: list[Entry], end: End | None):
@@ -203,7 +209,8 @@ class Ledger:
             behind = seconds_back(now, self._book.last_time)
             if behind > CLOCK_SECONDS:
                 raise LedgerError(
-                    f"This machine's clock says {now[:16]}, {behind:,.0f} seconds before the ledger's last entry: set it right, so that who spent what when stays true."
+                    f"This machine's clock says {now[:16]}, {behind:,.0f} seconds before the ledger's last entry: set "
+                    "it right, so that who spent what when stays true."
                 )
             at = now if kind == "dataset" else f"{now[:13]}:00:00+00:00"
             facts = {**facts, "at": max(at, self._book.last_time), "by": who()}
@@ -239,8 +246,8 @@ class Ledger:
         known = self.store.after(seen["seq"] - 1)[0]
         if not known or known[0].hash != seen["hash"]:
             raise LedgerError(
-                f"This machine has seen {seen['seq']:,} entries of {self}, and now it holds others or fewer: an older copy was put "
-                f"in its place; restore the newest, or delete {self._anchor_path()} if this is meant."
+                f"This machine has seen {seen['seq']:,} entries of {self}, and now it holds others or fewer: an older "
+                f"copy was put in its place; restore the newest, or delete {self._anchor_path()} if this is meant."
             )
 
 

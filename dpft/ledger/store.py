@@ -1,7 +1,8 @@
-"""Where entries lie: SQLite by default, PostgreSQL for teams; one append-only table and a signed end, through SQLAlchemy.
+"""Where entries lie: SQLite by default, PostgreSQL for teams; one append-only table and a signed end, through
+SQLAlchemy.
 
-An append is one transaction that first takes the lock on the end: writers queue, and none sees half of another's entry. SQLite
-runs with a write-ahead log that is flushed at every commit.
+An append is one transaction that first takes the lock on the end: writers queue, and none sees half of another's entry.
+SQLite runs with a write-ahead log that is flushed at every commit.
 """
 
 import os
@@ -196,5 +197,6 @@ def _spoken(where: str) -> Iterator[None]:
     except sa.exc.SQLAlchemyError as error:
         reason = first_line(getattr(error, "orig", None) or error)
         raise LedgerError(
-            f"The ledger {where} cannot be used ({reason}), so nothing may be released on its account: mend that and try again."
+            f"The ledger {where} cannot be used ({reason}), so nothing may be released on its account: mend that and "
+            "try again."
         ) from error

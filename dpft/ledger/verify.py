@@ -99,7 +99,8 @@ def _figure(dataset: DatasetRecord, row: Entry) -> list[str]:
     if math.isclose(stored, known, rel_tol=AGREEMENT, abs_tol=1e-4):
         return []
     return [
-        f"Entry {row.seq} says that {dataset.name!r} had spent ε = {stored:.5g}; its events compose to {rounded_up(known, 5)}."
+        f"Entry {row.seq} says that {dataset.name!r} had spent ε = {stored:.5g}; its events compose to "
+        f"{rounded_up(known, 5)}."
     ]
 
 

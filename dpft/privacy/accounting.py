@@ -4,8 +4,8 @@ A :class:`dp_accounting.DpEvent` says what was released; ε is always derived fr
 The privacy loss distribution (PLD; Koskela et al. 2020, Doroshenko et al. 2022) gives the ε that dpft prints; Rényi
 DP (Mironov 2017) is the second opinion, and the larger of the two wherever ε is below 100 and δ above 1e-12.
 
-dp-accounting cuts tails of 1e-15 at each composition and takes minutes where losses are hundreds. There, and where draws are so rare
-that it takes seconds, dpft's own arithmetic answers (:func:`own`).
+dp-accounting cuts tails of 1e-15 at each composition and takes minutes where losses are hundreds. There, and where
+draws are so rare that it takes seconds, dpft's own arithmetic answers (:func:`own`).
 """
 
 import logging
@@ -69,10 +69,12 @@ def epsilon(
 
 @lru_cache(maxsize=1024)
 def own(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "add-or-remove-one") -> float:
-    """ε at ``delta`` by dpft's own arithmetic, an upper bound; infinite without noise, or where failures alone exceed ``delta``.
+    """ε at ``delta`` by dpft's own arithmetic, an upper bound; infinite without noise, or where failures alone exceed
+    ``delta``.
 
-    Without sampling it is the closed form. With it, it is the lesser of a convolution of losses and of a bound that is looser at much noise
-    and close at little: the attacker is told which samples the unit was in. Under replace-one only the latter is known.
+    Without sampling it is the closed form. With it, it is the lesser of a convolution of losses and of a bound that is
+    looser at much noise and close at little: the attacker is told which samples the unit was in. Under replace-one only
+    the latter is known.
     """
     events = unsampled_joined(events)
     if any(event.noise_multiplier == 0 for event in events):
@@ -92,7 +94,8 @@ def own(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "add-or-
 
 
 def unsampled_joined(events: Iterable[Event]) -> tuple[Event, ...]:
-    """The same with one event for all Gaussians without sampling: together they are one, with noise ``1 / sqrt(Σ 1/σ²)``."""
+    """The same with one event for all Gaussians without sampling: together they are one, with noise
+    ``1 / sqrt(Σ 1/σ²)``."""
     events = merged(events)
     whole = [event for event in events if event.sample_rate == 1 and event.noise_multiplier]
     if not whole:
@@ -149,7 +152,8 @@ def epsilon_prv(events: Iterable[Event], delta: float, adjacency: Adjacency = "a
     """ε at ``delta`` by privacy random variables (Gopi, Lee, Wutschitz 2021), an upper bound to 0.01, from Opacus.
 
     Returns:
-        Infinity where it does not apply: another adjacency, nothing released, a release without noise or of which only its (ε, δ) is known,
+        Infinity where it does not apply: another adjacency, nothing released, a release without noise or of which only
+            its (ε, δ) is known,
         or figures outside of what Opacus can put on a
         grid, for which it raises or gives a number below zero (its issues 585 and 601).
     """

@@ -1,9 +1,9 @@
 """The chance inside a step: dropout, masks, crops, noise that a model adds while it trains.
 
-Models and collators draw from the global generators of Python, numpy and torch. If these followed from a published seed, a unit that
-leaves the batch would shift everybody's masks, and the clipped sum would move by many times the clip. So their states are secret,
-fresh in every step, and saved nowhere. Masks are then independent of who else is drawn, the bound holds for each of them,
-and so for their mixture.
+Models and collators draw from the global generators of Python, numpy and torch. If these followed from a published
+seed, a unit that leaves the batch would shift everybody's masks, and the clipped sum would move by many times the clip.
+So their states are secret, fresh in every step, and saved nowhere. Masks are then independent of who else is drawn, the
+bound holds for each of them, and so for their mixture.
 """
 
 import random
@@ -16,7 +16,8 @@ import torch
 from dpft.privacy.noise import Randomness
 
 _WORDS = 624  # 32-bit words in the state of a Mersenne Twister, which Python, numpy and torch (on the processor) share
-# Places in torch's saved state, in 32-bit words: its seed, the numbers left, the next place, and the twister's words in 64 bits each.
+# Places in torch's saved state, in 32-bit words: its seed, the numbers left, the next place, and the twister's words in
+# 64 bits each.
 _SEED, _LEFT, _NEXT, _STATE = 0, 2, 4, 6
 
 
@@ -61,13 +62,15 @@ class StepChance:
 
     @property
     def is_kept(self) -> bool:
-        """Whether nobody but an engine with such a source has seeded torch since: the step's masks would follow from it."""
+        """Whether nobody but an engine with such a source has seeded torch since: the step's masks would follow from
+        it."""
         private = self._randomness.private
         return torch.initial_seed() in [one._seed for one in self._holders if one._randomness.private >= private]
 
 
 def step_generator() -> np.random.Generator:
-    """A generator whose seed comes from numpy's global state: while an engine holds that, it is secret, and new in every step."""
+    """A generator whose seed comes from numpy's global state: while an engine holds that, it is secret, and new in
+    every step."""
     return np.random.default_rng(np.random.randint(1 << 32, size=8, dtype=np.uint32))
 
 

@@ -4,11 +4,11 @@ A clipping rule is a frozen value with three members, and everything else reads 
 
 - ``sensitivity``: the largest L2 norm that one unit's clipped gradient can have. The noise is scaled by this
   number and by no other, so clip and noise cannot disagree.
-- ``over(sizes)``: the rule for a model whose parameters have these names and numbers of scalars. Its ``groups`` say which
-  parameters are clipped together: None for all as one, else one number from 0 to G - 1 for each parameter.
-- ``factors(norms)``, of what ``over`` returns: norms of unit gradients in, multipliers out, both ``(U,)`` without groups and
-  ``(U, G)`` with them. A unit whose groups are multiplied so has a norm of at most ``sensitivity`` (up to float32 rounding, a
-  relative 1e-6).
+- ``over(sizes)``: the rule for a model whose parameters have these names and numbers of scalars. Its ``groups`` say
+  which parameters are clipped together: None for all as one, else one number from 0 to G - 1 for each parameter.
+- ``factors(norms)``, of what ``over`` returns: norms of unit gradients in, multipliers out, both ``(U,)`` without
+  groups and ``(U, G)`` with them. A unit whose groups are multiplied so has a norm of at most ``sensitivity``
+  (up to float32 rounding, a relative 1e-6).
 """
 
 import math
@@ -74,14 +74,16 @@ class AutoClip:
 
 @dataclass(frozen=True)
 class PerLayerClip:
-    """Scale each layer's part of a unit's gradient down to that layer's share of ``clip_norm`` (McMahan et al. 2018, Algorithm 1).
+    """Scale each layer's part of a unit's gradient down to that layer's share of ``clip_norm``
+    (McMahan et al. 2018, Algorithm 1).
 
-    A layer is a module that has trainable parameters of its own, such as a linear layer with its weight and bias. The squares
-    of the layers' bounds sum to ``clip_norm²``, so a whole gradient is at most ``clip_norm`` long.
+    A layer is a module that has trainable parameters of its own, such as a linear layer with its weight and bias. The
+    squares of the layers' bounds sum to ``clip_norm²``, so a whole gradient is at most ``clip_norm`` long.
 
     Attributes:
         clip_norm: C, the bound on a whole gradient.
-        shares: ``"equal"``, C/√G for each of G layers, or ``"size"``, C·√(n/N) for a layer of n of the N trainable scalars.
+        shares: ``"equal"``, C/√G for each of G layers, or ``"size"``, C·√(n/N) for a layer of n of the N trainable
+            scalars.
     """
 
     clip_norm: float = 1.0

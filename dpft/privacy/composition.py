@@ -1,7 +1,8 @@
 """ε of all that was released together, by dpft's own arithmetic, by Google's and by Rényi DP.
 
-dpft's own (:mod:`dpft.privacy.convolution`) composes hundreds of different releases in a second. Google's dp-accounting gives the
-same numbers and stays dpft's reference: it composes one release in 0.1 s, and three hundred different ones in half a minute.
+dpft's own (:mod:`dpft.privacy.convolution`) composes hundreds of different releases in a second. Google's dp-accounting
+gives the same numbers and stays dpft's reference: it composes one release in 0.1 s, and three hundred different ones in
+half a minute.
 """
 
 import math
@@ -21,7 +22,8 @@ __all__ = ["Event", "epsilon", "epsilon_rdp", "merged", "reference"]
 def epsilon(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "add-or-remove-one") -> float:
     """ε at ``delta`` of all ``events`` together, an upper bound.
 
-    Infinite if something was released without noise, or if failures alone exceed ``delta``. For replace-one dp-accounting is asked.
+    Infinite if something was released without noise, or if failures alone exceed ``delta``. For replace-one
+    dp-accounting is asked.
     """
     events = merged(events)
     if adjacency == "replace-one" and any(event.sample_rate != 1 for event in events):

@@ -1,12 +1,15 @@
-"""ε of hundreds of different releases together, in a second: their privacy losses are added by one Fourier transform each.
+"""ε of hundreds of different releases together, in a second: their privacy losses are added by one Fourier transform
+each.
 
-The privacy loss of a release is put on a grid by connecting the dots of its hockey-stick curve (Doroshenko et al. 2022, section
-4), which can only overstate it; the losses of all releases are added on that grid by the fast Fourier transform (Koskela et
-al. 2020), in a window outside of which Chernoff's bound leaves next to nothing, and that remainder is added to δ.
+The privacy loss of a release is put on a grid by connecting the dots of its hockey-stick curve
+(Doroshenko et al. 2022, section 4), which can only overstate it; the losses of all releases are added on that grid by
+the fast Fourier transform (Koskela et al. 2020), in a window outside of which Chernoff's bound leaves next to nothing,
+and that remainder is added to δ.
 
-Before the transform each distribution is tilted: a loss x gets the weight e^(λx), and its total becomes 1 again. A sum of losses has
-the product of the weights, so that the tilt is taken back at the end. At the right λ most of the tilted mass lies near ε, and
-rounding is relative to δ, however small, and not to 1. What rounding may still do is bounded and added to δ (:func:`_rounding`).
+Before the transform each distribution is tilted: a loss x gets the weight e^(λx), and its total becomes 1 again. A sum
+of losses has the product of the weights, so that the tilt is taken back at the end. At the right λ most of the tilted
+mass lies near ε, and rounding is relative to δ, however small, and not to 1. What rounding may still do is bounded and
+added to δ (:func:`_rounding`).
 """
 
 import math
@@ -103,9 +106,11 @@ class _Loss:
 
 @lru_cache(maxsize=4096)
 def _loss(event: Event, grid: float, adding: bool, reach: int) -> _Loss | None:
-    """One release's loss, when a unit is removed or, ``adding``, when it is added; None if the grid is too fine for so wide a loss."""
+    """One release's loss, when a unit is removed or, ``adding``, when it is added; None if the grid is too fine for so
+    wide a loss."""
     if event.noise_multiplier is None:
-        # Of all mechanisms with this (ε, δ), the randomised response that fails with δ loses most (Kairouz et al. 2015).
+        # Of all mechanisms with this (ε, δ), the randomised response that fails with δ loses most
+        # (Kairouz et al. 2015).
         low, high = -event.epsilon, event.epsilon
         curve = partial(_randomised_response, epsilon=event.epsilon, delta=event.delta)
     else:
@@ -176,7 +181,8 @@ class _Tilt:
 
     @property
     def log_peak(self) -> float:
-        """log of the largest (1 - e^-x) · e^(-order·x) over x > 0: what of a mass counts for δ (Canonne et al. 2020)."""
+        """log of the largest (1 - e^-x) · e^(-order·x) over x > 0: what of a mass counts for δ
+        (Canonne et al. 2020)."""
         return -math.log1p(self.order) - self.order * math.log1p(1 / self.order)
 
     def bound(self, delta: float) -> float:
@@ -207,7 +213,8 @@ class _Moments:
         return _Tilt(order, self.at(order))
 
     def tails(self, tilt: _Tilt, delta: float) -> tuple[float, float, float]:
-        """The losses beyond which lie: below ``WRAPPED`` of the tilted mass, above as much, above ``TAIL * delta`` of all."""
+        """The losses beyond which lie: below ``WRAPPED`` of the tilted mass, above as much, above ``TAIL * delta`` of
+        all."""
         order, rest = tilt.order, tilt.log_moment + math.log(WRAPPED)
         low = max((rest - self.at(order * (1 - f))) / (order * f) for f in (0.5, 1, 2))
         high = min((self.at(order * (1 + f)) - rest) / (order * f) for f in (0.25, 0.5, 1))
@@ -261,10 +268,11 @@ def _folded(masses: np.ndarray, size: int) -> np.ndarray:
 def _rounding(counted: list[tuple[int, _Loss]], tilt: _Tilt, size: int, grid: float) -> float:
     """What errors of the tilted masses can add to δ(ε), at most, times e^(order · ε - log_moment).
 
-    Each layer of a transform adds at most ``LAYER`` units to any number of the spectrum (Higham 2002, section 24.1); a power
-    multiplies that by its exponent, and no number exceeds 1. By Parseval's theorem the masses' error has at most the 2-norm
-    ``releases · layers``; by Cauchy and Schwarz it weighs that times the 2-norm of ``(1 - e^-x) · e^(-order·x)``, whose square is
-    an integral over x > 0 in closed form, and its largest value for the sum in its place. A mass's own error counts with each release.
+    Each layer of a transform adds at most ``LAYER`` units to any number of the spectrum (Higham 2002, section 24.1); a
+    power multiplies that by its exponent, and no number exceeds 1. By Parseval's theorem the masses' error has at most
+    the 2-norm ``releases · layers``; by Cauchy and Schwarz it weighs that times the 2-norm of
+    ``(1 - e^-x) · e^(-order·x)``, whose square is an integral over x > 0 in closed form, and its largest value for the
+    sum in its place. A mass's own error counts with each release.
     """
     releases = 1 + sum(n for n, _ in counted)
     widest = max(tilt.order * float(np.abs(loss.losses[[0, -1]]).max()) for _, loss in counted)
@@ -274,9 +282,11 @@ def _rounding(counted: list[tuple[int, _Loss]], tilt: _Tilt, size: int, grid: fl
 
 
 def _at_delta(masses: np.ndarray, low: float, grid: float, tilt: _Tilt, delta: float, rounding: float) -> float | None:
-    """The least ε >= 0 with ``Σ (1 - e^(ε - loss)) · mass <= delta`` over the losses above ε; None if it lies below ``low``.
+    """The least ε >= 0 with ``Σ (1 - e^(ε - loss)) · mass <= delta`` over the losses above ε; None if it lies below
+    ``low``.
 
-    All masses are times e^(order · low - log_moment), which keeps them in the range of numbers; so is δ, and what rounding may add.
+    All masses are times e^(order · low - log_moment), which keeps them in the range of numbers; so is δ, and what
+    rounding may add.
     """
     first = max(0, math.ceil(-low / grid - 0.5))
     losses = np.arange(first, len(masses)) * grid  # from `low` on

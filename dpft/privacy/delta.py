@@ -19,5 +19,6 @@ def check_delta(
     if too_large(delta, units):
         choose = way_out or f"choose a delta below {1 / units:.1e}, better {0.1 / units:.1e}"
         raise error(
-            f"{subject} is {delta:g} for {units:,} units, and a delta of 1/units or more permits publishing a random unit whole: {choose}."
+            f"{subject} is {delta:g} for {units:,} units, and a delta of 1/units or more permits publishing a random "
+            f"unit whole: {choose}."
         )

@@ -6,8 +6,8 @@ As a plain dictionary, in ``run.json``, ``releases.json`` and the ledger's entri
     {"version": 2, "kind": "gaussian", "count": 1, "noise_multiplier": 5.0, "sensitivity": 0.1, "name": "class means"}
     {"version": 2, "kind": "stated", "count": 1, "epsilon": 0.5, "delta": 1e-8}
 
-Version 1, of dpft 0.1 and 0.2, names no version; in ``run.json`` it says ``event`` for ``kind``, in the ledger it names neither, and its sample
-rate is 1 where nothing is sampled.
+Version 1, of dpft 0.1 and 0.2, names no version; in ``run.json`` it says ``event`` for ``kind``, in the ledger it names
+neither, and its sample rate is 1 where nothing is sampled.
 """
 
 import math
@@ -31,12 +31,13 @@ KEYS = {  # of each kind, beside version, kind, count and name
 class Event:
     """What was released, ``count`` times over.
 
-    Either the Gaussian mechanism with ``noise_multiplier`` on a Poisson sample of rate ``sample_rate`` (1: on all units, without
-    sampling), or, where these are None, something of which only its ``(epsilon, delta)`` is known.
+    Either the Gaussian mechanism with ``noise_multiplier`` on a Poisson sample of rate ``sample_rate``
+    (1: on all units, without sampling), or, where these are None, something of which only its ``(epsilon, delta)`` is
+    known.
 
     Attributes:
-        noise_multiplier: the noise's standard deviation over the sensitivity, that is, over the most that one unit moves. Of a step
-            that releases several sums it is that of all of them together.
+        noise_multiplier: the noise's standard deviation over the sensitivity, that is, over the most that one unit
+            moves. Of a step that releases several sums it is that of all of them together.
         sensitivity: in the units of what was released, where it is worth stating. No ε follows from it.
         name: what was released, in a few public words; empty for steps of training.
 
@@ -117,7 +118,8 @@ class Event:
             )
         if kind not in KEYS:
             raise PlanError(
-                f"A release is called {kind!r}, which is not what was executed by any version up to this one: update dpft, or mend the record."
+                f"A release is called {kind!r}, which is not what was executed by any version up to this one: update "
+                "dpft, or mend the record."
             )
         figures = {key: rest.pop(key) for key in sorted(KEYS[kind] & rest.keys())}
         if kind == GAUSSIAN:
@@ -140,7 +142,8 @@ class Event:
         """
         if self.noise_multiplier is None:
             raise PlanError(
-                f"Of a release only ε = {self.epsilon:g} and δ = {self.delta:g} are known, which is no mechanism: compose it by dpft.privacy.composition."
+                f"Of a release only ε = {self.epsilon:g} and δ = {self.delta:g} are known, which is no mechanism: "
+                "compose it by dpft.privacy.composition."
             )
         step = dp_event.GaussianDpEvent(self.noise_multiplier)
         if self.sample_rate < 1:

@@ -1,4 +1,5 @@
-"""The Gaussian mechanism in closed form, from the least noise to the most, and the bound that follows for any of its uses.
+"""The Gaussian mechanism in closed form, from the least noise to the most, and the bound that follows for any of its
+uses.
 
 A Gaussian of sensitivity 1 and noise σ is μ-GDP with μ = 1/σ, and releases compose to ``sqrt(Σ μ²)`` (Dong et al. 2022,
 Corollary 3.3): without sampling this is exact.
@@ -61,7 +62,8 @@ def _more(k: int, count: int, sample_rate: float) -> float:
 def revealed(releases: list[tuple[float, float, int]], delta: float) -> float:
     """ε at ``delta`` of Poisson-sampled Gaussians when an attacker is told which samples the unit was in.
 
-    An upper bound for every noise, rate and number, and close where noise is so little that the releases tell it anyway.
+    An upper bound for every noise, rate and number, and close where noise is so little that the releases tell it
+    anyway.
 
     Args:
         releases: ``(noise_multiplier, sample_rate, count)`` with noise above 0.

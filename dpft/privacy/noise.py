@@ -45,7 +45,8 @@ class Randomness(ABC):
         return self._key()
 
     def _stream(self, device: torch.device = _CPU):
-        """A fresh key's stream of uniform numbers; its blocks are counted from 0, so that none ends before 2**32 of them."""
+        """A fresh key's stream of uniform numbers; its blocks are counted from 0, so that none ends before 2**32 of
+        them."""
         key = self._key()
         return DeviceStream(key[:32], key[32:], device) if device.type == "cuda" else _Stream(key[:32], key[32:])
 
@@ -72,7 +73,8 @@ class Randomness(ABC):
     def gaussians(self, n: int, device: torch.device = _CPU) -> Iterator[Tensor]:
         """The same draw in parts, one after another; each is valid until the next is asked for.
 
-        On CUDA devices the numbers are made there, with another rounding of the last bits; for others, on the processor.
+        On CUDA devices the numbers are made there, with another rounding of the last bits; for others, on the
+        processor.
         """
         device, chunk = (device, _DEVICE_CHUNK) if device.type == "cuda" else (_CPU, _CHUNK)
         stream, size = self._stream(device), max(2, min(chunk, n))
@@ -126,13 +128,14 @@ class SeededRandomness(Randomness):
 class NoiseStream(ABC):
     """The noise of one run's releases, one after another. It is secret and never saved, copied or sent.
 
-    A stream with memory, whose releases share noise, cannot go on from a checkpoint: the run ends there, and goes on as a
-    new mechanism that is charged as one.
+    A stream with memory, whose releases share noise, cannot go on from a checkpoint: the run ends there, and goes on as
+    a new mechanism that is charged as one.
     """
 
     @abstractmethod
     def following(self) -> Iterator[Tensor]:
-        """The next release's noise, ``(n,)`` float64 in parts, each with deviation 1; a part is valid until the next is asked for."""
+        """The next release's noise, ``(n,)`` float64 in parts, each with deviation 1; a part is valid until the next is
+        asked for."""
 
     def __getstate__(self):
         raise TypeError(

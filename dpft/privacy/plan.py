@@ -26,9 +26,10 @@ class Plan:
     """A mechanism and the claim for it. Every field may be published; nothing in it may be computed from private data.
 
     Attributes:
-        mechanism: what is sampled, clipped, noised and released. Its facts may be given in its place: ``Plan(noise_multiplier=1.0,
-            sample_rate=0.02, steps=500, delta=1e-5)`` is DP-SGD, and ``mechanism`` may be a name
-            (:func:`dpft.privacy.mechanisms.mechanisms`) beside such facts. Given beside a mechanism, they change it.
+        mechanism: what is sampled, clipped, noised and released. Its facts may be given in its place:
+            ``Plan(noise_multiplier=1.0, sample_rate=0.02, steps=500, delta=1e-5)`` is DP-SGD, and ``mechanism`` may be
+            a name (:func:`dpft.privacy.mechanisms.mechanisms`) beside such facts. Given beside a mechanism, they change
+            it.
         delta: δ of the claim; must be below ``1 / units``.
         units: N₀, the declared, public number of units. It sets the normaliser ``expected_batch_size``; the true
             number may differ by the units that joined or left.
@@ -36,7 +37,8 @@ class Plan:
         unit: what one unit is, in words, such as ``"example"`` or ``"all rows that share patient_id"``.
 
     Guarantee:
-        A run that follows the plan releases ``mechanism.events()``; it is (``epsilon``, ``delta``)-DP for ``unit`` under ``adjacency``.
+        A run that follows the plan releases ``mechanism.events()``; it is (``epsilon``, ``delta``)-DP for ``unit``
+        under ``adjacency``.
 
     Raises:
         PlanError: a field is out of range, or ``delta >= 1 / units``.
@@ -133,10 +135,11 @@ class Plan:
         """ε spent by the first ``steps`` releases.
 
         Args:
-            exact: as it is stated, by dp-accounting wherever that serves. If not, in hundredths of a second by dpft's own
-                arithmetic, an upper bound as well: for what is shown and what is searched.
+            exact: as it is stated, by dp-accounting wherever that serves. If not, in hundredths of a second by dpft's
+                own arithmetic, an upper bound as well: for what is shown and what is searched.
 
-        Where noise is so little that ε is in the hundreds, the bound is true and may be loose; it is infinite only without noise.
+        Where noise is so little that ε is in the hundreds, the bound is true and may be loose; it is infinite only
+        without noise.
         """
         return self.mechanism.epsilon(steps, self.delta, self.adjacency, exact=exact)
 
@@ -162,8 +165,8 @@ class Plan:
             return f"NOT PRIVATE: {done:,} steps without noise."
         words = self.mechanism.describe(done)
         return (
-            f"(ε = {rounded_up(spent)}, δ = {self.delta:g})-differential privacy; unit: {self.unit}; adjacency: {self.adjacency}; "
-            f"sampler: {words.sampler}; mechanism: {words.mechanism}."
+            f"(ε = {rounded_up(spent)}, δ = {self.delta:g})-differential privacy; unit: {self.unit}; adjacency: "
+            f"{self.adjacency}; sampler: {words.sampler}; mechanism: {words.mechanism}."
         )
 
     @classmethod
@@ -189,7 +192,8 @@ class Plan:
             **fields: the other fields of :class:`Plan`, ``mechanism`` (a name) and its facts among them.
 
         Returns:
-            A plan with ``plan.epsilon <= epsilon`` where a target was given (and within 0.1 % of it for noise, where ε is below 100).
+            A plan with ``plan.epsilon <= epsilon`` where a target was given
+            (and within 0.1 % of it for noise, where ε is below 100).
 
         Raises:
             PlanError: too few or too many facts, or no noise or number of steps reaches the target.

@@ -24,8 +24,8 @@ def unit_ids(values: Iterable[object]) -> list[Hashable]:
     texts = [isinstance(value, str) for value in ids]
     if any(texts) and not all(texts):
         raise GuaranteeError(
-            f"The unit at place {texts.index(not texts[0])} is {kind(ids[texts.index(not texts[0])])}, the one at place 0 is {kind(ids[0])}, and one "
-            "unit may be written in both ways: give all ids as text."
+            f"The unit at place {texts.index(not texts[0])} is {kind(ids[texts.index(not texts[0])])}, the one at "
+            f"place 0 is {kind(ids[0])}, and one unit may be written in both ways: give all ids as text."
         )
     return ids
 
@@ -35,10 +35,12 @@ def _checked(value: Any, place: int) -> Hashable:
         return tuple(_checked(part, place) for part in plain(value))
     if value is None or (isinstance(value, ID_TYPES) and value != value):
         raise GuaranteeError(
-            f"Unit {value!r} at place {place} names nobody, and rows of nobody cannot be grouped: give every row its unit."
+            f"Unit {value!r} at place {place} names nobody, and rows of nobody cannot be grouped: give every row its "
+            "unit."
         )
     if not isinstance(value, ID_TYPES):
         raise GuaranteeError(
-            f"The unit at place {place} is {kind(value)}, and units are told apart by value: give each row one number or one text."
+            f"The unit at place {place} is {kind(value)}, and units are told apart by value: give each row one number "
+            "or one text."
         )
     return value

@@ -28,7 +28,8 @@ def expand(path: str) -> str:
     unset = re.search(r"\$\{?(\w+)", expanded)
     if unset:
         raise RecipeError(
-            f"The path {path} needs the environment variable {unset[1]}, which is not set: export it or write the path out."
+            f"The path {path} needs the environment variable {unset[1]}, which is not set: export it or write the "
+            "path out."
         )
     return expanded
 

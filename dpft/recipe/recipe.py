@@ -51,7 +51,8 @@ class Recipe(Table):
         subset = Subset(self.subset)
         if subset.needs_public_data and self.data.public is None:
             raise ValueError(
-                f"{self.subset} chooses weights by gradients, which would reveal whose data made them: declare public data in data.public, or choose by magnitude"
+                f"{self.subset} chooses weights by gradients, which would reveal whose data made them: declare public "
+                "data in data.public, or choose by magnitude"
             )
         if self.data.public is not None:
             public = {os.path.realpath(expanded_path(path)) for path in listed(self.data.public)}
@@ -60,11 +61,13 @@ class Recipe(Table):
             shared = [path for path in private if os.path.realpath(expanded_path(path)) in public]
             if shared:
                 raise ValueError(
-                    f"data.public names the private file {shared[0]}, whose gradients would be released un-noised: name public data"
+                    f"data.public names the private file {shared[0]}, whose gradients would be released un-noised: "
+                    "name public data"
                 )
         if self.privacy.batch_size > self.data.units:
             raise ValueError(
-                f"privacy.batch_size is {self.privacy.batch_size:,} of {self.data.units:,} units: expect at most all of them"
+                f"privacy.batch_size is {self.privacy.batch_size:,} of {self.data.units:,} units: expect at most all "
+                "of them"
             )
         check_delta(self.privacy.delta, self.data.units, subject="privacy.delta")
         if self.data.examples_per_unit > 1 and self.data.unit == "example":

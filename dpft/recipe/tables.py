@@ -76,7 +76,8 @@ def check_labels(labels: list[str]) -> None:
     """Raises ValueError: fewer than two labels are declared, or one twice."""
     if len(set(labels)) < 2:
         raise ValueError(
-            "task.labels must declare at least two labels, because a label list collected from the data would reveal who has a rare one"
+            "task.labels must declare at least two labels, because a label list collected from the data would reveal "
+            "who has a rare one"
         )
     if len(set(labels)) != len(labels):
         raise ValueError("task.labels names a label twice: keep each once")
@@ -114,7 +115,8 @@ class PrivacyTable(Table):
     epochs: float | None = Field(None, gt=0, description="Expected passes over the data; or give steps.")
     clipping: Literal["flat", "automatic", "per-layer", "adaptive"] = Field(
         "flat",
-        description="flat; automatic (AUTO-S); per-layer, each layer to its share; adaptive, flat at a quantile of norms.",
+        description="flat; automatic (AUTO-S); per-layer, each layer to its share; adaptive, flat at a quantile of "
+        "norms.",
     )
     clip_norm: float = Field(1.0, gt=0, description="The bound on one unit's gradient; adaptive: of the first step.")
     clip_shares: Shares = Field(
@@ -143,7 +145,8 @@ class PrivacyTable(Table):
         for name, clipping in CLIP_SETTINGS.items():
             if self.clipping != clipping and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
-                    f"privacy.{name} is {getattr(self, name)!r}, which clipping = {self.clipping!r} does not use: remove it, or choose clipping = {clipping!r}"
+                    f"privacy.{name} is {getattr(self, name)!r}, which clipping = {self.clipping!r} does not use: "
+                    f"remove it, or choose clipping = {clipping!r}"
                 )
         return self
 
@@ -207,7 +210,8 @@ class LedgerTable(Table):
     def _no_secret(self):
         if self.url and re.search(r"://[^/@]*:.+@|[?&](ssl)?pass(word|file)=", self.url):
             raise ValueError(
-                "ledger.url holds a password, and recipes are published with their runs: put it into ~/.pgpass or PGPASSWORD"
+                "ledger.url holds a password, and recipes are published with their runs: put it into ~/.pgpass or "
+                "PGPASSWORD"
             )
         return self
 

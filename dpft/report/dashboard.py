@@ -13,8 +13,8 @@ def write_dashboard(path: Path | str, ledger: str, public_key: str, accounts: Se
     """Write the page.
 
     Args:
-        accounts: for each data set ``name``, ``policy``, ``spent``, ``runs`` (see :meth:`dpft.Dataset.curve`) and ``planned``
-            (see :meth:`dpft.Dataset.prices`).
+        accounts: for each data set ``name``, ``policy``, ``spent``, ``runs`` (see :meth:`dpft.Dataset.curve`) and
+            ``planned`` (see :meth:`dpft.Dataset.prices`).
     """
     shown = []
     for account in accounts:

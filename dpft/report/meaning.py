@@ -24,8 +24,9 @@ class Meaning:
         epsilon, delta: the claim.
         advantage: the largest detections − false alarms of any test for a unit's presence.
         detection: detections at each rate of false alarms in ``ALARMS``.
-        reconstruction: for each number of equally likely values of a unit's attribute (``CHOICES``), how often the right one is guessed
-            at best: the test's power at a false-alarm rate of one over that number (Hayes, Mahloujifar, Balle 2023, Theorem 2).
+        reconstruction: for each number of equally likely values of a unit's attribute (``CHOICES``), how often the
+            right one is guessed at best: the test's power at a false-alarm rate of one over that number
+                (Hayes, Mahloujifar, Balle 2023, Theorem 2).
         curve: ``(false alarms, most detections)``, the trade-off curve.
     """
 
@@ -79,14 +80,18 @@ def of_recipe(recipe: Recipe) -> Meaning:
 def describe(found: Meaning) -> str:
     """The guarantee in words for whoever has to sign for it; bounds are rounded up."""
     lines = [
-        f"ε = {rounded_up(found.epsilon)} at δ = {rounded_up(found.delta, 6)}. The most that anyone can do who sees everything released and knows all other records:",
+        f"ε = {rounded_up(found.epsilon)} at δ = {rounded_up(found.delta, 6)}. The most that anyone can do who sees "
+        "everything released and knows all other records:",
         *(
-            f"- detect that a unit was in the data in {percent_up(power)} of cases, with false alarms in {_percent(rate)}"
+            f"- detect that a unit was in the data in {percent_up(power)} of cases, with false alarms in "
+            f"{_percent(rate)}"
             for rate, power in found.detection.items()
         ),
-        f"- detect presence in {percent_up(found.advantage)} more of cases than raise a false alarm, with any test (its advantage)",
+        f"- detect presence in {percent_up(found.advantage)} more of cases than raise a false alarm, with any test "
+        "(its advantage)",
         *(
-            f"- name the right one of {choices:,} equally likely values of a record in {percent_up(power)} of cases, where guessing is right in {_percent(1 / choices)}"
+            f"- name the right one of {choices:,} equally likely values of a record in {percent_up(power)} of cases, "
+            f"where guessing is right in {_percent(1 / choices)}"
             for choices, power in found.reconstruction.items()
         ),
     ]

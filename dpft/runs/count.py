@@ -13,7 +13,8 @@ VERSION = 2  # 1 is of dpft 0.1 and 0.2, and is not written in its file
 
 @dataclass(frozen=True)
 class Mechanism:
-    """What each release was: its event, made once, and whom it protects by which bound. None: a version did not write it."""
+    """What each release was: its event, made once, and whom it protects by which bound. None: a version did not write
+    it."""
 
     event: Event
     clip: str | None

@@ -133,7 +133,8 @@ class RunFolder:
     # -- dates ---------------------------------------------------------------------------------------------------
 
     def round_dates(self) -> None:
-        """Date every file, but for what is private, to the beginning of the day: seconds would follow the true batch sizes."""
+        """Date every file, but for what is private, to the beginning of the day: seconds would follow the true batch
+        sizes."""
         midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
         for path in _published(self.path):
             os.utime(path, (midnight, midnight))

@@ -76,10 +76,12 @@ class AccountFacts(_Published):
 class RunRecord(_Published):
     """What a run claims and released.
 
-    A field without a default is part of the claim, and no record lacks it; another one is None where an older version did not write it.
+    A field without a default is part of the claim, and no record lacks it; another one is None where an older version
+    did not write it.
 
     Attributes:
-        epsilon, epsilon_rdp: at ``delta``, when the run ended; readers derive them from ``events`` again. None without privacy.
+        epsilon, epsilon_rdp: at ``delta``, when the run ended; readers derive them from ``events`` again. None without
+            privacy.
         events: what was released.
         clip_norm: in the units of the gradient.
         expected_batch_size: units.

@@ -1,8 +1,9 @@
 """The cross-entropy of many tokens over a large vocabulary, a few tokens at a time.
 
-PyTorch's own keeps the logarithm of every probability: for a thousand tokens of a vocabulary of 50,000 that is 200 MB, beside
-logits and a gradient that are as large. Here one number is kept for each token, and the exponentials never leave the
-processor's cache: half the time and two thirds of the memory. Where the logits come from a frozen layer they are not kept either:
+PyTorch's own keeps the logarithm of every probability: for a thousand tokens of a vocabulary of 50,000 that is 200 MB,
+beside logits and a gradient that are as large. Here one number is kept for each token, and the exponentials never leave
+the processor's cache: half the time and two thirds of the memory. Where the logits come from a frozen layer they are
+not kept either:
 the gradient of what went in is made at once and is as small as that (benchmarks/results/README.md).
 """
 
@@ -20,7 +21,8 @@ MADE = 1 << 24  # logits made together: 64 MB, and enough tokens that to read th
 
 
 def cross_entropies(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
-    """``(N, V)`` logits and ``(N,)`` labels to ``(N,)`` cross-entropies in at least float32, zero for ``ignored`` labels."""
+    """``(N, V)`` logits and ``(N,)`` labels to ``(N,)`` cross-entropies in at least float32, zero for ``ignored``
+    labels."""
     return _CrossEntropy.apply(logits, labels, ignored)
 
 
@@ -90,7 +92,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_slope(logits: Tensor, labels: Tensor, losses: Tensor) -> None:
-    """Write each row's loss and turn its logits into the loss's derivative: every word's probability, less one for the label."""
+    """Write each row's loss and turn its logits into the loss's derivative: every word's probability, less one for the
+    label."""
     few = _few(logits, logits.shape[1], PIECE)
     for piece, label, loss in zip(logits.split(few), labels.split(few), losses.split(few), strict=True):
         found = precise(piece)

@@ -16,8 +16,8 @@ _CHANGED: WeakSet[nn.Module] = WeakSet()  # models seen to return other logits t
 def before_head(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, nn.Linear | None]:
     """What ``model(**inputs)`` gives its head, ``(B, T, D)``, and the head; or its logits, ``(B, T, V)``, and None.
 
-    Zeros that need no memory stand in for the logits. Only if the model returns these very zeros, untouched, would it have returned the
-    head's logits as they are; that is looked at in every pass.
+    Zeros that need no memory stand in for the logits. Only if the model returns these very zeros, untouched, would it
+    have returned the head's logits as they are; that is looked at in every pass.
     """
     head = None if model in _CHANGED else _frozen_head(model)
     if head is None:

@@ -15,9 +15,9 @@ from dpft.tasks.task import Features, Task
 class LabelledTask(Task):
     """The task of any Hugging Face data set that is already tokenized: features with labels, and a data collator.
 
-    Which loss it is follows from the model's own, which a session compares on examples (:mod:`dpft.tasks.rules`): one class, several
-    labels, regression, a label for each token at its place or for the next, an encoder-decoder's, CTC, spans. Without a session it
-    follows from the model's class and the labels' shape.
+    Which loss it is follows from the model's own, which a session compares on examples (:mod:`dpft.tasks.rules`): one
+    class, several labels, regression, a label for each token at its place or for the next, an encoder-decoder's, CTC,
+    spans. Without a session it follows from the model's class and the labels' shape.
 
     Args:
         collator: features to a batch.
@@ -45,7 +45,8 @@ class LabelledTask(Task):
         taken = [column for column in rows if self._columns is None or column in self._columns]
         if not taken:
             raise RecipeError(
-                f"The data have the columns {', '.join(rows)}, and the model takes none of them: tokenize the data, or pass a task that does."
+                f"The data have the columns {', '.join(rows)}, and the model takes none of them: tokenize the data, "
+                "or pass a task that does."
             )
         columns = [rows[column] for column in taken]
         return [dict(zip(taken, values, strict=True)) for values in zip(*columns, strict=True)]

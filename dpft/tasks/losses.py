@@ -21,8 +21,8 @@ def token_sums(given: Tensor, labels: Tensor, *, shift: bool, head: nn.Linear | 
     """``(B, T, V)`` logits and ``(B, T)`` labels to each example's summed loss and token count, both ``(B,)``.
 
     Args:
-        shift: the logits at t predict the label at t + 1 (causal models) rather than at t (encoder-decoders). What a prompt tuner
-            puts before the text has no labels, and its last place predicts the first one.
+        shift: the logits at t predict the label at t + 1 (causal models) rather than at t (encoder-decoders). What a
+            prompt tuner puts before the text has no labels, and its last place predicts the first one.
         head: if there is one, the logits are what it makes of ``given``, ``(B, T, D)``.
     """
     before = given.shape[1] - labels.shape[1]
@@ -41,7 +41,8 @@ def token_sums(given: Tensor, labels: Tensor, *, shift: bool, head: nn.Linear | 
 
 
 def token_losses(given: Tensor, labels: Tensor, *, shift: bool, head: nn.Linear | None = None) -> Tensor:
-    """Each example's mean loss over its own labelled tokens, ``(B,)``; zero for one that has none. See :func:`token_sums`."""
+    """Each example's mean loss over its own labelled tokens, ``(B,)``; zero for one that has none. See
+    :func:`token_sums`."""
     sums, counts = token_sums(given, labels, shift=shift, head=head)
     return sums / counts.clamp_min(1)
 

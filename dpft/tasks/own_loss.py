@@ -1,4 +1,5 @@
-"""Whether what is learned is what the model itself would learn: ε that is spent on another loss is spent for nothing."""
+"""Whether what is learned is what the model itself would learn: ε that is spent on another loss is spent for
+nothing."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,8 +22,9 @@ UNFIT = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyErr
 def check_own_loss(task: Any, model: nn.Module, collate: Callable[[list], Mapping], examples: Sequence) -> None:
     """On each example by itself, the task's loss must be the one that ``model(**batch)`` returns.
 
-    A :class:`LabelledTask` learns here which rule the model follows. A task of the user's own, or a loss that it overrides, is meant as it
-    is and not compared; nor is a model's loss that it does not return. A guess about labels is refused where nothing confirms it.
+    A :class:`LabelledTask` learns here which rule the model follows. A task of the user's own, or a loss that it
+    overrides, is meant as it is and not compared; nor is a model's loss that it does not return. A guess about labels
+    is refused where nothing confirms it.
 
     Args:
         collate: features to a batch on the model's device.
@@ -40,8 +42,8 @@ def check_own_loss(task: Any, model: nn.Module, collate: Callable[[list], Mappin
         for batch in batches:
             if "labels" not in batch and "start_positions" not in batch:
                 raise RecipeError(
-                    f"The batches for {_kind(model)} have no labels but {', '.join(sorted(batch))}, so there is no loss that dpft knows: pass a task "
-                    "whose losses are one number for each example."
+                    f"The batches for {_kind(model)} have no labels but {', '.join(sorted(batch))}, so there is no "
+                    "loss that dpft knows: pass a task whose losses are one number for each example."
                 )
         named = [_own_loss(model, batch) for batch in batches]
         known = [(batch, own) for batch, own in zip(batches, named, strict=True) if own is not None]
@@ -58,8 +60,8 @@ def _check_shape(task: LabelledTask, model: nn.Module, batch: Mapping[str, Tenso
     shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
     if shape != (examples,):
         raise RecipeError(
-            f"{task.own} gave {shape} for {examples} examples, and a mean over the batch lets one record rescale the others before clipping: return "
-            "(B,) losses, one for each example, or pass a task."
+            f"{task.own} gave {shape} for {examples} examples, and a mean over the batch lets one record rescale the "
+            "others before clipping: return (B,) losses, one for each example, or pass a task."
         )
 
 
@@ -68,13 +70,14 @@ def _own_rule(model: nn.Module, batches: Sequence[Mapping], known: Sequence[tupl
     guess = likeliest(model, batches[0])
     if not known and batches[0]["labels"].dim() > 1:
         raise RecipeError(
-            f"{_kind(model)} returns no loss of its own, so nothing tells how its labels of shape {_shape(batches[0])} belong to its outputs: pass a "
-            "task whose losses are one number for each example."
+            f"{_kind(model)} returns no loss of its own, so nothing tells how its labels of shape "
+            f"{_shape(batches[0])} belong to its outputs: pass a task whose losses are one number for each example."
         )
     telling = [(batch, own) for batch, own in known if own == own]  # the others have no labels
     if known and not telling:
         raise RecipeError(
-            f"None of {len(known)} examples that were tried has a label, so nothing tells how {_kind(model)} uses labels: give examples with labels."
+            f"None of {len(known)} examples that were tried has a label, so nothing tells how {_kind(model)} uses "
+            "labels: give examples with labels."
         )
     for rule in dict.fromkeys((guess, *RULES)):
         if all(_agree(rule, model, batch, own) for batch, own in telling):
@@ -90,14 +93,15 @@ def _own_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> float | None:
         return None
     except (RuntimeError, ValueError, IndexError) as error:
         raise RecipeError(
-            f"{_kind(model)} cannot compute its own loss on an example ({type(error).__name__}), so its labels do not fit: labels of type "
-            f"{_labels(batch).dtype} and shape {_shape(batch)} were given."
+            f"{_kind(model)} cannot compute its own loss on an example ({type(error).__name__}), so its labels do not "
+            f"fit: labels of type {_labels(batch).dtype} and shape {_shape(batch)} were given."
         ) from error
     return None if loss is None or loss.numel() != 1 else float(loss)
 
 
 def _agree(rule: Rule, model: nn.Module, batch: Mapping[str, Tensor], own: float) -> bool:
-    """Whether the rule gives the model's own loss but for rounding; an example without labels has the mean of nothing."""
+    """Whether the rule gives the model's own loss but for rounding; an example without labels has the mean of
+    nothing."""
     try:
         losses = rule(model, batch)
     except RecipeError:
@@ -119,12 +123,14 @@ def _refusal(rule: Rule, model: nn.Module, batch: Mapping[str, Tensor], own: flo
         ours = float(rule(model, batch)[0])
     except UNFIT as error:
         return RecipeError(
-            f"dpft's loss cannot be computed on the outputs of {_kind(model)} and labels of type {_labels(batch).dtype} and shape {_shape(batch)} "
-            f"({type(error).__name__}): pass a task whose losses are one number for each example."
+            f"dpft's loss cannot be computed on the outputs of {_kind(model)} and labels of type "
+            f"{_labels(batch).dtype} and shape {_shape(batch)} ({type(error).__name__}): pass a task whose losses are "
+            "one number for each example."
         )
     return RecipeError(
-        f"On one example dpft's loss is {ours:.4g} and the loss of {_kind(model)} itself is {own:.4g}, so the budget would be spent on something else "
-        "than what the model is for: pass a task whose losses are one number for each example."
+        f"On one example dpft's loss is {ours:.4g} and the loss of {_kind(model)} itself is {own:.4g}, so the budget "
+        "would be spent on something else than what the model is for: pass a task whose losses are one number for "
+        f"each example."
     )
 
 

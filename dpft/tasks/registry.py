@@ -30,8 +30,8 @@ def task(name: str) -> Callable[[type[Task]], type[Task]]:
         other = _TASKS.get(name, kind)
         if (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
             raise RecipeError(
-                f"The task {name} is {other.__module__}.{other.__qualname__} already, so {kind.__module__}.{kind.__qualname__} "
-                "cannot be found by that name: give it another."
+                f"The task {name} is {other.__module__}.{other.__qualname__} already, so "
+                f"{kind.__module__}.{kind.__qualname__} cannot be found by that name: give it another."
             )
         kind.name = name
         _TASKS[name] = kind
@@ -69,7 +69,8 @@ def find(name: str) -> type[Task]:
             ) from error
     if name not in _TASKS:
         raise RecipeError(
-            f"task.name is {name!r}, which no task is called: choose one of {', '.join(names())}, or install the package that brings it."
+            f"task.name is {name!r}, which no task is called: choose one of {', '.join(names())}, or install the "
+            "package that brings it."
         )
     return _TASKS[name]
 

@@ -1,7 +1,8 @@
 """The losses of Hugging Face's heads, example by example.
 
-Each rule turns a model and a collated batch into ``(B,)`` losses. For one example it is the loss that ``model(**batch)`` returns, where the
-model follows the rule; :func:`dpft.tasks.own_loss.own_rule` finds out which that is.
+Each rule turns a model and a collated batch into ``(B,)`` losses. For one example it is the loss that
+``model(**batch)`` returns, where the model follows the rule; :func:`dpft.tasks.own_loss.own_rule` finds out which that
+is.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +18,8 @@ Rule = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 
 def classes(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """One class for each example: ``labels`` ``(B,)``. An encoder-decoder makes its decoder's input of other columns."""
+    """One class for each example: ``labels`` ``(B,)``. An encoder-decoder makes its decoder's input of other
+    columns."""
     return class_losses(model(**without_labels(batch)).logits, batch["labels"].long().flatten())
 
 
@@ -43,7 +45,8 @@ def next_token(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def own_token(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Tags, masked words: the output at t predicts the label at t; an example's loss is the mean over its labelled tokens."""
+    """Tags, masked words: the output at t predicts the label at t; an example's loss is the mean over its labelled
+    tokens."""
     given, head = before_head(model, without_labels(batch))
     return token_losses(given, batch["labels"], shift=False, head=head)
 
@@ -82,7 +85,8 @@ def alignments(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def spans(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Question answering: ``start_positions`` and ``end_positions`` ``(B,)``; an answer outside of the text has no loss.
+    """Question answering: ``start_positions`` and ``end_positions`` ``(B,)``; an answer outside of the text has no
+    loss.
 
     Padding competes for no position: how much of it there is follows from the other examples.
     """
@@ -91,7 +95,8 @@ def spans(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def spans_of_fixed_length(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """As :func:`spans`, of features that were all padded to one length before; there padding competes, as in the model's own loss."""
+    """As :func:`spans`, of features that were all padded to one length before; there padding competes, as in the
+    model's own loss."""
     return _span_losses(model, batch, None)
 
 

@@ -41,12 +41,15 @@ class Metrics(Protocol):
 
 
 class Task(ABC):
-    """One kind of learning in one file: subclass it, and decorate it with :func:`dpft.tasks.registry.task` so that recipes find it.
+    """One kind of learning in one file: subclass it, and decorate it with :func:`dpft.tasks.registry.task` so that
+    recipes find it.
 
-    A training loop calls ``encode``, ``size``, ``draw``, ``collate``, ``losses`` and ``metrics``; a recipe calls ``load``, ``examples`` and
-    ``save`` as well; an audit calls ``canary``, and where they exist ``follow``, ``judged`` and ``likelihoods``.
+    A training loop calls ``encode``, ``size``, ``draw``, ``collate``, ``losses`` and ``metrics``; a recipe calls
+    ``load``, ``examples`` and ``save`` as well; an audit calls ``canary``, and where they exist ``follow``, ``judged``
+    and ``likelihoods``.
 
-    A task that is no subclass works if it has ``encode``, ``collate``, ``losses`` and ``evaluate``, and ``size`` or ``length``.
+    A task that is no subclass works if it has ``encode``, ``collate``, ``losses`` and ``evaluate``, and ``size`` or
+    ``length``.
 
     Attributes:
         name: by which recipes call it; the decorator sets it.
@@ -74,7 +77,8 @@ class Task(ABC):
     def load(cls, settings: TaskTable, source: Source) -> tuple["Task", nn.Module]:
         """The task and the model that it trains.
 
-        A task with the setting ``max_length`` reads its attribute of that name when it encodes: the model's positions decide it later.
+        A task with the setting ``max_length`` reads its attribute of that name when it encodes: the model's positions
+        decide it later.
         """
         raise NotImplementedError(f"{cls.__name__} is loaded by no recipe.")
 
@@ -109,8 +113,8 @@ class Task(ABC):
     def draw(self, features: Features, random: np.random.Generator) -> Features:
         """A step's chance for one example: a crop, a mask, a timestep; by default none.
 
-        Each draw of an example calls it anew with a secret generator. The preflight draws its examples once and keeps them. Evaluations and
-        audits collate what was not drawn, so ``collate`` takes both.
+        Each draw of an example calls it anew with a secret generator. The preflight draws its examples once and keeps
+        them. Evaluations and audits collate what was not drawn, so ``collate`` takes both.
         """
         return features
 

@@ -25,11 +25,13 @@ OUTSIDE = "O"  # the tag of a word in no entity
 class TokenClassification(Task):
     """Tag each word of a text with one of a declared, public list of tags.
 
-    A word's tag is learned at its first token. An example's loss is the mean over its own words that ``max_length`` leaves.
+    A word's tag is learned at its first token. An example's loss is the mean over its own words that ``max_length``
+    leaves.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        labels: every tag there is, declared and never collected from the data; for entities as ``O``, ``B-name`` and ``I-name``.
+        labels: every tag there is, declared and never collected from the data; for entities as ``O``, ``B-name`` and
+            ``I-name``.
         tokens, tags: the columns with each row's list of words and list of tags.
         max_length: examples are cut after so many tokens.
     """
@@ -78,7 +80,8 @@ class TokenClassification(Task):
         tokenizer = source.processor(add_prefix_space=True)  # byte-level tokenizers need it where words are given
         if not tokenizer.is_fast:
             raise RecipeError(
-                f"The tokenizer {type(tokenizer).__name__} does not tell which word a token is of: choose a model with a fast tokenizer."
+                f"The tokenizer {type(tokenizer).__name__} does not tell which word a token is of: choose a model "
+                "with a fast tokenizer."
             )
         task = cls(tokenizer, settings.labels, tokens=settings.tokens, tags=settings.tags)
         return task, source.labelled_model("AutoModelForTokenClassification", settings.labels, tokenizer)
@@ -111,8 +114,8 @@ class TokenClassification(Task):
             raise RecipeError(f"Row {row + 1:,} {fault}")
         if len(classes) != len(words):
             raise RecipeError(
-                f"Row {row + 1:,} has {len(words):,} words in column {self.tokens!r} and {len(classes):,} tags in column {self.tags!r}: "
-                "write one tag for each word."
+                f"Row {row + 1:,} has {len(words):,} words in column {self.tokens!r} and {len(classes):,} tags in "
+                f"column {self.tags!r}: write one tag for each word."
             )
         return classes
 
@@ -138,7 +141,8 @@ class TokenClassification(Task):
 
 
 class EntityMetrics:
-    """Precision, recall and F1 of whole entities, over all and for each kind, and the share of words with the right tag.
+    """Precision, recall and F1 of whole entities, over all and for each kind, and the share of words with the right
+    tag.
 
     An entity is right if its first and last word and its kind are. Words that ``max_length`` cuts off are not counted.
     """
@@ -185,7 +189,8 @@ def _figures(right: int, found: int, wanted: int) -> dict[str, float]:
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Kind, first word and end of each entity, by the rule of CoNLL-2000's evaluation: an I- of another kind begins one as well.
+    """Kind, first word and end of each entity, by the rule of CoNLL-2000's evaluation: an I- of another kind begins one
+    as well.
 
     A tag other than ``O`` without a prefix is of the kind that it names, and a run of it is one entity.
 

@@ -30,7 +30,8 @@ class Words:
         return " ".join(self.words[i] for i in random.integers(len(self.words), size=number))
 
     def rare(self, number: int, random: np.random.Generator) -> list[str]:
-        """Different words of one token each, from the later half of the vocabulary: merges that a tokenizer learned last.
+        """Different words of one token each, from the later half of the vocabulary: merges that a tokenizer learned
+        last.
 
         Raises:
             RecipeError: there are fewer.
@@ -41,6 +42,7 @@ class Words:
                 found.append(word)
         if len(found) < number:
             raise RecipeError(
-                f"The vocabulary has {len(found):,} rare words of one token, and {number:,} canaries need one each: plant fewer, or another kind."
+                f"The vocabulary has {len(found):,} rare words of one token, and {number:,} canaries need one each: "
+                "plant fewer, or another kind."
             )
         return [found[i] for i in random.permutation(len(found))[:number]]

@@ -18,7 +18,8 @@ class Account:
     """What a run in ``folder`` may release, by the data set's ledger.
 
     Raises:
-        GuaranteeError: the folder's run was charged to another account or to none, or its noise can be made again from a seed.
+        GuaranteeError: the folder's run was charged to another account or to none, or its noise can be made again from
+            a seed.
         BudgetError, LedgerError: see :meth:`dpft.Dataset.open`; nothing is charged yet.
     """
 
@@ -27,14 +28,16 @@ class Account:
     ) -> None:
         if not randomness.private:
             raise GuaranteeError(
-                "Noise from a seed protects nobody, so no ledger can pay for it: train without the ledger, or without the seed."
+                "Noise from a seed protects nobody, so no ledger can pay for it: train without the ledger, or without "
+                "the seed."
             )
         self._path = RunFolder(folder).account_file
         self.facts = {"ledger": dataset.ledger.id, "dataset": dataset.name}
         known = self._known(folder) if released else None
         if released and known is None:
             raise GuaranteeError(
-                f"The run in {folder} has released {released:,} steps that no ledger was charged for: resume it without one."
+                f"The run in {folder} has released {released:,} steps that no ledger was charged for: resume it "
+                "without one."
             )
         self.dataset, self.plan, self.covered = dataset, plan, released
         resumed = known and known["run"]
@@ -50,7 +53,8 @@ class Account:
         here = None if dataset is None else (dataset.ledger.id, dataset.name)
         if known is not None and (known["ledger"], known["dataset"]) != here:
             raise GuaranteeError(
-                f"The run in {folder} is charged to {known['dataset']!r} in the ledger {known['ledger']}: resume it with that account."
+                f"The run in {folder} is charged to {known['dataset']!r} in the ledger {known['ledger']}: resume it "
+                "with that account."
             )
         return None if dataset is None else cls(dataset, plan, randomness, folder, released, **about)
 
@@ -88,7 +92,8 @@ class Account:
         self._last = number
 
     def settle(self) -> str | None:
-        """Give back what this start charged and did not release; returns what went wrong, in which case all of it stays charged."""
+        """Give back what this start charged and did not release; returns what went wrong, in which case all of it stays
+        charged."""
         if not self.run.reserved:
             return None  # nothing was charged
         try:

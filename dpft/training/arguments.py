@@ -78,8 +78,8 @@ def warn_of_ignored(args: TrainingArguments) -> None:
     ignored = [name for name in IGNORED if getattr(args, name, None) != _default(args, name)]
     if ignored:
         warnings.warn(
-            f"{', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} not used: the plan says how many units a step draws and how many steps there "
-            "are, and token_budget how large a micro-batch is.",
+            f"{', '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} not used: the plan says how many units a "
+            "step draws and how many steps there are, and token_budget how large a micro-batch is.",
             stacklevel=4,
         )
 

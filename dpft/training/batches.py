@@ -1,8 +1,9 @@
 """From a Poisson draw of units to micro-batches with little padding.
 
-A logical batch has any size, zero included. Its examples are sorted by length and cut where that costs least, each micro-batch
-as much as so many tokens more, so that it holds at most ``token_budget`` padded tokens. The cut changes speed and memory, never
-the sum of clipped gradients: a unit's examples stay consecutive, and the engine completes a unit before it clips.
+A logical batch has any size, zero included. Its examples are sorted by length and cut where that costs least, each
+micro-batch as much as so many tokens more, so that it holds at most ``token_budget`` padded tokens. The cut changes
+speed and memory, never the sum of clipped gradients: a unit's examples stay consecutive, and the engine completes a
+unit before it clips.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,7 +52,8 @@ class Examples:
 
     @classmethod
     def encode(cls, rows, task: Task, unit: str = "example") -> "Examples":
-        """Encode a ``datasets.Dataset`` or any sequence of rows; of rows that are read when drawn, only the sizes are kept.
+        """Encode a ``datasets.Dataset`` or any sequence of rows; of rows that are read when drawn, only the sizes are
+        kept.
 
         Args:
             unit: ``"example"``, or the column that names a row's unit (:func:`dpft.training.units.unit_ids`).

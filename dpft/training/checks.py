@@ -36,13 +36,14 @@ def try_optimizer(make: Callable[[], Optimizer | None]) -> None:
         raise
     except Exception as error:  # whatever an optimizer says of what it needs
         raise RecipeError(
-            f"The optimizer or its schedule cannot take a step ({first_line(error)}), which would have failed after a charge: choose another, one that "
-            "needs no closure."
+            f"The optimizer or its schedule cannot take a step ({first_line(error)}), which would have failed after a "
+            "charge: choose another, one that needs no closure."
         ) from error
 
 
 def copied_optimizer(trainer: Trainer) -> Optimizer | None:
-    """A trainer's optimizer and schedule on a copy of what they train; None where the optimizer is built into the model."""
+    """A trainer's optimizer and schedule on a copy of what they train; None where the optimizer is built into the
+    model."""
     if trainer.optimizer is not None:
         optimizer = copy.deepcopy(trainer.optimizer)
     else:
@@ -79,8 +80,8 @@ def check_evaluation(evaluate: Callable[[Any], Any], rows: Any) -> None:
             raise
         except Exception as error:  # whatever the model, the collator or the metrics make of them
             raise RecipeError(
-                f"The evaluation data cannot be evaluated ({type(error).__name__}), which would have failed after training: "
-                "check their columns and labels, or leave them out."
+                f"The evaluation data cannot be evaluated ({type(error).__name__}), which would have failed after "
+                "training: check their columns and labels, or leave them out."
             ) from error
 
 

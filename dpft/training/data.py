@@ -83,7 +83,8 @@ def column_of(rows, name: str, at_a_time: int = 1000) -> Iterator:
 
 
 def check(rows, task: TaskTable, data: DataTable, where: str) -> None:
-    """Refuse missing columns, cells that are not what the task declares, and what is no unit, naming the first row concerned.
+    """Refuse missing columns, cells that are not what the task declares, and what is no unit, naming the first row
+    concerned.
 
     Raises:
         RecipeError: one sentence with row and column, which quotes no cell.

@@ -1,4 +1,5 @@
-"""What a trainer learns and how it judges, if it was given no task: as ``transformers.Trainer`` does, example by example."""
+"""What a trainer learns and how it judges, if it was given no task: as ``transformers.Trainer`` does, example by
+example."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +36,8 @@ def default_task(trainer: Trainer, unit: str) -> Task:
     if isinstance(collator, DataCollatorForLanguageModeling) and collator.mlm:
         if collator.seed is not None:
             raise GuaranteeError(
-                f"The data collator masks by the seed {collator.seed}, and masks that follow from a known seed are no secret: leave its seed out."
+                f"The data collator masks by the seed {collator.seed}, and masks that follow from a known seed are no "
+                "secret: leave its seed out."
             )
         return MaskedTask(collator, columns=columns)
     own = own_loss_of(trainer)
@@ -57,14 +59,16 @@ def own_loss_of(trainer: Trainer) -> str | None:
     loss_type = getattr(trainer.args, "loss_type", None)
     if loss_type not in (None, "nll"):
         raise GuaranteeError(
-            f"loss_type is {loss_type!r}, and a private step computes each example's own 'nll': leave it out, or pass a task with such losses."
+            f"loss_type is {loss_type!r}, and a private step computes each example's own 'nll': leave it out, or pass "
+            "a task with such losses."
         )
     owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
     if owner.__module__.startswith(LIBRARIES):
         return None if trainer.compute_loss_func is None else "compute_loss_func"
     if owner.__module__.startswith(OTHER_LIBRARIES):
         raise GuaranteeError(
-            f"{owner.__name__} has a loss of its own, which averages over the batch: pass a task whose losses are one number for each example."
+            f"{owner.__name__} has a loss of its own, which averages over the batch: pass a task whose losses are one "
+            "number for each example."
         )
     return f"{owner.__name__}.compute_loss"
 
@@ -79,12 +83,13 @@ def refuse_unused(trainer: Trainer) -> None:
     for name in UNUSED:
         if getattr(trainer, name, None) is not None:
             raise GuaranteeError(
-                f"{name} was given beside a task and would never be called, so the budget would be spent on another loss or judged by other metrics: leave "
-                "one of them out."
+                f"{name} was given beside a task and would never be called, so the budget would be spent on another "
+                "loss or judged by other metrics: leave one of them out."
             )
     if own is not None:
         raise GuaranteeError(
-            f"{own} would never be called, because a task was given, and the budget would be spent on another loss: leave one of them out."
+            f"{own} would never be called, because a task was given, and the budget would be spent on another loss: "
+            "leave one of them out."
         )
 
 
@@ -92,8 +97,8 @@ def refuse_data(rows: Any) -> None:
     """Raises GuaranteeError: rows cannot be drawn one by one, as Poisson sampling must."""
     if isinstance(rows, IterableDataset) or (rows is not None and not hasattr(rows, "__len__")):
         raise GuaranteeError(
-            f"The training data are of type {type(rows).__name__}, of which no single row can be asked for, and private sampling draws rows one by one: "
-            "give a data set with a length, such as datasets.Dataset."
+            f"The training data are of type {type(rows).__name__}, of which no single row can be asked for, and "
+            "private sampling draws rows one by one: give a data set with a length, such as datasets.Dataset."
         )
 
 

@@ -17,7 +17,8 @@ PUBLIC_LOGS = ("epoch", "step", "learning_rate", "epsilon")  # and figures on ev
 class Evaluation:
     """The half of :class:`dpft.DPTrainerMixin` that judges and shows.
 
-    With a task, metrics are the task's. Without one they are the trainer's own: its loss, ``compute_metrics``, generation.
+    With a task, metrics are the task's. Without one they are the trainer's own: its loss, ``compute_metrics``,
+    generation.
     """
 
     session: Session
@@ -26,7 +27,8 @@ class Evaluation:
     _unheard = False
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval", **generation) -> dict:
-        """Metrics on ``eval_dataset``, or on each of several by name, un-noised: logged only if ``evaluation_is_public``."""
+        """Metrics on ``eval_dataset``, or on each of several by name, un-noised: logged only if
+        ``evaluation_is_public``."""
         rows = self._named(self.eval_dataset if eval_dataset is None else eval_dataset)
         if rows is None:
             raise RecipeError("There is no eval_dataset to evaluate on: pass one.")

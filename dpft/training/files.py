@@ -1,9 +1,10 @@
 """Files to rows, cell by cell as the file says, and with no copy on disk.
 
 ``datasets.load_dataset`` guesses types, takes words such as NA for missing, and leaves a readable copy of the rows in
-the user's cache. This module parses rows into memory instead. There they need less than the token ids that training keeps
-of them, so what fits in training fits here. A folder of ``save_to_disk`` is mapped where it lies. The bytes of pictures and sounds in Parquet are
-unpacked to a file without a name, which the operating system forgets when the process ends, and mapped as well.
+the user's cache. This module parses rows into memory instead. There they need less than the token ids that training
+keeps of them, so what fits in training fits here. A folder of ``save_to_disk`` is mapped where it lies. The bytes of
+pictures and sounds in Parquet are unpacked to a file without a name, which the operating system forgets when the
+process ends, and mapped as well.
 """
 
 import csv
@@ -278,7 +279,8 @@ def _split(folder: Path) -> Path:
 
 
 def _with_class_names(rows):
-    """Class numbers of ``datasets.ClassLabel`` columns, or lists of them, as their names; -1, its word for no class, is missing."""
+    """Class numbers of ``datasets.ClassLabel`` columns, or lists of them, as their names; -1, its word for no class, is
+    missing."""
     import datasets
 
     order, text = rows.column_names, datasets.Value("string")

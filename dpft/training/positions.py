@@ -17,7 +17,8 @@ def positions(model: nn.Module) -> int | None:
     """The longest text that a model with a table of absolute positions can read, in tokens; None for any other model.
 
     A table is known by its name. RoBERTa's positions begin after its padding index, OPT's and BART's after an offset:
-    514 rows are then 512 tokens. Relative and rotary positions have no table; the number in their configuration is advice.
+    514 rows are then 512 tokens. Relative and rotary positions have no table; the number in their configuration is
+    advice.
     What a prompt tuner puts before a text takes positions as well.
     """
     config = model.config.get_text_config()
@@ -50,7 +51,7 @@ def fitting_length(asked: int | None, model: nn.Module) -> int:
         return min(DEFAULT_LENGTH, most or DEFAULT_LENGTH)
     if most is not None and asked > most:
         raise RecipeError(
-            f"task.max_length is {asked:,} tokens, but the model has positions for {most:,}, so longer texts would fail: "
-            f"lower it to {most:,}."
+            f"task.max_length is {asked:,} tokens, but the model has positions for {most:,}, so longer texts would "
+            f"fail: lower it to {most:,}."
         )
     return asked

@@ -1,8 +1,9 @@
 """The frozen beginning of a model, computed once for each example and kept, encrypted, as long as the run.
 
-Where everything that trains sits behind layers that do not (a head, the last blocks, adapters on them), those layers give the
-same output for an example in every step. It is private data: it lies in a file without a name, which the operating
-system forgets when the process ends, however it ends, encrypted under a key that exists in this process alone.
+Where everything that trains sits behind layers that do not (a head, the last blocks, adapters on them), those layers
+give the same output for an example in every step. It is private data: it lies in a file without a name, which the
+operating system forgets when the process ends, however it ends, encrypted under a key that exists in this process
+alone.
 """
 
 import shutil
@@ -131,7 +132,8 @@ class FrozenPrefix:
         return 4 * int(self.numbers[0] * examples.lengths.sum() + self.numbers[1] * len(examples))
 
     def fits(self, examples: Examples, folder: Path) -> bool:
-        """Whether half of the free space of the disk suffices; how much is needed is rounded up, so that no one example decides it."""
+        """Whether half of the free space of the disk suffices; how much is needed is rounded up, so that no one example
+        decides it."""
         return 1 << self.bytes(examples).bit_length() < shutil.disk_usage(folder).free / 2
 
     def shortened(self, examples: Examples) -> Examples:
@@ -195,7 +197,8 @@ class FrozenPrefix:
                 if not torch.allclose(made, wanted, rtol=TOLERANCE, atol=TOLERANCE):
                     error = float((made - wanted).abs().max())
                     raise IsolationError(
-                        f"What {self.name} gives for an example changes the loss by {error:.1e} when it is computed beside others or the "
+                        f"What {self.name} gives for an example changes the loss by {error:.1e} when it is computed "
+                        "beside others or the "
                         'layers before it are skipped: set run.frozen_prefix = "off".'
                     )
 
@@ -288,6 +291,7 @@ def _lengths(batch: Mapping[str, Tensor], examples: int) -> list[int]:
         return [0] * examples
     if (mask[:, 1:] > mask[:, :-1]).any():
         raise IsolationError(
-            'The batches are padded before their tokens, so a frozen prefix would lose its place: set run.frozen_prefix = "off".'
+            "The batches are padded before their tokens, so a frozen prefix would lose its place: set "
+            'run.frozen_prefix = "off".'
         )
     return mask.sum(1).tolist()

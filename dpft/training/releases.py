@@ -26,8 +26,8 @@ class Releases:
     """A counter that is written and flushed *before* the release it counts, so a crash over-counts, never under-counts.
 
     It outlives checkpoints: a run that is resumed from an older checkpoint has still released the steps after it, and
-    they stay charged. It also keeps what each of them was, so that a run cannot be resumed under another plan. A copy lies in every
-    checkpoint, so that a run that goes on in another folder, or whose counter was lost, forgets nothing.
+    they stay charged. It also keeps what each of them was, so that a run cannot be resumed under another plan. A copy
+    lies in every checkpoint, so that a run that goes on in another folder, or whose counter was lost, forgets nothing.
     """
 
     def __init__(self, folder: Path | str, plan: Plan, randomness: Randomness) -> None:
@@ -57,14 +57,16 @@ class Releases:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Raises GuaranteeError: another process trains in the folder, and of two that count only one would be counted."""
+        """Raises GuaranteeError: another process trains in the folder, and of two that count only one would be
+        counted."""
         self._folder.private.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._folder.lock_file, timeout=0)
         try:
             lock.acquire()
         except Timeout:
             raise GuaranteeError(
-                f"Another process trains in {self._folder}, and the releases of both would be counted once: wait for it, or choose another folder."
+                f"Another process trains in {self._folder}, and the releases of both would be counted once: wait for "
+                "it, or choose another folder."
             ) from None
         try:
             yield
@@ -80,13 +82,15 @@ class Releases:
         here, saved = Count.read(self.path), Count.read(Path(checkpoint) / RELEASES)
         if here.mechanism and saved.mechanism and here.run != saved.run:
             raise GuaranteeError(
-                f"{checkpoint} is of another run than the one in {self._folder}, and one claim would not cover both: resume it in a folder of its own."
+                f"{checkpoint} is of another run than the one in {self._folder}, and one claim would not cover both: "
+                "resume it in a folder of its own."
             )
         step, counted = step_of(checkpoint), max(here.charged, saved.charged)
         if counted < step:
             raise GuaranteeError(
-                f"{checkpoint} was made at step {step:,}, and only {counted:,} releases were counted, so its claim would leave some out: resume in the "
-                f"folder that it was made in, or copy that folder's {RELEASES} beside it."
+                f"{checkpoint} was made at step {step:,}, and only {counted:,} releases were counted, so its claim "
+                f"would leave some out: resume in the folder that it was made in, or copy that folder's {RELEASES} "
+                "beside it."
             )
         if counted > here.charged:
             self._write(replace(here if here.mechanism else saved, charged=counted))
@@ -102,13 +106,14 @@ class Releases:
         known = Count.read(self.path)
         if number != known.charged + 1:
             raise GuaranteeError(
-                f"Release {number:,} was to be counted in {self._folder}, where {known.charged:,} were counted, so two runs count in one "
-                "folder: give each its own."
+                f"Release {number:,} was to be counted in {self._folder}, where {known.charged:,} were counted, so "
+                "two runs count in one folder: give each its own."
             )
         self._write(Count(number, known.run or token_hex(8), self._mechanism))
 
     def save(self, checkpoint: Path, engine: "Engine | None" = None) -> None:
-        """A copy for a checkpoint, with the account that was charged, and the released numbers that the engine's next step needs."""
+        """A copy for a checkpoint, with the account that was charged, and the released numbers that the engine's next
+        step needs."""
         for file in (self.path, self._folder.account_file):
             _copy(file, checkpoint / file.name)
         if engine is not None and engine.released_numbers:

@@ -1,4 +1,5 @@
-"""Whether a recipe's run can be saved, and whether what it saved is what it trained; shown on made-up rows, so that no message tells of real ones."""
+"""Whether a recipe's run can be saved, and whether what it saved is what it trained; shown on made-up rows, so that no
+message tells of real ones."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,8 @@ class Saving:
         """Save and load a copy whose weights are moved a little; ``model`` stays as it is.
 
         Raises:
-            RecipeError, SubsetError, GuaranteeError: the disk is too full, or the subset cannot be saved so that it loads.
+            RecipeError, SubsetError, GuaranteeError: the disk is too full, or the subset cannot be saved so that it
+                loads.
         """
         check_room(model, output, self._checkpoints)
         free = free_memory(next(model.parameters()).device)

@@ -1,4 +1,5 @@
-"""One private run, whatever its loop: the proof, the kept prefix, micro-batches, counted and charged releases, checkpoints."""
+"""One private run, whatever its loop: the proof, the kept prefix, micro-batches, counted and charged releases,
+checkpoints."""
 
 import copy
 import json
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from dpft.errors import BudgetError, LedgerError
 from dpft.gradients.determinism import evaluating
 from dpft.gradients.engine import Engine
-from dpft.gradients.preflight import Preflight, fingerprint, preflight
+from dpft.gradients.fingerprint import fingerprint
+from dpft.gradients.preflight import Preflight, preflight
 from dpft.gradients.side_effects import FrozenState
 from dpft.ledger import Dataset
 from dpft.privacy.noise import Randomness, SecureRandomness
@@ -43,18 +45,20 @@ class SessionOptions:
     """What a session may be told beside its model, plan, task, rows and folder.
 
     Attributes:
-        randomness: the source of sampling and noise, by default a secure one; a seeded one is for tests and states NOT PRIVATE.
-        token_budget: padded tokens in a micro-batch; ``"auto"`` times a few budgets on this machine and takes the smallest
-            that is about as fast as any, within ``memory``.
+        randomness: the source of sampling and noise, by default a secure one; a seeded one is for tests and states NOT
+            PRIVATE.
+        token_budget: padded tokens in a micro-batch; ``"auto"`` times a few budgets on this machine and takes the
+            smallest that is about as fast as any, within ``memory``.
         memory: bytes that a micro-batch may take beside the model, for ``"auto"``; by default a share of what is free.
         frozen_prefix: whether the output of layers before all that trains is computed once for each example and kept,
-            encrypted, as long as the run (:mod:`dpft.training.prefix`): ``"auto"`` if it pays and the layers are deterministic,
-            ``"on"``, with these layers in evaluation mode, or ``"off"``.
+            encrypted, as long as the run (:mod:`dpft.training.prefix`): ``"auto"`` if it pays and the layers are
+            deterministic, ``"on"``, with these layers in evaluation mode, or ``"off"``.
         ledger: the data set's account (:meth:`dpft.Ledger.dataset`), charged in blocks before they are released. The
             run ends at the block that no longer fits. Without one nothing across runs is counted.
         purpose: what the run is for; goes on the ledger's record.
         account_rows: the data that the account is kept for, where it is not quite the training data.
-        autocast: makes the context of a forward pass in mixed precision, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
+        autocast: makes the context of a forward pass in mixed precision, such as
+            ``lambda: torch.autocast("cuda", torch.bfloat16)``.
         prepare: moves a collated batch to the model's device; by default its tensors are moved.
         tell: called with what happens, ``("watch", engine)`` and ``("say", text)``, for a progress bar.
     """
@@ -89,8 +93,8 @@ class Session:
 
     Guarantee:
         :attr:`guarantee` is true at every moment, after a crash and a resume included: every release is counted on
-        disk before it happens, and none is made beyond the plan's number or what the ledger has paid for. What can fail is
-        tried before the first charge: the proof, the loss against the model's own, the optimizer.
+        disk before it happens, and none is made beyond the plan's number or what the ledger has paid for. What can fail
+        is tried before the first charge: the proof, the loss against the model's own, the optimizer.
 
     Attributes:
         engine, preflight, prefix, account: once the session is open.
@@ -131,8 +135,10 @@ class Session:
         """Check all that could fail, prove the gradients, and be ready for the first draw; nothing is charged yet.
 
         Args:
-            checkpoint: a checkpoint's folder, also of a run elsewhere, whose releases then count here; :meth:`load_checkpoint` loads its weights.
-            from_start: go on with a run that left no checkpoint: the weights begin anew, and what was released stays counted.
+            checkpoint: a checkpoint's folder, also of a run elsewhere, whose releases then count here;
+                :meth:`load_checkpoint` loads its weights.
+            from_start: go on with a run that left no checkpoint: the weights begin anew, and what was released stays
+                counted.
             checks: more of what could fail, such as an evaluation's first rows.
 
         Raises:
@@ -179,7 +185,8 @@ class Session:
             self.halted = self.account.settle() or self.halted
 
     def take_up_finished(self) -> None:
-        """Stand for a run whose every step was released before, and whose last weights :meth:`load_checkpoint` loads."""
+        """Stand for a run whose every step was released before, and whose last weights :meth:`load_checkpoint`
+        loads."""
         self.engine = self._spent_engine()
         self.account = self._opened_account(self.releases.charged)
 
@@ -189,7 +196,8 @@ class Session:
             self.account.charge_block()
 
     def goes_on(self) -> bool:
-        """Whether another release is planned and paid for; the ledger's next block is charged where the last is used up."""
+        """Whether another release is planned and paid for; the ledger's next block is charged where the last is used
+        up."""
         if self.engine.steps_released >= self.plan.steps:
             return False
         try:
@@ -239,7 +247,7 @@ class Session:
                 self.engine.accumulate(self.losses(self._prepared(batch)), units)
         self.engine.release()
 
-    # -- what is claimed -------------------------------------------------------------------------------------------------
+    # -- what is claimed -----------------------------------------------------------------------------------------------
 
     @property
     def guarantee(self) -> str:
@@ -265,10 +273,11 @@ class Session:
         self.rows = rows
         vars(self).pop("examples", None)
 
-    # -- checkpoints -----------------------------------------------------------------------------------------------------
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, folder: Path | str, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """What :meth:`load_checkpoint` needs: all that trains, what was released, and the optimizer's state; no generator's."""
+        """What :meth:`load_checkpoint` needs: all that trains, what was released, and the optimizer's state; no
+        generator's."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_trainable(folder)
@@ -293,7 +302,7 @@ class Session:
         if folder != self.folder:
             self.releases.save(folder, self.engine)
 
-    # -- what the session's parts ask of it -------------------------------------------------------------------------------
+    # -- what the session's parts ask of it ----------------------------------------------------------------------------
 
     @cached_property
     def examples(self) -> Examples:
@@ -324,7 +333,7 @@ class Session:
             return self.options.prepare(batch)
         return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
-    # -- defences --------------------------------------------------------------------------------------------------------
+    # -- defences ------------------------------------------------------------------------------------------------------
 
     def _check_before_charge(self, checks: Sequence[Callable[[], None]]) -> None:
         """All that could fail, or make the run worthless, is found here, where nothing was paid for."""
@@ -337,7 +346,8 @@ class Session:
         self.preflight = self._preflight()
 
     def _preflight(self) -> Preflight:
-        """The proof, or what an earlier start of this very run found; it is the same for the same model and versions."""
+        """The proof, or what an earlier start of this very run found; it is the same for the same model and
+        versions."""
         path = RunFolder(self.folder).preflight_file  # its errors are numbers made from the data
         mixed = self.options.autocast is not None
         key = fingerprint(self.model, self.task, mixed, int(self.examples.lengths.max()))

@@ -21,7 +21,8 @@ def kept_prefix(session) -> FrozenPrefix | None:
     if examples.chance is not None:
         if asked:
             raise RecipeError(
-                "frozen_prefix is on, but the task draws each example anew in every step, so nothing of it can be kept: switch it off."
+                "frozen_prefix is on, but the task draws each example anew in every step, so nothing of it can be "
+                "kept: switch it off."
             )
         return None
     if examples.varies and not asked:
@@ -34,7 +35,8 @@ def kept_prefix(session) -> FrozenPrefix | None:
     folder.mkdir(parents=True, exist_ok=True)
     if asked and prefix is None:
         raise RecipeError(
-            "frozen_prefix is on, but nothing before what trains can be kept: the first block trains already, or pads texts in its own way; switch it off."
+            "frozen_prefix is on, but nothing before what trains can be kept: the first block trains already, or pads "
+            "texts in its own way; switch it off."
         )
     if prefix is None or (not asked and (prefix.random or not prefix.fits(examples, folder))):
         return None

@@ -27,14 +27,17 @@ class DPTrainerMixin(Evaluation):
 
     Keyword arguments beside the trainer's own:
         plan: the privacy plan; its ``steps`` are the trainer's steps, its ``unit`` the column that names a row's unit.
-        task: per-example losses, collation and metrics; by default the model's own loss, the trainer's data collator, ``compute_metrics``, and a
+        task: per-example losses, collation and metrics; by default the model's own loss, the trainer's data collator,
+        ``compute_metrics``, and a
             ``compute_loss`` or ``compute_loss_func`` of the user's own, which returns ``(B,)`` losses.
         evaluation_is_public: whether metrics on ``eval_dataset`` may be logged. If not, :meth:`evaluate` returns them
             to its caller and nothing else sees them.
-        randomness, token_budget, memory, frozen_prefix, ledger, purpose, account_rows: see :class:`dpft.SessionOptions`.
+        randomness, token_budget, memory, frozen_prefix, ledger, purpose, account_rows: see
+        :class:`dpft.SessionOptions`.
 
     Guarantee:
-        ``trainer.guarantee`` is true at every moment: see :class:`dpft.Session`, which is ``trainer.session``. The first rows of the
+        ``trainer.guarantee`` is true at every moment: see :class:`dpft.Session`, which is ``trainer.session``. The
+            first rows of the
         evaluation are tried before the first charge too.
 
     Raises:
@@ -58,7 +61,8 @@ class DPTrainerMixin(Evaluation):
             refuse_unused(self)
         if self.model_init is not None:
             raise GuaranteeError(
-                "model_init makes another model when training begins, which nothing would clip or noise: pass the model itself."
+                "model_init makes another model when training begins, which nothing would clip or noise: pass the "
+                "model itself."
             )
         self.args.max_steps = plan.steps
         self.args.max_grad_norm = 0.0
@@ -90,11 +94,14 @@ class DPTrainerMixin(Evaluation):
     # -- training ------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint=None, *, from_start: bool = False, **kwargs):
-        """Preflight, then train; see :meth:`transformers.Trainer.train`. The returned training loss is NaN: it is private.
+        """Preflight, then train; see :meth:`transformers.Trainer.train`. The returned training loss is NaN: it is
+        private.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, also of a run elsewhere, whose releases then count here; or True for the last.
-            from_start: go on with a run that left no checkpoint: the weights begin anew, and what was released stays counted.
+            resume_from_checkpoint: a checkpoint's folder, also of a run elsewhere, whose releases then count here; or
+                True for the last.
+            from_start: go on with a run that left no checkpoint: the weights begin anew, and what was released stays
+                counted.
         """
         last = resume_from_checkpoint is True
         checkpoint = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
@@ -120,7 +127,8 @@ class DPTrainerMixin(Evaluation):
         """One step of the session. Returns zero: the loss is private."""
         if self.model is not self.session.model:
             raise GuaranteeError(
-                "The trainer's model was exchanged after the preflight, so nothing would clip or noise the new one: make a new trainer."
+                "The trainer's model was exchanged after the preflight, so nothing would clip or noise the new one: "
+                "make a new trainer."
             )
         self.session.step(inputs)
         return torch.zeros((), device=self.args.device)
@@ -142,7 +150,8 @@ class DPTrainerMixin(Evaluation):
     def push_to_hub(self, *args, **kwargs):
         """Raises GuaranteeError: it would upload the whole output folder, what is private included."""
         raise GuaranteeError(
-            "push_to_hub uploads the whole output folder, private/ included: save the finished weights (dpft.save_weights) and upload their folder."
+            "push_to_hub uploads the whole output folder, private/ included: save the finished weights "
+            "(dpft.save_weights) and upload their folder."
         )
 
     def load(self, checkpoint: str) -> None:
@@ -170,7 +179,8 @@ class DPTrainer(DPTrainerMixin, Trainer):
 
 
 class _StopWhenSpent(TrainerCallback):
-    """A run ends when the plan's releases are spent, although a checkpoint was older, or when the ledger pays for no more."""
+    """A run ends when the plan's releases are spent, although a checkpoint was older, or when the ledger pays for no
+    more."""
 
     def __init__(self, session: Session) -> None:
         self._session = session

@@ -46,9 +46,9 @@ def compare(
 ) -> list[Row]:
     """Train every setting with every seed, each in a folder of its own below ``output``; writes ``sweep.json``.
 
-    The run without privacy lies below ``private/``, and so does all of the comparison that knows of it: whoever sees a figure of a model that
-    was trained without noise learns of the training data, though the validation data are public. Where these are not,
-    everything is private.
+    The run without privacy lies below ``private/``, and so does all of the comparison that knows of it: whoever sees a
+    figure of a model that was trained without noise learns of the training data, though the validation data are public.
+    Where these are not, everything is private.
 
     Args:
         epsilons: the budgets; by default the recipe's own.
@@ -65,7 +65,8 @@ def compare(
         raise RecipeError("A comparison needs data.validation: name held-out data in the recipe.")
     if non_private and recipe.ledger.dataset is not None:
         raise RecipeError(
-            f"A run without privacy would spend all of {recipe.ledger.dataset!r}, and a ledger is kept for it: compare the private runs alone (--private-only)."
+            f"A run without privacy would spend all of {recipe.ledger.dataset!r}, and a ledger is kept for it: "
+            "compare the private runs alone (--private-only)."
         )
     output = RunFolder(output)
     settings: list[tuple[str, float | None, Recipe]] = []
@@ -118,7 +119,8 @@ def composed_epsilon(rows: Sequence[Row]) -> float | None:
 
 
 def _finished(folder: RunFolder, recipe: Recipe) -> bool:
-    """Whether an earlier comparison left this very run; one that was stopped goes on from its checkpoints (``run.save_steps``)."""
+    """Whether an earlier comparison left this very run; one that was stopped goes on from its checkpoints
+    (``run.save_steps``)."""
     return folder.finished and not folder.record().interrupted and folder.is_of(recipe)
 
 

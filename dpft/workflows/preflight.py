@@ -22,7 +22,8 @@ class Checked:
 
 
 def preflight_recipe(recipe: Recipe) -> Checked:
-    """Prove on a few real examples that the loss is the model's own, gradients are exact and examples isolated; spends no budget.
+    """Prove on a few real examples that the loss is the model's own, gradients are exact and examples isolated; spends
+    no budget.
 
     Raises:
         DPFTError: they are not; see :mod:`dpft.errors`.

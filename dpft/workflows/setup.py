@@ -64,7 +64,8 @@ def load_model(recipe: Recipe):
             if isinstance(error, RecipeError):
                 raise
             raise RecipeError(
-                f"The model {path} cannot be loaded ({first_line(error)}): give a folder that AutoModel loads, or a hub name."
+                f"The model {path} cannot be loaded ({first_line(error)}): give a folder that AutoModel loads, or a "
+                "hub name."
             ) from error
     fit(task, recipe.task, model)
     if not recipe.model.dropout:
@@ -73,7 +74,8 @@ def load_model(recipe: Recipe):
 
 
 def _quantization(table: ModelTable) -> dict:
-    """What ``from_pretrained`` is told; 4-bit layers multiply in the recipe's type, so that the preflight can prove them."""
+    """What ``from_pretrained`` is told; 4-bit layers multiply in the recipe's type, so that the preflight can prove
+    them."""
     if table.quantize is None:
         return {}
     import torch

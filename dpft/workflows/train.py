@@ -1,4 +1,5 @@
-"""``dpft train``: from a recipe to a folder that can be signed, published in part, and re-read (:mod:`dpft.runs.folder` names its files)."""
+"""``dpft train``: from a recipe to a folder that can be signed, published in part, and re-read
+(:mod:`dpft.runs.folder` names its files)."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,8 +26,8 @@ def train(
 ) -> Path:
     """Train and leave a run folder; what the interrupt key ends early is a complete, smaller run.
 
-    A folder whose run failed before its first release can be used again. One that failed later goes on with ``resume``: from its last
-    checkpoint, or, if it left none, with new weights; what was released stays counted either way.
+    A folder whose run failed before its first release can be used again. One that failed later goes on with ``resume``:
+    from its last checkpoint, or, if it left none, with new weights; what was released stays counted either way.
 
     Args:
         setup, plan: what the recipe names, where it is loaded or planned already, or with an audit's canaries.
@@ -44,7 +45,8 @@ def train(
         raise RecipeError(f"{output} holds a run already: choose another folder, or resume that run.")
     if resume and not folder.releases_file.exists():
         raise RecipeError(
-            f"{output} holds no run that has released anything, so there is nothing to resume: start it without --resume."
+            f"{output} holds no run that has released anything, so there is nothing to resume: start it without "
+            "--resume."
         )
     checkpoint = folder.last_checkpoint() if resume else None
     plan = plan or recipe.plan()
@@ -65,8 +67,8 @@ def train(
         if before >= trainer.session.plan.steps and not _saved(folder, before):
             if checkpoint is None:
                 raise BudgetError(
-                    f"All {before:,} steps of the run in {output} were released and no weights of them were saved, so nothing is left to go on with: "
-                    "start another run; runs keep checkpoints if run.save_steps is set."
+                    f"All {before:,} steps of the run in {output} were released and no weights of them were saved, so "
+                    "nothing is left to go on with: start another run; runs keep checkpoints if run.save_steps is set."
                 )
             trainer.load(str(checkpoint))  # all was released, and then it was killed before it had saved that
         else:

@@ -48,7 +48,8 @@ def test_detection_is_shown_beside_what_the_guarantee_allows(runs, tmp_path):
 
 
 def test_what_a_persons_guarantee_allows_is_not_said_of_one_of_their_rows():
-    """One release at σ = 2 of all units: Φ(Φ⁻¹(0.01) + 1/2) = 3.4 % for a row that is a unit, and no figure for a part of one."""
+    """One release at σ = 2 of all units: Φ(Φ⁻¹(0.01) + 1/2) = 3.4 % for a row that is a unit, and no figure for a part
+    of one."""
     facts = {
         "guarantee": "",
         "private": True,

@@ -1,6 +1,7 @@
 """Make the run folders and the ledger of one version of dpft, which tests of later versions read.
 
-Usage, in a folder with what ``tests.support.recipes.classifier_in`` writes: PYTHONPATH=<that version> python make.py VERSION
+Usage, in a folder with what ``tests.support.recipes.classifier_in`` writes: PYTHONPATH=<that version> python make.py
+VERSION
 
 The tests keep what is small: no weights, no cards, of a checkpoint only its step and count.
 """

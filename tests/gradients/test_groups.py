@@ -23,7 +23,8 @@ def plan(clip, **fields):
 
 
 def layers(model):
-    """The bounds and the group of each trainable parameter, by their definition: a module's own parameters are a layer."""
+    """The bounds and the group of each trainable parameter, by their definition: a module's own parameters are a
+    layer."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     names = list(dict.fromkeys(name.rpartition(".")[0] for name in trainable))
     sizes = [sum(p.numel() for n, p in trainable.items() if n.rpartition(".")[0] == name) for name in names]
@@ -98,7 +99,8 @@ class Words(nn.Module):
     ["lora(targets='all-linear') + head", "sparse(fraction=0.2)", "ia3", "prompt_tuning(num_virtual_tokens=2)"],
 )
 def test_every_technique_is_clipped_by_layers(subset, shares, case):
-    """T16: rules, functional differentiation and one example at a time; units of several rows over several micro-batches."""
+    """T16: rules, functional differentiation and one example at a time; units of several rows over several
+    micro-batches."""
     made = case("bert")
     made.model = Subset(subset).apply(made.model).eval()
     for name, parameter in made.model.named_parameters():

@@ -11,7 +11,8 @@ from dpft.errors import ExactnessError, GuaranteeError, IsolationError
 from dpft.gradients import capture
 from dpft.gradients.capture import Capture
 from dpft.gradients.engine import Engine
-from dpft.gradients.preflight import fingerprint, preflight
+from dpft.gradients.fingerprint import fingerprint
+from dpft.gradients.preflight import preflight
 from dpft.privacy.clipping import FlatClip
 from dpft.subset import Subset
 from dpft.tasks.losses import class_losses, pad_features, token_losses
@@ -150,7 +151,8 @@ def test_a_tensor_as_long_as_the_batch_is_not_taken_for_it(plan):
 
 
 class Masked(nn.Module):
-    """Takes a mask that is ``(B, T, 1)`` where something is padded and ``(1, T, 1)``, or none at all, where nothing is."""
+    """Takes a mask that is ``(B, T, 1)`` where something is padded and ``(1, T, 1)``, or none at all, where nothing
+    is."""
 
     def __init__(self):
         super().__init__()

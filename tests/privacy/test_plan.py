@@ -46,7 +46,8 @@ def test_delta_of_one_over_units_or_more_is_refused(units):
     [(0.1, 10**6, 64, 1000), (0.25, 10**6, 32, 10_000), (10, 10**6, 1024, 100_000), (0.5, 10**7, 128, 1000)],
 )
 def test_rare_draws_are_calibrated_without_asking_often(monkeypatch, epsilon, units, batch_size, steps):
-    """dp-accounting takes seconds where draws are rare and ε is small, a hundred times as long as dpft's own arithmetic."""
+    """dp-accounting takes seconds where draws are rare and ε is small, a hundred times as long as dpft's own
+    arithmetic."""
     asked, exact = [], accounting.epsilon
     monkeypatch.setattr(
         accounting, "epsilon", lambda event, *given, **how: asked.append(event) or exact(event, *given, **how)

@@ -78,7 +78,11 @@ def test_commands_read_what_is_old(left):
     ledger = ("--ledger", left / "ledger.db")
     shown = json.loads(command("ledger", "show", "notes", *ledger, "--json"))
     assert [run["steps"] for run in shown["runs"]] == [4, 201, 1] and shown["epsilon"] == 9.0
-    assert [row["dataset"] for row in json.loads(command("ledger", "list", *ledger, "--json"))["datasets"]] == ["notes", "letters"]  # fmt: skip
+    # fmt: skip
+    assert [row["dataset"] for row in json.loads(command("ledger", "list", *ledger, "--json"))["datasets"]] == [
+        "notes",
+        "letters",
+    ]
     assert "entries verify" in command("ledger", "verify", *ledger)
     assert "entries verify" in command("ledger", "verify", "--export", left / "ledger.jsonl")
     assert "fits" in command("ledger", "fits", "letters", "--noise-multiplier", "2", *ledger)

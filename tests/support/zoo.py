@@ -100,7 +100,12 @@ def t5():
 
 
 def _bart_settings():
-    sides = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 24))}  # fmt: skip
+    # fmt: skip
+    sides = {
+        f"{side}_{key}": n
+        for side in ("encoder", "decoder")
+        for key, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 24))
+    }
     return dict(**VOCABULARY, **sides, d_model=16, decoder_start_token_id=0)
 
 
@@ -454,8 +459,10 @@ REFUSED: dict[str, str] = {
     "lily": "its router averages over all tokens of the batch, so one example's gradient contains the others",
     "lora velora": "its projection is the mean activation of a batch, kept in a buffer: other examples enter un-noised",
     "lora monteclora": "its forward pass rewrites buffers and draws one sample of the weights for a whole batch",
-    "BatchNorm": "its statistics mix the examples of a batch and stay in buffers; subset.replace_batchnorm puts GroupNorm",
-    "Conv2d after a frozen BatchNorm in train mode": "the frozen layer's statistics still take in the data; eval mode or GroupNorm",
+    "BatchNorm": "its statistics mix the examples of a batch and stay in buffers; subset.replace_batchnorm puts "
+    "GroupNorm",
+    "Conv2d after a frozen BatchNorm in train mode": "the frozen layer's statistics still take in the data; eval mode "
+    "or GroupNorm",
 }
 
 

@@ -110,7 +110,8 @@ def test_an_example_without_labelled_tokens_has_no_loss_and_no_gradient():
 
 
 def test_the_last_token_of_a_tuned_prompt_predicts_the_first_label():
-    """Three virtual tokens before four: the same loss as with three labels of no word before the four, as PEFT has it."""
+    """Three virtual tokens before four: the same loss as with three labels of no word before the four, as PEFT has
+    it."""
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 3 + 4, 11), torch.randint(11, (2, 4))
     labels[1, 3] = IGNORED

@@ -253,8 +253,8 @@ def test_a_folder_is_held_by_one_process(make, tmp_path, plan):
     trainer = make()
     code = (
         "import sys, time; from pathlib import Path; from filelock import FileLock\n"
-        "lock = FileLock(Path(sys.argv[1]) / 'private' / 'lock'); Path(sys.argv[1], 'private').mkdir(parents=True, exist_ok=True)\n"
-        "lock.acquire(); print('held', flush=True); time.sleep(60)"
+        "lock = FileLock(Path(sys.argv[1]) / 'private' / 'lock'); Path(sys.argv[1], 'private').mkdir(parents=True, "
+        "exist_ok=True)\nlock.acquire(); print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     try:

@@ -1,4 +1,5 @@
-"""Two data sets that differ by one record leave the same files, byte by byte, but for weights and what lies under private/.
+"""Two data sets that differ by one record leave the same files, byte by byte, but for weights and what lies under
+private/.
 
 Whatever else differs would tell for certain whether the record was there, and no ε covers certainty.
 """
@@ -46,7 +47,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def neighbours(tmp_path, recipe):
-    """Two folders, each with the data beside it under the same names; the second lacks the first record, the longest."""
+    """Two folders, each with the data beside it under the same names; the second lacks the first record, the
+    longest."""
     rows = list(csv.reader((tmp_path / "train.csv").open()))
     long = [" ".join(["w5"] * 24), *rows[1][1:]]
     for name, some in (("with", [rows[0], long, *rows[2:]]), ("without", [rows[0], *rows[2:]])):

@@ -1,4 +1,5 @@
-"""Mechanisms: what may be released and what it costs, one file each. :mod:`.mechanism` is the contract and finds the files."""
+"""Mechanisms: what may be released and what it costs, one file each. :mod:`.mechanism` is the contract and finds the
+files."""
 
 from dpft.privacy.mechanisms.mechanism import Mechanism, Words, made, mechanisms
 

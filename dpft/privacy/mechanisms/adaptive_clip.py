@@ -1,13 +1,13 @@
 """DP-SGD whose clip follows a quantile of the gradients' norms (Andrew, Thakkar, McMahan, Ramaswamy 2021, Algorithm 1).
 
-Each step releases two sums over the drawn units: of clipped gradients, and of ``b_u - 1/2`` with b_u = 1 where the norm is at
-most the clip C and 0 elsewhere. A unit moves the second by 1/2 and not by 1. Both are released by Gaussian noise:
+Each step releases two sums over the drawn units: of clipped gradients, and of ``b_u - 1/2`` with b_u = 1 where the norm
+is at most the clip C and 0 elsewhere. A unit moves the second by 1/2 and not by 1. Both are released by Gaussian noise:
 
     gradients   N(0, (z_Δ·C)² I)    z_Δ = (z⁻² - (2σ_b)⁻²)^(-1/2)      (Theorem 1)
     tally       N(0, σ_b²)          b̃ = tally / B + 1/2
 
-In units of their noise, one unit moves the pair by sqrt(z_Δ⁻² + (2σ_b)⁻²) = 1/z, so a step is one Gaussian of noise multiplier z. B is
-the public expected batch size. The next clip is C·exp(-η(b̃ - γ)), computed from what was released.
+In units of their noise, one unit moves the pair by sqrt(z_Δ⁻² + (2σ_b)⁻²) = 1/z, so a step is one Gaussian of noise
+multiplier z. B is the public expected batch size. The next clip is C·exp(-η(b̃ - γ)), computed from what was released.
 """
 
 import math
@@ -58,7 +58,8 @@ class AdaptiveClip(DpSgd):
         )
         require(
             0 < self.quantile_share < 1,
-            f"quantile_share is {self.quantile_share}, and gradients and quantile need a share each: give one between 0 and 1, such as 0.01.",
+            f"quantile_share is {self.quantile_share}, and gradients and quantile need a share each: give one between "
+            "0 and 1, such as 0.01.",
         )
 
     @property
@@ -96,7 +97,8 @@ class AdaptiveClip(DpSgd):
         words = super().describe(steps)
         return Words(
             words.sampler,
-            f"{words.mechanism} at first, then at the {self.quantile:g} quantile of norms, which is part of each release",
+            f"{words.mechanism} at first, then at the {self.quantile:g} quantile of norms, which is part of each "
+            "release",
         )
 
     @classmethod

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DpSgd(Mechanism):
-    """``steps`` releases of ``Σ_u clip(g_u) + N(0, (noise_multiplier · clip.sensitivity)² I)`` over a Poisson sample of units.
+    """``steps`` releases of ``Σ_u clip(g_u) + N(0, (noise_multiplier · clip.sensitivity)² I)`` over a Poisson sample of
+    units.
 
     Attributes:
         noise_multiplier: σ, the noise's standard deviation in units of the clip's sensitivity.
@@ -45,7 +46,8 @@ class DpSgd(Mechanism):
         )
         require(
             0 < self.sample_rate <= 1,
-            f"sample_rate is {self.sample_rate}, and a probability must be above 0 and at most 1: lower the batch size or fix units.",
+            f"sample_rate is {self.sample_rate}, and a probability must be above 0 and at most 1: lower the batch "
+            "size or fix units.",
         )
         require(self.steps >= 1, f"steps is {self.steps}, so nothing would train: plan at least one step.")
         require(self.examples_per_unit >= 1, f"examples_per_unit is {self.examples_per_unit}: a unit needs at least 1.")

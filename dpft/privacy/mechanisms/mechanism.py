@@ -1,13 +1,14 @@
 """The contract of a mechanism, and the registry that finds every mechanism of this package.
 
-A mechanism is a frozen value of public facts. It says what is drawn, how a unit's part is bounded, how much noise is added
-and which events that makes; the engine, the ledger, the card, the audits and the accountants read these and nothing else.
+A mechanism is a frozen value of public facts. It says what is drawn, how a unit's part is bounded, how much noise is
+added and which events that makes; the engine, the ledger, the card, the audits and the accountants read these and
+nothing else.
 
 The registry is closed. No check at run time can prove that an event describes what was released, so a mechanism is
 reviewed with its file here. One file in this package that holds a subclass with a ``name`` is enough: nothing lists it.
 
-Two kinds of state follow from a run, and no object holds both. What was *released* (weights, a clip norm) may be kept in a
-checkpoint. What noise is made from is *secret* (:class:`~dpft.privacy.noise.NoiseStream`) and is kept nowhere.
+Two kinds of state follow from a run, and no object holds both. What was *released* (weights, a clip norm) may be kept
+in a checkpoint. What noise is made from is *secret* (:class:`~dpft.privacy.noise.NoiseStream`) and is kept nowhere.
 """
 
 import pkgutil
@@ -34,7 +35,8 @@ if TYPE_CHECKING:  # a plan is made in a second; PyTorch takes two to import
 
 @dataclass(frozen=True)
 class Words:
-    """What a card and a claim say: the ``sampler`` and the ``mechanism``. Rates are rounded up and noise is rounded down."""
+    """What a card and a claim say: the ``sampler`` and the ``mechanism``. Rates are rounded up and noise is rounded
+    down."""
 
     sampler: str
     mechanism: str
@@ -68,7 +70,8 @@ class Mechanism(ABC):
         clip: what bounds one unit's part, as the run begins.
 
     Guarantee:
-        ``steps`` releases, each with fresh chance and under the clip that :meth:`next_clip` gave before it, are ``events()``.
+        ``steps`` releases, each with fresh chance and under the clip that :meth:`next_clip` gave before it, are
+        ``events()``.
     """
 
     name: ClassVar[str]
@@ -96,7 +99,8 @@ class Mechanism(ABC):
         """ε of the first ``steps`` releases at ``delta``; infinite without noise.
 
         Args:
-            exact: as it is stated, by dp-accounting wherever that serves. If not, by dpft's own arithmetic, an upper bound too.
+            exact: as it is stated, by dp-accounting wherever that serves. If not, by dpft's own arithmetic, an upper
+                bound too.
         """
         events = self.events(steps)
         if not events:
@@ -131,7 +135,8 @@ class Mechanism(ABC):
             yield sampler.units(units)
 
     def noise(self, size: int, randomness: "Randomness", device: "device") -> "NoiseStream":
-        """Where the noise on ``size`` numbers comes from, in units of :meth:`noise_std`: here, fresh for each release."""
+        """Where the noise on ``size`` numbers comes from, in units of :meth:`noise_std`: here, fresh for each
+        release."""
         from dpft.privacy.noise import FreshNoise
 
         return FreshNoise(size, randomness, device)
@@ -151,7 +156,8 @@ class Mechanism(ABC):
         return self.gradient_noise_multiplier * clip.sensitivity
 
     def tally(self, norms: "Tensor", clip: Clip) -> "Tensor | None":
-        """``(U,)`` norms of unit gradients to ``(U,)`` numbers of size 1/2 at most that are summed too; None if none are."""
+        """``(U,)`` norms of unit gradients to ``(U,)`` numbers of size 1/2 at most that are summed too; None if none
+        are."""
         return None
 
     @property
@@ -160,7 +166,8 @@ class Mechanism(ABC):
         return 0.0
 
     def next_clip(self, clip: Clip, tally: float, expected_batch_size: float) -> Clip:
-        """The clip of the next step, from the noisy ``tally`` alone and public numbers: it is a release and no secret."""
+        """The clip of the next step, from the noisy ``tally`` alone and public numbers: it is a release and no
+        secret."""
         return clip
 
     # -- what is said --------------------------------------------------------------------------------------------

@@ -1,16 +1,18 @@
-"""Noisy sums of statistics of feature rows: a mean, a second moment, class prototypes, counts. One Gaussian release each.
+"""Noisy sums of statistics of feature rows: a mean, a second moment, class prototypes, counts. One Gaussian release
+each.
 
-Each unit adds one number, vector or matrix to a sum, the mean over its rows of what one row adds. A row that is longer than the bound
-C is scaled down to C; one that is not finite adds zero. A mean of vectors is never longer than the longest of them, so a unit
-moves the sum by what one row could, however many rows it has:
+Each unit adds one number, vector or matrix to a sum, the mean over its rows of what one row adds. A row that is longer
+than the bound C is scaled down to C; one that is not finite adds zero. A mean of vectors is never longer than the
+longest of them, so a unit moves the sum by what one row could, however many rows it has:
 
     mean            x                        sensitivity C
     second moment   the upper triangle of xxᵀ            C²     (‖xxᵀ‖_F = ‖x‖²)
     class means     x in the row of its class            C
     class counts    1 in the place of its class          1
 
-The sum is float64 and gets N(0, (σ·sensitivity)² I) once, before any rounding (Dwork et al. 2006; Dwork, Talwar, Thakurta, Zhang 2014,
-Algorithm 1 for second moments). It is divided by the declared, public number of units; the true number is private.
+The sum is float64 and gets N(0, (σ·sensitivity)² I) once, before any rounding
+(Dwork et al. 2006; Dwork, Talwar, Thakurta, Zhang 2014, Algorithm 1 for second moments). It is divided by the declared,
+public number of units; the true number is private.
 """
 
 from collections.abc import Sequence
@@ -95,7 +97,8 @@ class Statistics(Mechanism):
         done = self.steps if steps is None else steps
         return Words(
             "none: every unit is in every sum",
-            f"{done:,} Gaussian releases of sums, noise multiplier {rounded_down(self.noise_multiplier, 4)}, rows within {self.clip.sensitivity:g}",
+            f"{done:,} Gaussian releases of sums, noise multiplier {rounded_down(self.noise_multiplier, 4)}, rows "
+            f"within {self.clip.sensitivity:g}",
         )
 
     @classmethod
@@ -129,7 +132,8 @@ class Statistics(Mechanism):
     def second_moment(
         self, rows: "Tensor", units: Sequence | None, *, number: int, randomness: "Randomness | None" = None
     ) -> Statistic:
-        """The mean of xxᵀ, which is the covariance of rows whose mean is zero; arguments and errors are those of :meth:`mean`.
+        """The mean of xxᵀ, which is the covariance of rows whose mean is zero; arguments and errors are those of
+        :meth:`mean`.
 
         Returns:
             ``(d, d)``, symmetric; noise may make an eigenvalue negative.
@@ -157,7 +161,8 @@ class Statistics(Mechanism):
     ) -> Statistic:
         """Each class's sum of rows over the number of all units: the direction of its prototype; see also :meth:`mean`.
 
-        Divide by what :meth:`class_counts` released for the prototypes themselves; the true sizes of classes are private.
+        Divide by what :meth:`class_counts` released for the prototypes themselves; the true sizes of classes are
+        private.
 
         Args:
             labels: ``(n,)`` whole numbers below ``classes``, a declared, public number.
@@ -184,7 +189,8 @@ class Statistics(Mechanism):
         number: int,
         randomness: "Randomness | None" = None,
     ) -> Statistic:
-        """The share of each class among all units, of which a unit of several rows has a part in each; see :meth:`class_means`.
+        """The share of each class among all units, of which a unit of several rows has a part in each; see
+        :meth:`class_means`.
 
         Returns:
             ``(classes,)``.
@@ -226,7 +232,8 @@ class Statistics(Mechanism):
 
 
 def _weights(units: Sequence | None, rows: int) -> "Tensor":
-    """``(n, 1)`` float64: one over the number of rows of each row's unit, so that weighted rows of a unit sum to their mean."""
+    """``(n, 1)`` float64: one over the number of rows of each row's unit, so that weighted rows of a unit sum to their
+    mean."""
     import torch
 
     ids = list(range(rows)) if units is None else unit_ids(units)
@@ -244,7 +251,7 @@ def _one_of(labels: "Tensor", classes: int, rows: int) -> "Tensor":
     labels = torch.as_tensor(labels).detach().to("cpu", torch.long)
     if labels.shape != (rows,) or bool(((labels < 0) | (labels >= classes)).any()):
         raise GuaranteeError(
-            f"labels of shape {tuple(labels.shape)} were given for {rows} rows and {classes} classes: give each row a whole number below classes, "
-            "which is declared and not counted."
+            f"labels of shape {tuple(labels.shape)} were given for {rows} rows and {classes} classes: give each row a "
+            "whole number below classes, which is declared and not counted."
         )
     return labels

@@ -26,7 +26,8 @@ def upgrade() -> None:
     if op.get_bind().dialect.name == "sqlite":
         for action in ("UPDATE", "DELETE"):
             op.execute(
-                f"CREATE TRIGGER no_{action.lower()} BEFORE {action} ON entries BEGIN SELECT RAISE(ABORT, '{REFUSAL}'); END"
+                f"CREATE TRIGGER no_{action.lower()} BEFORE {action} ON entries BEGIN SELECT RAISE(ABORT, "
+                f"'{REFUSAL}'); END"
             )
     else:
         op.execute(

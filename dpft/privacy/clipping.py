@@ -14,7 +14,7 @@ A clipping rule is a frozen value with three members, and everything else reads 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from dpft.errors import PlanError
 
@@ -135,15 +135,15 @@ class GroupClip:
 
 
 Clip = FlatClip | AutoClip | PerLayerClip
-RULES = {kind.__name__: kind for kind in get_args(Clip)}
+RULES: dict[str, type[Clip]] = {kind.__name__: kind for kind in get_args(Clip)}
 
 
-def to_dict(clip: Clip) -> dict:
+def to_dict(clip: Clip) -> dict[str, Any]:
     """The rule as JSON has it."""
     return {"rule": type(clip).__name__, **asdict(clip)}
 
 
-def from_dict(facts: Mapping) -> Clip:
+def from_dict(facts: Mapping[str, Any]) -> Clip:
     """The rule of which :func:`to_dict` made ``facts``.
 
     Raises:

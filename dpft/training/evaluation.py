@@ -81,6 +81,7 @@ class Evaluation:
         finally:
             self._unheard = False
             del handler.on_evaluate, handler.on_predict
+            getattr(self, "_metrics", {}).get("eval", {}).clear()  # what SFTTrainer keeps for its next log
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log ε spent instead of the training loss; times and memory, too, would follow the true batch sizes."""

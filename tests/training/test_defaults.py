@@ -259,8 +259,10 @@ def test_several_sets_are_evaluated_by_name(train):
 def test_nobody_hears_of_a_private_evaluation(train):
     ear = Listens()
     trainer = train(TOKENS, compute_metrics=accuracy, eval_dataset=TOKENS, callbacks=[ear])
+    trainer._metrics = {"train": {}, "eval": {"mean_token_accuracy": [0.5]}}  # as SFTTrainer keeps them for its next log
     trainer.evaluate()
     trainer.predict(TOKENS)
+    assert not trainer._metrics["eval"]
     assert not any(ear.heard) and not any("eval_loss" in one for one in trainer.state.log_history)
     trainer.evaluation_is_public = True
     trainer.evaluate()

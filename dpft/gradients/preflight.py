@@ -367,6 +367,7 @@ def _class(module: nn.Module) -> str:
 
 
 def _size(example) -> int:
-    if isinstance(example, dict):
-        return max((len(value) for value in example.values() if hasattr(value, "__len__")), default=0)
-    return 0
+    if not isinstance(example, dict):
+        return 0
+    several = [value for value in example.values() if hasattr(value, "__len__") and getattr(value, "shape", None) != ()]
+    return max(map(len, several), default=0)

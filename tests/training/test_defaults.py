@@ -259,7 +259,10 @@ def test_several_sets_are_evaluated_by_name(train):
 def test_nobody_hears_of_a_private_evaluation(train):
     ear = Listens()
     trainer = train(TOKENS, compute_metrics=accuracy, eval_dataset=TOKENS, callbacks=[ear])
-    trainer._metrics = {"train": {}, "eval": {"mean_token_accuracy": [0.5]}}  # as SFTTrainer keeps them for its next log
+    trainer._metrics = {
+        "train": {},
+        "eval": {"mean_token_accuracy": [0.5]},
+    }  # as SFTTrainer keeps them for its next log
     trainer.evaluate()
     trainer.predict(TOKENS)
     assert not trainer._metrics["eval"]
@@ -289,10 +292,10 @@ def test_what_is_generated_can_be_judged(tmp_path):
     args = T.Seq2SeqTrainingArguments(
         str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, predict_with_generate=True
     )
-    lengths = []
+    beyond = []  # whether all beyond six tokens is padding
 
     def judge(prediction):
-        lengths.append(prediction.predictions.shape[1])
+        beyond.append(bool(np.isin(prediction.predictions[:, 6:], (0, -100)).all()))
         return {"seen": float(len(prediction.predictions))}
 
     trainer = Private(
@@ -305,4 +308,5 @@ def test_what_is_generated_can_be_judged(tmp_path):
         compute_metrics=judge,
     )
     trainer.train()
-    assert trainer.evaluate(max_length=6, num_beams=2)["eval_seen"] == 10 and lengths[-1] <= 6
+    assert trainer.evaluate(max_length=6, num_beams=2)["eval_seen"] == 10 and beyond[-1]
+    assert trainer.evaluate(max_length=12, min_length=9)["eval_seen"] == 10 and not beyond[-1]

@@ -5,6 +5,9 @@ import pytest
 from tests.support.recipes import classifier_in, language_in
 from tests.support.zoo import Case
 
+# Programs and plug-ins that tests run: to collect doctests would import them.
+collect_ignore = ["data/make.py", "tasks/plugin_copied.py", "mutants/run.py"]
+
 
 @pytest.fixture
 def case():

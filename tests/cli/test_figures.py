@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from dpft import sweep
 from dpft.cli import main
 from dpft.cli.progress import _Callback
 from dpft.cli.train import NON_PRIVATE, _show_run
 from dpft.privacy.accounting import epsilon
 from dpft.privacy.events import Event
 from dpft.recipe import Recipe
+from dpft.workflows import compare
 from dpft.workflows.compare import Row
 
 OLD = Path(__file__).parent.parent / "report" / "run-0.1.0"
@@ -42,8 +42,8 @@ def compared(recipe, tmp_path, monkeypatch):
     (tmp_path / "recipe.toml").write_text(Recipe.parse(recipe).to_toml())
     names = ["untouched", NON_PRIVATE, "ε = 2", "ε = 1"]
     rows = [Row(name, None, "accuracy", [0.5], [f"x/{name}"]) for name in names]
-    monkeypatch.setattr(sweep, "sweep", lambda *_, **__: rows)
-    monkeypatch.setattr(sweep, "composed_epsilon", lambda rows: 2.3412)
+    monkeypatch.setattr(compare, "compare", lambda *_, **__: rows)
+    monkeypatch.setattr(compare, "composed_epsilon", lambda rows: 2.3412)
     return lambda *more: run("compare", "recipe.toml", "--output", "x", *more)
 
 
@@ -53,7 +53,7 @@ PUBLIC = ("--set", "data.validation_is_public=true")
 @pytest.mark.parametrize(("public", "published"), [((), [False] * 4), (PUBLIC, [True, False, True, True])])
 def test_figures_of_the_model_without_privacy_are_never_to_be_published(compared, public, published):
     """Its validation data may be public; what they show of it was learned from private data without noise."""
-    assert NON_PRIVATE == sweep.NON_PRIVATE
+    assert NON_PRIVATE == compare.NON_PRIVATE
     rows = json.loads(compared("--json", *public).stdout)["rows"]
     assert [row["publish"] for row in rows] == published
     text = compared(*public).stdout

@@ -58,7 +58,7 @@ def killed(recipe, tmp_path):
     with pytest.raises(Killed):
         trainer.train()
     (tmp_path / "run" / "recipe.toml").write_text(made.to_toml())
-    return recipe, tmp_path / "run", trainer.engine.clip
+    return recipe, tmp_path / "run", trainer.session.engine.clip
 
 
 def test_a_resumed_run_takes_the_clip_up_again(killed, monkeypatch):

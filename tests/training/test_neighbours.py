@@ -158,8 +158,8 @@ PUBLISHED = {
     **{"version": "software", "guarantee": "released", "private": "plan", "epsilon": "released", "epsilon_rdp": "plan"},
     **{"delta": "plan", "unit": "plan", "units": "plan", "examples_per_unit": "plan", "adjacency": "plan"},
     **{"events": "released", "planned_steps": "plan", "released_steps": "released", "interrupted": "user"},
-    **{"halted": "ledger", "ledger": "ledger", "expected_batch_size": "plan", "clip": "plan", "subset": "plan"},
-    **{"trainable_parameters": "software", "all_parameters": "software", "weights": "software"},
+    **{"halted": "ledger", "ledger": "ledger", "expected_batch_size": "plan", "mechanism": "released", "clip": "plan"},
+    **{"subset": "plan", "trainable_parameters": "software", "all_parameters": "software", "weights": "software"},
     **{"metrics": "public", "metrics_are_private": "plan", "date": "day", "versions": "software"},
 }
 

@@ -327,7 +327,7 @@ def of_changing_code(make, tmp_path, monkeypatch):
     monkeypatch.setattr(LabelledTask, "losses", lambda *a: (found := losses(*a)) / len(found))
     with pytest.raises(IsolationError):
         coupled.train(resume_from_checkpoint=True)
-    assert coupled.releases.charged == 2
+    assert coupled.session.releases.charged == 2
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ Each is a unit of its own, made from public material alone (a tokenizer's vocabu
 or not is decided by the operating system's entropy, once for each.
 
 ``random-tokens``  a record that the task makes up, such as random words with a random label: nothing else in the data
-supports it ``secret``         an in-distribution sentence with a random code in it, as real data may hold one
-(Carlini et al. 2019) ``new-token``      random words and then a rare token that no other canary has
-(after Panda et al. 2025, who add one to the vocabulary) ``mislabelled``    a public row with a label that is not its
-own (Steinke, Nasr, Jagielski 2023, section 6)
+                   supports it
+``secret``         an in-distribution sentence with a random code in it, as real data may hold one (Carlini et al. 2019)
+``new-token``      random words and then a rare token that no other canary has (after Panda et al. 2025, who add one to
+                   the vocabulary)
+``mislabelled``    a public row with a label that is not its own (Steinke, Nasr, Jagielski 2023, section 6)
 """
 
 import json

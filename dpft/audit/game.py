@@ -56,7 +56,7 @@ def audit_run(
             random-tokens.
         baseline: also train without privacy, on the same canaries, which shows what the attack is worth. That model
             leaks: it, what it shows and the verdict that knows of it stay in ``output/private`` and in what this
-                returns.
+            returns.
 
     Raises:
         DPFTError: as :func:`dpft.train`; before anything is charged.

@@ -2,6 +2,6 @@
 
 from dpft.recipe.paths import expand, listed
 from dpft.recipe.recipe import Recipe
-from dpft.recipe.tables import DataTable, ModelTable, TaskTable, check_labels
+from dpft.recipe.tables import DataTable, Labels, ModelTable, TaskTable
 
-__all__ = ["DataTable", "ModelTable", "Recipe", "TaskTable", "check_labels", "expand", "listed"]
+__all__ = ["DataTable", "Labels", "ModelTable", "Recipe", "TaskTable", "expand", "listed"]

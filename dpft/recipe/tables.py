@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpft.privacy.accounting import Adjacency
 from dpft.privacy.clipping import AutoClip, Clip, FlatClip, PerLayerClip, Shares
@@ -72,8 +72,7 @@ def by_its_task(table):
         raise TaskError(kind, error) from error
 
 
-def check_labels(labels: list[str]) -> None:
-    """Raises ValueError: fewer than two labels are declared, or one twice."""
+def _declared(labels: list[str]) -> list[str]:
     if len(set(labels)) < 2:
         raise ValueError(
             "task.labels must declare at least two labels, because a label list collected from the data would reveal "
@@ -81,6 +80,11 @@ def check_labels(labels: list[str]) -> None:
         )
     if len(set(labels)) != len(labels):
         raise ValueError("task.labels names a label twice: keep each once")
+    return labels
+
+
+# Of a task's table: at least two labels, each once. A field of this type needs ``validate_default=True``.
+Labels = Annotated[list[str], AfterValidator(_declared)]
 
 
 class DataTable(Table):

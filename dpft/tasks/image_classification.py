@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from dpft.errors import RecipeError
-from dpft.recipe import TaskTable, check_labels
-from dpft.tasks.losses import class_losses, without_labels
+from dpft.recipe import Labels, TaskTable
+from dpft.tasks.losses import declared_class_losses
 from dpft.tasks.registry import task
 from dpft.tasks.sequence_classification import ClassMetrics
 from dpft.tasks.source import Source
@@ -45,7 +45,7 @@ class ImageClassification(Task):
             description="The column with the picture: a path, from the data file's folder on, or the bytes of a file.",
         )
         label: str = Field("label", description="The column with the label, a text or a whole number.")
-        labels: list[str] = Field([], description="Every label there is, declared and public.")
+        labels: Labels = Field([], validate_default=True, description="Every label there is, declared and public.")
         crop: float | None = Field(
             None,
             gt=0,
@@ -53,11 +53,6 @@ class ImageClassification(Task):
             description="Crop each picture anew whenever it is drawn, to this share of its area or more; off if unset.",
         )
         flip: bool = Field(False, description="Exchange left and right by a coin whenever a picture is drawn.")
-
-        @model_validator(mode="after")
-        def _declares(self):
-            check_labels(self.labels)
-            return self
 
         @property
         def columns(self) -> dict[str, Column]:
@@ -194,13 +189,7 @@ class ImageClassification(Task):
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Raises RecipeError: the model has fewer classes than the task."""
-        logits = model(**without_labels(batch)).logits
-        if logits.shape[-1] < len(self.labels):
-            raise RecipeError(
-                f"The model tells {logits.shape[-1]} classes apart, but {len(self.labels)} labels are declared: "
-                f"load the model with num_labels={len(self.labels)}."
-            )
-        return class_losses(logits, batch["labels"])
+        return declared_class_losses(model, batch, len(self.labels))
 
     def metrics(self) -> ClassMetrics:
         return ClassMetrics(self.labels)

@@ -1,6 +1,6 @@
 """Data that are tokenized already: what ``transformers.Trainer`` and its subclasses bring along."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ class LabelledTask(Task):
 
     Args:
         collator: features to a batch.
-        columns: those that reach the collator; by default all.
+        reaches: whether a column reaches the collator; by default all do.
         loss: a function of the user's own, ``(model, batch)`` to ``(B,)``.
         own: what the user calls it, for messages.
 
@@ -33,16 +33,16 @@ class LabelledTask(Task):
         self,
         collator: Callable[[list], Mapping[str, Tensor]],
         *,
-        columns: Collection[str] | None = None,
+        reaches: Callable[[str], bool] = lambda column: True,
         loss: Rule | None = None,
         own: str = "loss",
     ) -> None:
-        self._collator, self._columns = collator, columns
+        self._collator, self._reaches = collator, reaches
         self.rule, self.own = loss, (own if loss else None)
 
     def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
         """Raises RecipeError: no column is left that the model takes."""
-        taken = [column for column in rows if self._columns is None or column in self._columns]
+        taken = list(filter(self._reaches, rows))
         if not taken:
             raise RecipeError(
                 f"The data have the columns {', '.join(rows)}, and the model takes none of them: tokenize the data, "

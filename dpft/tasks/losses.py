@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
+from dpft.errors import RecipeError
 from dpft.tasks.cross_entropy import cross_entropies, head_cross_entropies
 
 IGNORED = -100  # label of a token that has no loss, as everywhere in Hugging Face
@@ -15,6 +16,21 @@ IGNORED = -100  # label of a token that has no loss, as everywhere in Hugging Fa
 def class_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """``(B, C)`` logits and ``(B,)`` labels to ``(B,)`` cross-entropies."""
     return cross_entropy(logits.float(), labels, reduction="none")
+
+
+def declared_class_losses(model: nn.Module, batch: Mapping[str, Tensor], declared: int) -> Tensor:
+    """``(B,)`` cross-entropies of a batch with ``labels`` ``(B,)``.
+
+    Raises:
+        RecipeError: the model has fewer classes than are ``declared``.
+    """
+    logits = model(**without_labels(batch)).logits
+    if logits.shape[-1] < declared:
+        raise RecipeError(
+            f"The model tells {logits.shape[-1]} classes apart, but {declared} labels are declared: "
+            f"load the model with num_labels={declared}."
+        )
+    return class_losses(logits, batch["labels"])
 
 
 def token_sums(given: Tensor, labels: Tensor, *, shift: bool, head: nn.Linear | None = None) -> tuple[Tensor, Tensor]:

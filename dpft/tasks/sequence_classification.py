@@ -5,12 +5,12 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from dpft.errors import RecipeError
-from dpft.recipe import TaskTable, check_labels
-from dpft.tasks.losses import class_losses, pad_features, without_labels
+from dpft.recipe import Labels, TaskTable
+from dpft.tasks.losses import declared_class_losses, pad_features, without_labels
 from dpft.tasks.registry import task
 from dpft.tasks.source import Source
 from dpft.tasks.task import TEXTS, Size, Task
@@ -34,17 +34,12 @@ class SequenceClassification(Task):
     class Settings(TaskTable):
         text: str = Field("text", description="The column with the text.")
         label: str = Field("label", description="The column with the label, a text or a whole number.")
-        labels: list[str] = Field([], description="Every label there is, declared and public.")
+        labels: Labels = Field([], validate_default=True, description="Every label there is, declared and public.")
         max_length: int | None = Field(
             None,
             ge=4,
             description="Texts are cut after this many tokens; by default 128, or the model's positions if fewer.",
         )
-
-        @model_validator(mode="after")
-        def _declares(self):
-            check_labels(self.labels)
-            return self
 
         @property
         def columns(self) -> dict[str, Column]:
@@ -94,13 +89,7 @@ class SequenceClassification(Task):
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Raises RecipeError: the model has fewer classes than the task."""
-        logits = model(**without_labels(batch)).logits
-        if logits.shape[-1] < len(self.labels):
-            raise RecipeError(
-                f"The model tells {logits.shape[-1]} classes apart, but {len(self.labels)} labels are declared: "
-                f"load the model with num_labels={len(self.labels)}."
-            )
-        return class_losses(logits, batch["labels"])
+        return declared_class_losses(model, batch, len(self.labels))
 
     def metrics(self) -> "ClassMetrics":
         return ClassMetrics(self.labels)

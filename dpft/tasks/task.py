@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpft.errors import RecipeError
 from dpft.recipe import TaskTable
 from dpft.tasks.encoded import Encoded
 from dpft.tasks.source import Source
@@ -80,7 +81,7 @@ class Task(ABC):
         A task with the setting ``max_length`` reads its attribute of that name when it encodes: the model's positions
         decide it later.
         """
-        raise NotImplementedError(f"{cls.__name__} is loaded by no recipe.")
+        raise RecipeError(f"{cls.__name__} has no load, so no recipe can train it: give it one, or use it from Python.")
 
     def save(self, folder) -> None:
         """Write a tokenizer or processor beside the weights; by default there is none."""
@@ -88,7 +89,9 @@ class Task(ABC):
 
     def examples(self) -> Mapping[str, Sequence]:
         """Made-up rows of every column, two or more of different sizes: the trial of saving is made on them."""
-        raise NotImplementedError(f"{type(self).__name__} has no made-up rows.")
+        raise RecipeError(
+            f"{type(self).__name__} has no examples, on which saving a recipe's run is tried: give it made-up rows."
+        )
 
     # -- data ------------------------------------------------------------------------------------------------------
 
@@ -155,11 +158,12 @@ class Task(ABC):
 
     def judged(self, features: Features, cue: str) -> Features:
         """Where the model says what follows: the features with the labels of what follows ``cue`` alone."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what follows.")
+        raise RecipeError(
+            f"{type(self).__name__} says what follows a cue and not where: give it judged, or let follow return None."
+        )
 
-    likelihoods: ClassVar[Callable | None] = (
-        None  # (model, batch) -> for each example its tokens' log-probabilities, if it has such
-    )
+    # (model, batch) -> for each example its tokens' log-probabilities, if it has such
+    likelihoods: ClassVar[Callable | None] = None
 
 
 class MeanLoss:
@@ -178,10 +182,8 @@ class MeanLoss:
 
 def _tokens(value: Any) -> int:
     """What a feature counts by default; 1 for a single number."""
-    size = getattr(value, "size", None)
-    shape = (
-        [3, *size] if isinstance(size, tuple) else list(getattr(value, "shape", ()))
-    )  # a picture of Pillow has a width and a height
+    size = getattr(value, "size", None)  # of a picture of Pillow: width and height
+    shape = [3, *size] if isinstance(size, tuple) else list(getattr(value, "shape", ()))
     while not hasattr(value, "shape") and isinstance(value, Sized):
         shape.append(len(value))
         value = value[0] if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) else None

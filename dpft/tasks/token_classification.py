@@ -6,11 +6,11 @@ from itertools import chain, pairwise
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from dpft.errors import RecipeError
-from dpft.recipe import TaskTable, check_labels
+from dpft.recipe import Labels, TaskTable
 from dpft.tasks.losses import IGNORED, pad_features, token_losses, without_labels
 from dpft.tasks.registry import task
 from dpft.tasks.source import Source
@@ -39,19 +39,16 @@ class TokenClassification(Task):
     class Settings(TaskTable):
         tokens: str = Field("tokens", description="The column with the list of words.")
         tags: str = Field("tags", description="The column with the list of tags, one for each word.")
-        labels: list[str] = Field(
-            [], description="Every tag there is, declared and public; entities as O, B-x and I-x."
+        labels: Labels = Field(
+            [],
+            validate_default=True,
+            description="Every tag there is, declared and public; entities as O, B-x and I-x.",
         )
         max_length: int | None = Field(
             None,
             ge=4,
             description="Examples are cut after this many tokens; by default 128, or the model's positions if fewer.",
         )
-
-        @model_validator(mode="after")
-        def _declares(self):
-            check_labels(self.labels)
-            return self
 
         @property
         def columns(self) -> dict[str, Column]:

@@ -75,7 +75,9 @@ class Examples:
             try:
                 encoded, owners = _with_rows(task.encode(columns), min(size, len(rows) - start))
             except RecipeError as error:
-                raise RecipeError(f"The data's row {start + 1:,}, encoded alone: {error}") if late else error from error
+                if not late:
+                    raise
+                raise RecipeError(f"The data's row {start + 1:,}, encoded alone: {error}") from error
             sizes += [size_of(task, feature) for feature in encoded]
             features += () if late else encoded
             places += [start + owner for owner in owners]

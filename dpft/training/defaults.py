@@ -1,8 +1,9 @@
 """What a trainer learns and how it judges, if it was given no task: as ``transformers.Trainer`` does, example by
 example."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -26,32 +27,42 @@ def default_task(trainer: Trainer, unit: str) -> Task:
     Raises:
         GuaranteeError: the trainer's loss, or its collator's chance, cannot be private; named.
     """
-    columns = None
+    taken = None
     if trainer.args.remove_unused_columns:
         trainer._set_signature_columns_if_needed()
-        columns = set(trainer._signature_columns) - {unit}
-    elif unit != "example":
-        columns = _AllBut(unit)
-    collator = trainer.data_collator
+        taken = set(trainer._signature_columns)
+
+    def reaches(column: str) -> bool:
+        return (unit == "example" or column != unit) and (taken is None or column in taken)
+
+    collator, own = trainer.data_collator, own_loss_of(trainer)
+    kind = LabelledTask
     if isinstance(collator, DataCollatorForLanguageModeling) and collator.mlm:
         if collator.seed is not None:
             raise GuaranteeError(
                 f"The data collator masks by the seed {collator.seed}, and masks that follow from a known seed are no "
                 "secret: leave its seed out."
             )
-        return MaskedTask(collator, columns=columns)
-    own = own_loss_of(trainer)
+        kind = MaskedTask
     if own is None:
-        return LabelledTask(collator, columns=columns)
+        return kind(collator, reaches=reaches)
 
+    @wraps(own.function)  # so that its code is seen to be the user's, which no version tells
     def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         return trainer.compute_loss(model, dict(batch))
 
-    return LabelledTask(collator, columns=columns, loss=losses, own=own)
+    return kind(collator, reaches=reaches, loss=losses, own=own.name)
 
 
-def own_loss_of(trainer: Trainer) -> str | None:
-    """The name of a loss of the user's own: a compute_loss_func, or the class whose compute_loss it is.
+class OwnLoss(NamedTuple):
+    """A loss of the user's own: what a message calls it, and its code."""
+
+    name: str
+    function: Callable
+
+
+def own_loss_of(trainer: Trainer) -> OwnLoss | None:
+    """A loss of the user's own: a compute_loss_func, or a compute_loss.
 
     Raises:
         GuaranteeError: it is a library's loss that is not one of its examples' labels.
@@ -64,13 +75,14 @@ def own_loss_of(trainer: Trainer) -> str | None:
         )
     owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
     if owner.__module__.startswith(LIBRARIES):
-        return None if trainer.compute_loss_func is None else "compute_loss_func"
+        function = trainer.compute_loss_func
+        return None if function is None else OwnLoss("compute_loss_func", function)
     if owner.__module__.startswith(OTHER_LIBRARIES):
         raise GuaranteeError(
             f"{owner.__name__} has a loss of its own, which averages over the batch: pass a task whose losses are one "
             "number for each example."
         )
-    return f"{owner.__name__}.compute_loss"
+    return OwnLoss(f"{owner.__name__}.compute_loss", owner.compute_loss)
 
 
 def refuse_unused(trainer: Trainer) -> None:
@@ -88,8 +100,8 @@ def refuse_unused(trainer: Trainer) -> None:
             )
     if own is not None:
         raise GuaranteeError(
-            f"{own} would never be called, because a task was given, and the budget would be spent on another loss: "
-            "leave one of them out."
+            f"{own.name} would never be called, because a task was given, and the budget would be spent on another "
+            "loss: leave one of them out."
         )
 
 
@@ -100,13 +112,3 @@ def refuse_data(rows: Any) -> None:
             f"The training data are of type {type(rows).__name__}, of which no single row can be asked for, and "
             "private sampling draws rows one by one: give a data set with a length, such as datasets.Dataset."
         )
-
-
-class _AllBut:
-    """A collection of every name but one."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __contains__(self, name: object) -> bool:
-        return name != self._name

@@ -331,7 +331,8 @@ class Session:
     def _prepared(self, batch: dict) -> dict:
         if self.options.prepare is not None:
             return self.options.prepare(batch)
-        return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        device = self.device
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
     # -- defences ------------------------------------------------------------------------------------------------------
 

@@ -5,22 +5,29 @@ import platform
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from dpft.recipe import Recipe
 from dpft.runs.folder import RunFolder, today
 from dpft.runs.record import AccountFacts, ClipFacts, MechanismFacts, RunRecord
 
+if TYPE_CHECKING:
+    from dpft.training.session import Session
+
 PACKAGES = ("dpft", "torch", "opacus", "transformers", "peft", "dp-accounting", "numpy", "datasets")
 
 
-def write(folder: RunFolder, recipe: Recipe, trainer, loading: str, metrics: dict | None, interrupted: bool) -> None:
+def write(
+    folder: RunFolder, recipe: Recipe, session: "Session", loading: str, metrics: dict | None, interrupted: bool
+) -> None:
     """The run's record. Un-noised metrics go to ``private/`` unless the validation data are public."""
-    plan, released = trainer.session.plan, trainer.session.engine.steps_released
-    private = trainer.session.engine.randomness.private and plan.noise_multiplier > 0
+    assert session.engine is not None  # a session that was opened, or took up a finished run
+    plan, released = session.plan, session.engine.steps_released
+    private = session.randomness.private and plan.noise_multiplier > 0
     public = recipe.data.validation_is_public
     found = None if metrics is None else {name.removeprefix("eval_"): value for name, value in metrics.items()}
     record = RunRecord(
-        guarantee=trainer.guarantee,
+        guarantee=session.guarantee,
         private=private,
         epsilon=plan.epsilon_after(released) if private else None,
         epsilon_rdp=plan.epsilon_rdp if private and math.isfinite(plan.epsilon_rdp) else None,
@@ -33,14 +40,14 @@ def write(folder: RunFolder, recipe: Recipe, trainer, loading: str, metrics: dic
         planned_steps=plan.steps,
         released_steps=released,
         interrupted=interrupted,
-        halted=trainer.session.halted,
-        ledger=_account(trainer),
+        halted=session.halted,
+        ledger=_account(session),
         expected_batch_size=plan.expected_batch_size,
         mechanism=MechanismFacts(**asdict(plan.mechanism.describe(released))),
         clip=ClipFacts(rule=type(plan.clip).__name__, clip_norm=plan.clip.sensitivity),
         subset=recipe.subset,
-        trainable_parameters=trainer.session.preflight.trainable_parameters if trainer.session.preflight else None,
-        all_parameters=sum(p.numel() for p in trainer.model.parameters()),
+        trainable_parameters=session.preflight.trainable_parameters if session.preflight else None,
+        all_parameters=sum(p.numel() for p in session.model.parameters()),
         weights=loading,
         metrics=(found or None) if public else None,
         metrics_are_private=found is not None and not public,
@@ -52,12 +59,12 @@ def write(folder: RunFolder, recipe: Recipe, trainer, loading: str, metrics: dic
         folder.write_private(folder.metrics_file, found)
 
 
-def write_private(folder: RunFolder, trainer, started: datetime) -> None:
+def write_private(folder: RunFolder, session: "Session", started: datetime) -> None:
     """What follows the data: times, techniques, the layer that was kept, how many rows the account knew."""
     facts = {
-        "techniques": trainer.session.preflight.techniques if trainer.session.preflight else None,
-        "frozen_prefix": trainer.session.prefix.name if trainer.session.prefix else None,
-        "overlap": trainer.session.account.overlap if trainer.session.account else None,
+        "techniques": session.preflight.techniques if session.preflight else None,
+        "frozen_prefix": session.prefix.name if session.prefix else None,
+        "overlap": session.account.overlap if session.account else None,
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -65,13 +72,15 @@ def write_private(folder: RunFolder, trainer, started: datetime) -> None:
     folder.write_private(folder.facts_file, facts, notice)
 
 
-def _account(trainer) -> AccountFacts | None:
+def _account(session: "Session") -> AccountFacts | None:
     """Where the run was charged, and what its data set had spent when it ended."""
-    if trainer.session.account is None:
+    if session.account is None:
         return None
-    dataset = trainer.session.account.dataset
+    dataset, facts = session.account.dataset, session.account.facts
     return AccountFacts(
-        **trainer.session.account.facts,
+        ledger=facts["ledger"],
+        dataset=facts["dataset"],
+        run=facts["run"],
         budget=dataset.policy["epsilon"],
         delta=dataset.policy["delta"],
         spent=dataset.spent(),

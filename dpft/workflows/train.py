@@ -55,8 +55,9 @@ def train(
 
     output.mkdir(parents=True, exist_ok=True)
     trainer = make_trainer(setup, output, randomness=randomness, callbacks=callbacks, plan=plan)
-    trainer.session.releases.check()
-    before = trainer.session.releases.charged
+    session = trainer.session
+    session.releases.check()
+    before = session.releases.charged
     saving = Saving(recipe, setup.task, lambda other: load_model(other)[1])
     if before < plan.steps:
         saving.try_it(setup.model, output)
@@ -64,7 +65,7 @@ def train(
     started = datetime.now(UTC)
     interrupted = False
     try:
-        if before >= trainer.session.plan.steps and not _saved(folder, before):
+        if before >= session.plan.steps and not _saved(folder, before):
             if checkpoint is None:
                 raise BudgetError(
                     f"All {before:,} steps of the run in {output} were released and no weights of them were saved, so "
@@ -74,14 +75,12 @@ def train(
         else:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint), from_start=resume)
     except KeyboardInterrupt:
-        if (
-            trainer.session.releases.charged == before
-        ):  # not one step, so the weights may not even be those of the checkpoint
+        if session.releases.charged == before:  # not one step: the weights may not even be those of the checkpoint
             raise
         interrupted = True
-        trainer.session.engine.discard()
-        trainer.session.engine.steps_released = trainer.session.releases.charged  # a release cut short counts as well
-    interrupted = interrupted or trainer.session.engine.steps_released < trainer.session.plan.steps
+        session.engine.discard()
+        session.engine.steps_released = session.releases.charged  # a release cut short counts as well
+    interrupted = interrupted or session.engine.steps_released < session.plan.steps
     from dpft.report import write_card
 
     metrics = None
@@ -89,8 +88,8 @@ def train(
         metrics = trainer.evaluate() if evaluate and setup.validation is not None else None
     finally:  # what was paid for is kept, whatever happens to its evaluation
         loading, expected = saving.save(setup.model, folder.weights)
-        write(folder, recipe, trainer, loading, metrics, interrupted)
-        write_private(folder, trainer, started)
+        write(folder, recipe, session, loading, metrics, interrupted)
+        write_private(folder, session, started)
         write_card(output)
         folder.round_dates()
     saving.check(folder.weights, loading, expected)

@@ -14,6 +14,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 import dpft
 from dpft.errors import GuaranteeError, RecipeError
+from dpft.gradients.fingerprint import fingerprint
+from dpft.tasks import LabelledTask
 
 SMALL = dict(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=16
@@ -42,9 +44,9 @@ def classifier(**fields):
 
 @pytest.fixture
 def train(tmp_path):
-    def run(rows, model=None, kind=dpft.DPTrainer, plan=None, args=None, **fields):
+    def run(rows, model=None, kind=dpft.DPTrainer, plan=None, args=None, folder="run", **fields):
         arguments = T.TrainingArguments(
-            str(tmp_path / "run"), report_to=[], use_cpu=True, disable_tqdm=True, **(args or {})
+            str(tmp_path / folder), report_to=[], use_cpu=True, disable_tqdm=True, **(args or {})
         )
         fields = {"data_collator": T.DataCollatorWithPadding(TOKENIZER), **fields}
         plan = dpft.Plan(**{**PLAN, **(plan or {})})
@@ -196,6 +198,35 @@ def test_a_loss_function_of_ones_own_is_used(train):
 
     train(TOKENS, compute_loss_func=loss)
     assert len(calls) > 2
+
+
+def masked_words(outputs, labels, num_items_in_batch=None):
+    each = torch.nn.functional.cross_entropy(outputs.logits.transpose(1, 2), labels, reduction="none")
+    masked_words.calls += 1
+    return each.sum(1) / (labels != -100).sum(1).clamp_min(1)
+
+
+def test_a_loss_function_of_ones_own_is_used_where_a_collator_masks(train):
+    masked_words.calls = 0
+    rows = TOKENS.remove_columns(["text", "patient_id", "label"])
+    model = T.BertForMaskedLM(T.BertConfig(vocab_size=5, **SMALL))
+    collate = T.DataCollatorForLanguageModeling(TOKENIZER, mlm=True, mlm_probability=0.5)
+    train(rows, model=model, data_collator=collate, compute_loss_func=masked_words)
+    assert masked_words.calls > 2
+
+
+def test_a_loss_of_ones_own_is_proven_again_in_each_run(train):
+    """T1: no version tells whether its code is what it was."""
+    for trainer in (train(TOKENS, kind=Weighted), train(TOKENS, folder="func", compute_loss_func=weighted)):
+        task, model = trainer.session.task, trainer.model
+        task._collator = T.default_data_collator  # a function of the library's, so that the loss alone is in question
+        assert fingerprint(model, task) is None
+    plain = LabelledTask(T.default_data_collator)
+    assert fingerprint(model, plain) is not None
+
+
+def weighted(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
 
 
 def test_a_mean_over_the_batch_is_refused_by_name(train):

@@ -1,0 +1,206 @@
+"""A head by preconditioned descent over full batches, every sum of it private.
+
+Four kinds of sums over all units, features x within 1 (Dwork et al. 2014 for the second moment; Mehta et al. 2022,
+arXiv:2211.13403, for why the feature covariance is the right preconditioner under privacy):
+
+    class counts    1 in the place of the class     sensitivity 1     the bias begins at their logarithm
+    mean            x                               1                 m: features are centred
+    second moment   upper triangle of (x-m)(x-m)ᵀ   r²                λ, V: their spread in every direction
+    gradients       clip((p - y) z̃ᵀ)                C                 z = (x-m) V(λ+γ)^(-1/2) / R, z̃ = (z, 1/R)
+
+In z every direction is about as wide, so one rate serves all, and no direction drowns in noise that is the same for
+all. R is the length that whitened features have on average, so that |z| is about 1; longer ones are cut. r follows from
+``|m|``: features of length 1 lie on average √(1-|m|²) from their mean. All of m, λ, V, R and r are released or follow
+from what is.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+
+from dpft.privacy.clipping import FlatClip
+from dpft.privacy.mechanisms.linear_head import CHUNK, Head, LinearHead, Rows, Sums, bounded, unit_means
+from dpft.privacy.mechanisms.mechanism import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COUNTS, MEAN, MOMENT = 0.02, 0.02, 0.18  # shares of the steps; the rest are gradients
+FEWEST = 5  # steps: one of each sum, and a second gradient
+SPREAD = 1.1  # r over the average distance from the mean
+RIDGE = 1e-3  # the least γ, over the trace
+RATE, MOMENTUM, TAIL = 1.2, 0.9, 1 / 3  # of the descent; the mean of the last third of the iterates is the head
+QUIET = 0.014  # noise of a mean gradient, over C, up to which the whole rate is used
+OUTER = 1 << 24  # numbers of the outer products that are held at a time, where units have several rows
+
+
+class Whitening(NamedTuple):
+    """``z = (x - mean) @ basis``, cut to length 1; ``constant`` is the coordinate of the bias."""
+
+    mean: "Tensor"
+    basis: "Tensor"
+    constant: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadDescent(LinearHead):
+    """Full-batch descent on the cross-entropy, over whitened features.
+
+    Attributes:
+        clip: C, on one unit's gradient, whose length is at most √2 where features are within 1.
+    """
+
+    name: ClassVar[str] = "head-descent"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.steps >= FEWEST,
+            f"steps is {self.steps}, and counts, mean, second moment and gradients need {FEWEST}: plan about 70.",
+        )
+
+    @property
+    def statistics(self) -> tuple[int, int, int]:
+        """As how many steps counts, mean and second moment are released."""
+        return tuple(max(1, round(share * self.steps)) for share in (COUNTS, MEAN, MOMENT))  # type: ignore[return-value]
+
+    @property
+    def gradients(self) -> int:
+        """How many gradients are released."""
+        return self.steps - sum(self.statistics)
+
+    def sums(self) -> tuple[int, ...]:
+        return (*self.statistics, *[1] * self.gradients)
+
+    @property
+    def about(self) -> str:
+        counts, mean, moment = self.statistics
+        return (
+            f"class counts ({counts}), mean ({mean}) and second moment ({moment}) of the features, "
+            f"{self.gradients} full-batch gradients with FlatClip at {self.clip.sensitivity:g}"
+        )
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(noise_multiplier=1.0, steps=20, clip=FlatClip(0.5))
+
+    def fit(self, rows: Rows, sums: Sums, number: int) -> Head:
+        import torch
+
+        counts, _, _ = self.statistics
+        shares = sums.release(lambda: class_counts(rows), (rows.classes,), 1.0, counts) / number
+        least = max(1.0, 2 * self.noise_multiplier / math.sqrt(counts)) / number  # what noise alone may make of nobody
+        prior = shares.clamp_min(least)
+        prior = prior / prior.sum()
+        whitening = self._whitening(rows, sums, number)
+        width = whitening.basis.shape[1]
+        whole = (whitened(rows, whitening), rows.labels)
+        shape = (rows.classes, width + rows.has_bias)
+        weights = torch.zeros(shape, dtype=torch.float64)
+        if rows.has_bias:
+            weights[:, width] = (prior.log() - prior.log().mean()) / whitening.constant
+        velocity, mean, tail = torch.zeros_like(weights), torch.zeros_like(weights), 0
+        noise = self.noise_multiplier * math.sqrt(weights.numel()) / number
+        rate = RATE / whitening.constant**2 * min(1.0, QUIET / noise if noise else 1.0)
+        for step in range(self.gradients):
+            total = partial(self._gradient, rows, *whole, weights)
+            gradient = sums.release(total, shape, self.clip.sensitivity)
+            velocity = MOMENTUM * velocity + gradient / number
+            weights = weights - rate * velocity
+            if step >= self.gradients * (1 - TAIL):
+                mean, tail = mean + weights, tail + 1
+        weights = mean / tail
+        directions = weights[:, :width] @ whitening.basis.T
+        bias = (
+            weights[:, width] * whitening.constant if rows.has_bias else torch.zeros(rows.classes, dtype=torch.float64)
+        )
+        return Head(directions / rows.scale, bias - directions @ whitening.mean)
+
+    def _whitening(self, rows: Rows, sums: Sums, number: int) -> Whitening:
+        import torch
+
+        _, mean_steps, moment_steps = self.statistics
+        width = rows.features.shape[1]
+        mean = sums.release(lambda: feature_sum(rows), (width,), 1.0, mean_steps) / number
+        if not rows.has_bias:
+            mean = torch.zeros_like(mean)  # without a constant, nothing can stand for what centring takes away
+        length = float(mean.norm())
+        radius = SPREAD * math.sqrt(max(0.01, 1 - length**2))
+        above = torch.triu_indices(width, width)
+        total = lambda: second_moment(rows, mean, radius)[above[0], above[1]]
+        released = sums.release(total, above.shape[1:], radius**2, moment_steps) / number
+        moment = torch.zeros(width, width, dtype=torch.float64)
+        moment[above[0], above[1]] = released
+        moment = moment + moment.triu(1).T
+        spread, directions = torch.linalg.eigh(moment)
+        spread = spread.clamp_min(0.0)
+        noise = self.noise_multiplier / math.sqrt(moment_steps) * radius**2 / number
+        # Noise alone has eigenvalues up to 2 s √d (Wigner 1955): directions that it may have made are not blown up.
+        ridge = max(RIDGE * float(spread.sum()), noise * math.sqrt(width))
+        basis = directions / (spread + ridge).sqrt()
+        average = math.sqrt(float((spread / (spread + ridge)).sum()))
+        return Whitening(mean, basis / average, 1 / average)
+
+    def _gradient(self, rows: Rows, features: "Tensor", labels: "Tensor", weights: "Tensor") -> "Tensor":
+        """``(K, d')``: the sum over units of their clipped mean gradients."""
+        import torch
+
+        def errors(some: "slice | Tensor") -> tuple["Tensor", "Tensor"]:
+            inputs = features[some].double()
+            error = (inputs @ weights.T).softmax(1)
+            error[torch.arange(len(inputs)), labels[some]] -= 1
+            return error, inputs
+
+        if rows.alone:
+
+            def part(some: slice) -> "Tensor":
+                error, inputs = errors(some)
+                factors = self.clip.factors(error.norm(dim=1, keepdim=True) * inputs.norm(dim=1, keepdim=True))
+                return (error * factors).T @ inputs
+
+            return rows.total(part, tuple(weights.shape))
+        total = torch.zeros_like(weights)
+        for some, units in rows.units(max(1, OUTER // weights.numel())):
+            error, inputs = errors(some)
+            gradients = unit_means(error.unsqueeze(2) * inputs.unsqueeze(1), units)
+            factors = self.clip.factors(gradients.flatten(1).norm(dim=1))
+            total += torch.einsum("ukd,u->kd", gradients, factors)
+        return total
+
+
+def class_counts(rows: Rows) -> "Tensor":
+    """``(K,)``: each class's units; a unit of several rows has a part in each."""
+    import torch
+
+    total = torch.zeros(rows.classes, dtype=torch.float64)
+    return total.index_add_(0, rows.labels, rows.weights.squeeze(1))
+
+
+def feature_sum(rows: Rows) -> "Tensor":
+    """``(d,)``: the sum over units of their mean features."""
+    return rows.total(lambda some: (rows.bounded[some].double() * rows.weights[some]).sum(0), rows.features.shape[1:])
+
+
+def second_moment(rows: Rows, mean: "Tensor", radius: float) -> "Tensor":
+    """``(d, d)``: the sum over units of their mean (x - m)(x - m)ᵀ, x - m cut to ``radius``."""
+
+    def part(some: slice) -> "Tensor":
+        centred = bounded(rows.bounded[some].double() - mean, radius)
+        return (centred * rows.weights[some]).T @ centred
+
+    return rows.total(part, (len(mean), len(mean)))
+
+
+def whitened(rows: Rows, whitening: Whitening) -> "Tensor":
+    """``(n, d')`` float32: whitened features of length at most 1, and the coordinate of the bias if there is one."""
+    import torch
+
+    parts = []
+    for part in rows.bounded.split(CHUNK):
+        features = bounded((part.double() - whitening.mean) @ whitening.basis, 1.0)
+        if rows.has_bias:
+            features = torch.cat([features, features.new_full((len(features), 1), whitening.constant)], 1)
+        parts.append(features.float())
+    width = whitening.basis.shape[1] + rows.has_bias
+    return torch.cat(parts) if parts else torch.zeros(0, width)

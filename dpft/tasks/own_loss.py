@@ -11,9 +11,8 @@ from dpft.errors import RecipeError
 from dpft.gradients.determinism import evaluating
 from dpft.tasks.labelled import LabelledTask
 from dpft.tasks.rules import RULES, Rule, likeliest, unwrapped
-from dpft.tasks.task import Features
+from dpft.tasks.task import Batch, Features
 
-Batch = Mapping[str, Tensor]
 Collate = Callable[[list[Features]], Batch]
 
 OURS = "dpft.tasks."  # modules whose losses are dpft's own

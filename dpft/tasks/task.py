@@ -16,6 +16,7 @@ from dpft.tasks.encoded import Encoded
 from dpft.tasks.source import Source
 
 Features = Mapping[str, Any]
+Batch = Mapping[str, Tensor]
 Columns = Mapping[str, Sequence[Any]]  # of some rows
 PATCH = 3 * 16 * 16  # numbers of an array that count as one token: what vision models commonly make one of
 TEXTS = ("An example.", "Another example, which is a little longer than the first one.")  # of made-up rows

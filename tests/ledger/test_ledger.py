@@ -218,12 +218,12 @@ def test_data_are_recognised_by_their_rows(ledger, rows, monkeypatch):
     with pytest.raises(LedgerError, match="the data set 'notes' already"):
         ledger.create("copy", epsilon=5.0, delta=1e-4, rows=rows[::-1])
     changed = rows[:150] + [{"text": "new", "patient": str(i)} for i in range(50)]
-    run = notes.open(PLAN, rows=changed)
+    run = notes.open(PLAN, About(changed))
     assert 0.4 < run.overlap < 0.8  # 150 of 250
     run.charge(1)
     assert [note["about"] for note in notes.record.notes] == ["data_changed"]
     with pytest.raises(LedgerError, match="nothing in common"):
-        notes.open(PLAN, rows=[{"text": f"other {i}"} for i in range(50)])
+        notes.open(PLAN, About([{"text": f"other {i}"} for i in range(50)]))
     more = ledger.create("more", epsilon=5.0, delta=1e-4, rows=changed)
     assert ledger.shared("more")[0][0] == "notes"
     with pytest.raises(LedgerError, match="are the data set 'notes', not 'more'"):

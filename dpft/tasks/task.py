@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from dpft.errors import RecipeError
 from dpft.recipe import TaskTable
 from dpft.tasks.encoded import Encoded
 from dpft.tasks.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Features = Mapping[str, Any]
 Batch = Mapping[str, Tensor]
@@ -64,6 +67,7 @@ class Task(ABC):
         template: what ``dpft init`` writes for it: ``subset``, and the keys of ``task`` that must be declared.
         takes_files: whether ``encode`` is given pictures and sounds of ``datasets`` as ``{bytes, path}``, not decoded.
         has_chance: whether ``draw`` does anything, where the settings decide it.
+        tokenizer, max_length: of a task that says what follows a cue (``follow``); the length is in tokens.
     """
 
     name: ClassVar[str]
@@ -74,6 +78,8 @@ class Task(ABC):
     template: ClassVar[Mapping[str, Any]] = {"subset": "lora(rank=8)", "task": {}}
     takes_files: ClassVar[bool] = False
     has_chance: bool = True
+    tokenizer: "PreTrainedTokenizerBase"
+    max_length: int
 
     # -- from a recipe ---------------------------------------------------------------------------------------------
 

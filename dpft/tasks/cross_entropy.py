@@ -24,14 +24,17 @@ MADE = 1 << 24  # logits made together: 64 MB, and enough tokens that to read th
 def cross_entropies(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
     """``(N, V)`` logits and ``(N,)`` labels to ``(N,)`` cross-entropies in at least float32, zero for ``ignored``
     labels."""
-    losses: Tensor = _CrossEntropy.apply(logits, labels, ignored)  # type: ignore[no-untyped-call]  # PyTorch has no type for it
+    losses: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]  # PyTorch has no type for it
+        logits, labels, ignored
+    )
     return losses
 
 
 def head_cross_entropies(states: Tensor, head: nn.Linear, labels: Tensor, ignored: int) -> Tensor:
     """:func:`cross_entropies` of ``head(states)``, ``states`` ``(N, D)``, for a head that does not train."""
-    made = _HeadCrossEntropy.apply
-    losses: Tensor = made(states, head.weight, head.bias, labels, ignored)  # type: ignore[no-untyped-call]  # likewise
+    losses: Tensor = _HeadCrossEntropy.apply(  # type: ignore[no-untyped-call]  # likewise
+        states, head.weight, head.bias, labels, ignored
+    )
     return losses
 
 

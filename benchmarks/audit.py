@@ -61,15 +61,18 @@ def notes(folder: Path) -> dict:
 def audited(name: str, folder: Path) -> dict:
     from dataclasses import asdict
 
+    from dpft.audit.canaries import Planting
     from dpft.audit.exposure import audit_exposure
-    from dpft.audit.game import BASELINE, audit_run
+    from dpft.audit.game import BASELINE, Watch, audit_run
     from dpft.audit.report import describe
     from dpft.recipe import Recipe
 
     folder.mkdir(parents=True, exist_ok=True)
     recipe = Recipe.parse((diagnoses if name == "diagnoses" else notes)(folder))
     kind, canaries = SETS[name]
-    found = audit_run(recipe, folder / "run", canaries=canaries, kind=kind, baseline=True, announce=say)
+    found = audit_run(
+        recipe, folder / "run", Planting(canaries=canaries, kind=kind), baseline=True, watch=Watch(announce=say)
+    )
     say(describe(found))
     plain = folder / "run" / "private" / BASELINE
     row = {"set": name, "recipe": recipe.model_dump(), "private": found.json(), "plain": read(plain / "audit.json")}

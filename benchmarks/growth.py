@@ -97,13 +97,13 @@ def write_page(found: dict, page: Path) -> None:
         x = [row[key] for row in rows]
         figure = "update_seconds" if sweep == "rank" else "seconds_per_example"
         curves = {name: (x, [row[name][figure] for row in rows]) for name in ("dpft", "plain", "floor")}
-        keep(sweep, plots.lines(curves, title=f"Time and {x_label}", x_label=x_label, y_label=y_label, log="xy"))
+        keep(sweep, plots.lines(curves, plots.Labels(f"Time and {x_label}", x_label, y_label), log="xy"))
         curves = {name: (x, [row["mib"][name] / 1024 for row in rows]) for name in ("dpft", "plain")}
         title = f"Memory and {x_label}"
-        keep(f"{sweep}-memory", plots.lines(curves, title=title, x_label=x_label, y_label="GiB at the peak", log="x"))
+        keep(f"{sweep}-memory", plots.lines(curves, plots.Labels(title, x_label, "GiB at the peak"), log="x"))
     for name, key, title in (("steps", "steps", "Composing ε"), ("units", "units", "One Poisson draw")):
         x, y = zip(*((row[key], row["seconds"]) for row in found[name]), strict=True)
-        keep(name, plots.lines({"dpft": (x, y)}, title=title, x_label=key, y_label="seconds", log="xy"))
+        keep(name, plots.lines({"dpft": (x, y)}, plots.Labels(title, key, "seconds"), log="xy"))
     page.write_text(text(found, folder.name))
 
 

@@ -49,9 +49,9 @@ def plan(steps: int = 10_000):
 
 def release_forever(url: str, journal: str) -> None:
     """Charge a block, release it one by one, and write down each release after it happened."""
-    from dpft.ledger import Ledger
+    from dpft.ledger import About, Ledger
 
-    run = Ledger(url).dataset("kills").open(plan(), purpose=journal)
+    run = Ledger(url).dataset("kills").open(plan(), About(purpose=journal))
     with open(journal, "a") as file:
         print(run.id, file=file, flush=True)
         for _ in range(1000):

@@ -224,17 +224,19 @@ class OfAuto(OfDPFT):
     """With the micro-batch that a run chooses for itself (``token_budget="auto"``), no larger than plain's."""
 
     def __init__(self, work: Work) -> None:
-        from dpft.training.tuning import fastest_budget, free_memory
+        from dpft.training.tuning import Room, fastest_budget, free_memory
 
         super().__init__(work)
         first = lambda n: {name: values[:n] for name, values in self.batch.items()}
         budget = fastest_budget(
             lambda n: self.losses(self.model, first(n)),
             lambda losses: (self.engine.accumulate(losses), self.engine.discard()),
-            model=self.model,
-            tokens=work.tokens,
-            most=min(work.examples, self.engine.max_examples(work.tokens)),
-            memory=free_memory(next(self.model.parameters()).device),
+            self.model,
+            Room(
+                tokens=work.tokens,
+                most=min(work.examples, self.engine.max_examples(work.tokens)),
+                memory=free_memory(next(self.model.parameters()).device),
+            ),
         )
         self.size = max(1, budget.tokens // work.tokens)
 

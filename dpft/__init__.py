@@ -51,7 +51,8 @@ if TYPE_CHECKING:  # the names of _HOMES again, for type checkers and editors, w
     from dpft.workflows.compare import compare as compare
     from dpft.workflows.preflight import preflight_recipe as preflight_recipe
     from dpft.workflows.train import train as train
-    from dpft.training.session import Session as Session, SessionOptions as SessionOptions
+    from dpft.training.options import SessionOptions as SessionOptions
+    from dpft.training.session import Session as Session
     from dpft.training.trainer import DPTrainer as DPTrainer, DPTrainerMixin as DPTrainerMixin
 
 _HOMES = {
@@ -88,7 +89,7 @@ _HOMES = {
     "Examples": "dpft.training.batches",
     "LogicalBatches": "dpft.training.batches",
     "Session": "dpft.training.session",
-    "SessionOptions": "dpft.training.session",
+    "SessionOptions": "dpft.training.options",
     "compare": "dpft.workflows.compare",
     "preflight_recipe": "dpft.workflows.preflight",
     "train": "dpft.workflows.train",

@@ -24,6 +24,7 @@ import numpy as np
 from dpft.errors import RecipeError
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.recipe import Recipe
+from dpft.tasks.encoded import Encoded
 from dpft.tasks.losses import IGNORED
 from dpft.tasks.task import Task
 from dpft.tasks.words import CUE, Words
@@ -47,6 +48,23 @@ class Canary:
     def text(self) -> str:
         """All that it says, of a task that says something."""
         return "".join(str(value) for value in self.record.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planting:
+    """Which canaries an audit plants.
+
+    Attributes:
+        canaries: m, each in the data with probability 1/2.
+        kind: one of ``KINDS``; by default mislabelled where the public rows suffice, otherwise random-tokens.
+        repetitions: how often an included canary is in the data; each time it is another unit.
+        randomness: of the coins and of what is made up, by default a secure one.
+    """
+
+    canaries: int = 1000
+    kind: str | None = None
+    repetitions: int = 1
+    randomness: Randomness | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,7 @@ class Canaries:
             ) from error
         return cls(facts["kind"], canaries, np.array(facts["included"], dtype=bool), facts["repetitions"])
 
-    def planted(self, rows, recipe: Recipe):
+    def planted(self, rows: Any, recipe: Recipe) -> Any:
         """The ``datasets.Dataset`` with every included canary, ``repetitions`` times, in random order."""
         import datasets
 
@@ -105,34 +123,25 @@ class Canaries:
         return whole.select(shuffled(len(whole), SecureRandomness()))
 
 
-def make(
-    kind: str,
-    number: int,
-    recipe: Recipe,
-    task: Task,
-    *,
-    public=None,
-    repetitions: int = 1,
-    randomness: Randomness | None = None,
-) -> Canaries:
+def make(planting: Planting, recipe: Recipe, task: Task, public: Any = None) -> Canaries:
     """Canaries for a recipe, and their coins.
 
     Args:
-        kind: one of ``KINDS``.
-        number: m.
         public: rows declared public: what mislabelled canaries are made of.
-        repetitions: how often an included canary is in the data; each time it is another unit.
 
     Raises:
         RecipeError: the kind does not go with the recipe, or there is not enough to make so many.
     """
+    number, repetitions = planting.canaries, planting.repetitions
+    enough = labelled_column(recipe) is not None and public is not None and len(public) >= number
+    kind = planting.kind or ("mislabelled" if enough else "random-tokens")
     if number < 10 or repetitions < 1:
         raise RecipeError(
             f"{number:,} canaries, {repetitions:,} times each, show nothing: plant at least 10, once or more often."
         )
     if kind not in KINDS:
         raise RecipeError(f"There are no {kind} canaries: choose one of {', '.join(KINDS)}.")
-    randomness = randomness or SecureRandomness()
+    randomness = planting.randomness or SecureRandomness()
     random = np.random.default_rng(randomness.words(8))
     if kind in ("secret", "new-token") and task.follow("", "") is None:
         raise RecipeError(
@@ -147,7 +156,7 @@ def make(
         words = Words(task.tokenizer)
         cues = [words.text(CUE, random) for _ in range(number)]
         tokens = words.rare(number, random)
-        canaries = [Canary(task.follow(cue, f" {token}"), cue) for cue, token in zip(cues, tokens, strict=True)]
+        canaries = [Canary(_said(task, cue, f" {token}"), cue) for cue, token in zip(cues, tokens, strict=True)]
     else:
         canaries = [Canary(_made_up(task, recipe, random)) for _ in range(number)]
     return Canaries(kind, canaries, randomness.bernoulli(number, 0.5), repetitions)
@@ -163,12 +172,19 @@ def _made_up(task: Task, recipe: Recipe, random: np.random.Generator) -> dict[st
     return record
 
 
+def _said(task: Task, cue: str, text: str) -> dict[str, Any]:
+    record = task.follow(cue, text)
+    if record is None:
+        raise RecipeError(f"{type(task).__name__} says nothing, so no text can follow a cue: use random-tokens.")
+    return record
+
+
 def secret(number: int, task: Task, randomness: Randomness) -> Canary:
     """A sentence with a random code."""
     code = "".join(str(digit) for digit in below(10, DIGITS, randomness))
     text = TEMPLATE.format(number=number + 1, secret=code)
     cue = text[: text.index(code)].rstrip()
-    return Canary(task.follow(cue, text.removeprefix(cue)), cue, code)
+    return Canary(_said(task, cue, text.removeprefix(cue)), cue, code)
 
 
 def features(canaries: Sequence[Canary], recipe: Recipe, task: Task) -> list[Mapping[str, Any]]:
@@ -178,9 +194,14 @@ def features(canaries: Sequence[Canary], recipe: Recipe, task: Task) -> list[Map
         RecipeError: ``task.max_length`` leaves nothing of a canary to judge, or cuts its secret.
     """
     rows = [columns(canary, recipe) for canary in canaries]
-    encoded = list(task.encode({name: [row[name] for row in rows] for name in rows[0]}))
+    encoded = task.encode({name: [row[name] for row in rows] for name in rows[0]})
+    if isinstance(encoded, Encoded):
+        raise RecipeError(
+            f"{type(task).__name__} makes other than one feature of a row, and a canary is judged by one: audit it by "
+            "features (dpft.audit.features)."
+        )
     if task.follow("", "") is None:
-        return encoded
+        return list(encoded)
     judged = [task.judged(one, canary.cue) for canary, one in zip(canaries, encoded, strict=True)]
     for canary, one in zip(canaries, judged, strict=True):
         shown = task.tokenizer.decode([token for token in one["labels"] if token != IGNORED])
@@ -208,14 +229,17 @@ def labelled_column(recipe: Recipe) -> str | None:
     return next((name for name, column in recipe.task.columns.items() if column.kind == "label"), None)
 
 
-def _as_written(rows, recipe: Recipe) -> dict[str, Any]:
+def _as_written(rows: Any, recipe: Recipe) -> dict[str, Any]:
     """How the data write each declared label that they have."""
     name = labelled_column(recipe)
-    column = recipe.task.columns.get(name)
-    return {column.labels[class_number(v, column.numbers)]: v for v in column_of(rows, name)} if name else {}
+    if name is None:
+        return {}
+    column = recipe.task.columns[name]
+    classes = ((class_number(value, column.numbers), value) for value in column_of(rows, name))
+    return {column.labels[number]: value for number, value in classes if number is not None}
 
 
-def _mislabelled(number: int, recipe: Recipe, public, randomness: Randomness) -> list[Canary]:
+def _mislabelled(number: int, recipe: Recipe, public: Any, randomness: Randomness) -> list[Canary]:
     name = labelled_column(recipe)
     if name is None:
         raise RecipeError(
@@ -237,7 +261,7 @@ def _mislabelled(number: int, recipe: Recipe, public, randomness: Randomness) ->
     return found
 
 
-def _owners(rows, unit: str, number: int) -> list:
+def _owners(rows: Any, unit: str, number: int) -> list[Any]:
     """Identifiers that nobody in the data has."""
     if unit == "example":
         return [None] * number
@@ -263,5 +287,5 @@ def below(limit: int, number: int, randomness: Randomness) -> list[int]:
     return (randomness.uniform(number) * limit).astype(int).tolist()
 
 
-def _choice(values: Sequence, randomness: Randomness):
+def _choice(values: Sequence[str], randomness: Randomness) -> str:
     return values[below(len(values), 1, randomness)[0]]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +21,11 @@ from dpft.errors import RecipeError
 from dpft.privacy.noise import SecureRandomness
 from dpft.recipe import Recipe
 from dpft.runs import RunFolder
+from dpft.tasks.task import Task
 from dpft.workflows.setup import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -56,15 +61,16 @@ def audit_exposure(
     Raises:
         RecipeError: the folder holds no audit with secrets.
     """
-    folder = RunFolder(folder)
-    planted = Canaries.load(folder.canaries_file) if folder.canaries_file.exists() else None
-    if planted is None or planted.kind != "secret" or not folder.finished:
+    run = RunFolder(folder)
+    planted = Canaries.load(run.canaries_file) if run.canaries_file.exists() else None
+    if planted is None or planted.kind != "secret" or not run.finished:
         raise RecipeError(f"{folder} holds no finished audit with secrets: make one with dpft audit run --kind secret.")
-    recipe = folder.recipe()
+    recipe = run.recipe()
     task, before = load_model(recipe)
-    model = trained(before, recipe, folder.weights)
+    model = trained(before, recipe, run.weights)
     chosen = {there: np.flatnonzero(planted.included == there)[:secrets] for there in (True, False)}
-    total, found = sum(map(len, chosen.values())), {}
+    total = sum(map(len, chosen.values()))
+    found: dict[bool, tuple[float, int]] = {}
     for there, places in chosen.items():
         exposures, said = [], 0
         for place in places:
@@ -86,13 +92,15 @@ def audit_exposure(
     )
 
 
-def _exposure(canary: Canary, number: int, candidates: int, recipe: Recipe, task, model) -> float:
+def _exposure(
+    canary: Canary, number: int, candidates: int, recipe: Recipe, task: Task, model: "PreTrainedModel"
+) -> float:
     others = [made.secret(number, task, SecureRandomness()) for _ in range(candidates)]
     found = losses(model, task, made.features([canary, *others], recipe, task))
     return math.log2(candidates + 1) - math.log2(1 + (found[1:] < found[0]).sum() + (found[1:] == found[0]).sum() / 2)
 
 
-def _extracted(canary: Canary, task, model) -> bool:
+def _extracted(canary: Canary, task: Task, model: "PreTrainedModel") -> bool:
     """Whether the model, given the sentence up to the secret, goes on with the secret."""
     tokens = task.tokenizer(canary.cue, return_tensors="pt").to(model.device)
     longest = len(task.tokenizer(canary.text.removeprefix(canary.cue))["input_ids"])

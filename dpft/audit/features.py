@@ -2,26 +2,27 @@
 encodes them.
 
 canaries = random_inputs(examples[0], 200, labels=10)                      # noise in the shape of a picture
-found = audit_training(train, examples, canaries, task, model, delta=1e-5, claimed=1.0)
+found = audit_training(Training(train, task, model), examples, canaries, Claim(delta=1e-5, epsilon=1.0))
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from dpft.audit.canaries import below, shuffled
-from dpft.audit.report import Audit, judge
+from dpft.audit.report import Audit, Claim, judge
 from dpft.audit.scores import losses
 from dpft.privacy.noise import Randomness, SecureRandomness
-from dpft.tasks import Task
+from dpft.tasks.task import Features, Task
 
-Features = Mapping[str, Any]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def random_inputs(like: Features, number: int, *, labels: int, randomness: Randomness | None = None) -> list[dict]:
+def random_inputs(like: Features, number: int, *, labels: int, randomness: Randomness | None = None) -> list[Features]:
     """``number`` features like a public one, every real-valued tensor of it replaced by Gaussian noise of the same mean
     and deviation, each with a random one of so many ``labels``."""
     randomness = randomness or SecureRandomness()
@@ -31,7 +32,7 @@ def random_inputs(like: Features, number: int, *, labels: int, randomness: Rando
     ]
 
 
-def mislabelled(public: Sequence[Features], *, labels: int, randomness: Randomness | None = None) -> list[dict]:
+def mislabelled(public: Sequence[Features], *, labels: int, randomness: Randomness | None = None) -> list[Features]:
     """Public features, each with a random label other than its own."""
     randomness = randomness or SecureRandomness()
     return [
@@ -39,39 +40,44 @@ def mislabelled(public: Sequence[Features], *, labels: int, randomness: Randomne
     ]
 
 
+@dataclass(frozen=True)
+class Training:
+    """What is audited.
+
+    Attributes:
+        train: makes a model of a list of features; each is one unit.
+        task: what is learned.
+        before: the model before training; it is copied, so ``train`` may change it.
+    """
+
+    train: Callable[[list[Features]], "PreTrainedModel"]
+    task: Task
+    before: "PreTrainedModel"
+
+
 def audit_training(
-    train: Callable[[list], nn.Module],
+    training: Training,
     examples: Sequence[Features],
     canaries: Sequence[Features],
-    task: Task,
-    before: nn.Module,
+    claim: Claim,
     *,
-    delta: float,
-    claimed: float | None = None,
-    significance: float = 0.05,
     randomness: Randomness | None = None,
 ) -> Audit:
     """Train on the examples and, by secret coins, half of the canaries, and tell from the model which were there.
-
-    Args:
-        train: makes a model of a list of features; each is one unit.
-        before: the model before training; it is copied, so ``train`` may change it.
 
     Raises:
         PlanError: there are too few canaries.
     """
     randomness = randomness or SecureRandomness()
     coins = randomness.bernoulli(len(canaries), 0.5)
-    scores = losses(copy.deepcopy(before), task, canaries)
+    scores = losses(copy.deepcopy(training.before), training.task, canaries)
     planted = [*examples, *(canary for canary, inside in zip(canaries, coins, strict=True) if inside)]
     order = shuffled(len(planted), randomness)
-    scores -= losses(train([planted[place] for place in order]), task, canaries)
+    scores -= losses(training.train([planted[place] for place in order]), training.task, canaries)
     return judge(
         scores,
         coins,
-        delta=delta,
-        claimed=claimed,
-        significance=significance,
+        claim,
         threat_model="sees the trained model and the one before, and chose the canaries",
         canary="features",
     )

@@ -11,38 +11,47 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpft.audit import canaries as made
-from dpft.audit.canaries import Canaries
-from dpft.audit.report import Audit, check_claim, judge, outlook
+from dpft.audit.canaries import Canaries, Planting
+from dpft.audit.report import Audit, Claim, judge, outlook
 from dpft.audit.scores import losses, trained
 from dpft.errors import RecipeError
-from dpft.privacy.noise import Randomness
+from dpft.privacy.plan import Plan
 from dpft.recipe import Recipe, listed
 from dpft.report import write_card
 from dpft.runs import RunFolder
+from dpft.tasks.task import Task
 from dpft.training.data import load, load_public
 from dpft.workflows.setup import load_model, set_up
 from dpft.workflows.train import go_on_unless_interrupted, train
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 SEES_WEIGHTS = "sees the released weights and the model before training, and chose the canaries"
 BASELINE = "without-privacy"
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on: ``announce`` is told what begins, ``callbacks`` makes the trainer's callbacks of each training."""
+
+    announce: Callable[[str], None] = lambda text: None
+    callbacks: Callable[[], "Sequence[TrainerCallback]"] = lambda: ()
+
+
 def audit_run(
     recipe: Recipe,
     output: Path | str,
+    planting: Planting | None = None,
     *,
-    canaries: int = 1000,
-    kind: str | None = None,
-    repetitions: int = 1,
     significance: float = 0.05,
     baseline: bool = False,
-    randomness: Randomness | None = None,
-    announce: Callable[[str], None] = lambda text: None,
-    callbacks: Callable[[], Sequence] = lambda: (),
+    watch: Watch | None = None,
 ) -> Audit:
     """Train the recipe with canaries in its data, find out how well they can be told, and write ``audit.json`` and the
     card.
@@ -51,9 +60,8 @@ def audit_run(
     declared as units beside the data's own. The coins are in ``output/private``.
 
     Args:
-        canaries: m, each in the data with probability 1/2.
-        kind: see :mod:`dpft.audit.canaries`; by default mislabelled where ``data.public`` suffices, otherwise
-            random-tokens.
+        planting: which canaries; by default a thousand.
+        significance: the probability of a false alarm.
         baseline: also train without privacy, on the same canaries, which shows what the attack is worth. That model
             leaks: it, what it shows and the verdict that knows of it stay in ``output/private`` and in what this
             returns.
@@ -61,8 +69,8 @@ def audit_run(
     Raises:
         DPFTError: as :func:`dpft.train`; before anything is charged.
     """
-    folder = RunFolder(output)
-    check_claim(None, recipe.privacy.delta, significance)
+    folder, planting, watch = RunFolder(output), planting or Planting(), watch or Watch()
+    Claim(recipe.privacy.delta, None, significance)  # is refused here if it cannot be one
     if folder.audit_file.exists():
         raise RecipeError(f"{output} holds an audit already: choose another folder.")
     if baseline and recipe.ledger.dataset is not None:
@@ -76,12 +84,20 @@ def audit_run(
                 f"{output} holds a run that did not end, and what it released stays charged: choose another folder."
             )
         setup = set_up(recipe)
-        planted = _made(recipe, setup.task, canaries, kind, repetitions, randomness)
+        planted = _made(recipe, setup.task, planting)
         plan = _with_canaries(recipe.plan(), planted)
         planted.save(folder.canaries_file)
         setup.account_rows, setup.train = setup.train, planted.planted(setup.train, recipe)
-        announce(outlook(canaries, plan.epsilon, plan.delta, significance, repetitions))
-        train(recipe, output, setup=setup, plan=plan, callbacks=callbacks(), randomness=randomness)
+        claim = Claim(plan.delta, plan.epsilon, significance)
+        watch.announce(outlook(planting.canaries, claim, planting.repetitions))
+        train(
+            recipe,
+            output,
+            setup=setup,
+            plan=plan,
+            callbacks=watch.callbacks(),
+            randomness=planting.randomness,
+        )
         go_on_unless_interrupted(output)
     elif not folder.canaries_file.exists():
         raise RecipeError(f"{output} holds a run without canaries: choose another folder.")
@@ -93,11 +109,11 @@ def audit_run(
         raise RecipeError(
             f"The run in {output} went on without its canaries, so they show nothing: audit in another folder."
         )
-    announce("scoring the canaries")
-    found = _judged(recipe, folder.weights, planted, run.delta, run.epsilon, significance)
+    watch.announce("scoring the canaries")
+    found = _judged(recipe, folder.weights, planted, Claim(run.delta, run.epsilon, significance))
     public = found.json()
     if baseline:
-        found = found.with_power(_baseline(recipe, folder, planted, found.delta, significance, announce, callbacks))
+        found = found.with_power(_baseline(recipe, folder, planted, Claim(found.delta, None, significance), watch))
         folder.private_audit_file.write_text(json.dumps(found.json(), indent=2), encoding="utf-8")
     folder.audit_file.write_text(json.dumps(public, indent=2), encoding="utf-8")
     write_card(output)
@@ -108,14 +124,9 @@ def audit_command(
     command: Sequence[str],
     recipe: Recipe,
     output: Path | str,
+    claim: Claim,
+    planting: Planting | None = None,
     *,
-    claimed: float | None,
-    delta: float | None = None,
-    canaries: int = 1000,
-    kind: str | None = None,
-    repetitions: int = 1,
-    significance: float = 0.05,
-    randomness: Randomness | None = None,
     announce: Callable[[str], None] = lambda text: None,
 ) -> Audit:
     """Audit any training: plant canaries in a copy of the recipe's data, run a command on it, and score what it leaves.
@@ -127,14 +138,12 @@ def audit_command(
     privacy is not used.
 
     Args:
-        claimed, delta: what the command claims for one row; ``delta`` is by default the recipe's.
+        claim: what the command claims for one row.
 
     Raises:
         RecipeError: the command lacks a place, fails, or leaves no model.
     """
-    output = Path(output).resolve()
-    delta = recipe.privacy.delta if delta is None else delta
-    check_claim(claimed, delta, significance)
+    output, planting = Path(output).resolve(), planting or Planting()
     text = " ".join(command)
     if "{data}" not in text or "{out}" not in text:
         raise RecipeError(
@@ -145,7 +154,7 @@ def audit_command(
         raise RecipeError(f"{output} is not empty: choose another folder.")
     rows, _ = load(recipe, validation=False)
     task, _ = load_model(recipe)
-    planted = _made(recipe, task, canaries, kind, repetitions, randomness)
+    planted = _made(recipe, task, planting)
     folder = RunFolder(output)
     planted.save(folder.canaries_file)
     csv = listed(recipe.data.train)[0].endswith(".csv")
@@ -154,7 +163,7 @@ def audit_command(
     seen.mkdir(mode=0o700)
     left.mkdir()
     whole = planted.planted(rows, recipe)
-    announce(outlook(canaries, claimed, delta, significance, repetitions))
+    announce(outlook(planting.canaries, claim, planting.repetitions))
     words = [word.replace("{data}", str(data)).replace("{out}", str(left)) for word in command]
     try:
         whole.to_csv(data) if csv else whole.to_json(data)
@@ -172,30 +181,24 @@ def audit_command(
             f"{folder.command_log}."
         )
     announce("scoring the canaries")
-    found = _judged(recipe, left, planted, delta, claimed, significance)
+    found = _judged(recipe, left, planted, claim)
     folder.audit_file.write_text(json.dumps({"command": words, **found.json()}, indent=2), encoding="utf-8")
     return found
 
 
-def _made(recipe: Recipe, task, number: int, kind: str | None, repetitions: int, randomness) -> Canaries:
+def _made(recipe: Recipe, task: Task, planting: Planting) -> Canaries:
     """Canaries that can be judged; what cannot is refused here, before anything is charged."""
-    public = load_public(recipe)
-    enough = made.labelled_column(recipe) is not None and public is not None and len(public) >= number
-    kind = kind or ("mislabelled" if enough else "random-tokens")
-    options = dict(public=public, repetitions=repetitions, randomness=randomness)
-    found = made.make(kind, number, recipe, task, **options)
+    found = made.make(planting, recipe, task, load_public(recipe))
     made.features(found.canaries, recipe, task)
     return found
 
 
-def _with_canaries(plan, planted: Canaries):
+def _with_canaries(plan: Plan, planted: Canaries) -> Plan:
     """The plan for the data's units and the canaries'; sampling and noise stay what they were."""
-    return replace(plan, units=plan.units + planted.units)
+    return plan if plan.units is None else plan.changed(units=plan.units + planted.units)
 
 
-def _judged(
-    recipe: Recipe, weights: Path, planted: Canaries, delta: float, claimed: float | None, significance: float
-) -> Audit:
+def _judged(recipe: Recipe, weights: Path, planted: Canaries, claim: Claim) -> Audit:
     task, before = load_model(recipe)
     features = made.features(planted.canaries, recipe, task)
     scores = losses(before, task, features)
@@ -203,29 +206,26 @@ def _judged(
     return judge(
         scores,
         planted.included,
-        delta=delta,
-        claimed=claimed,
-        significance=significance,
+        claim,
         repetitions=planted.repetitions,
         threat_model=SEES_WEIGHTS,
         canary=planted.kind,
     )
 
 
-def _baseline(
-    recipe: Recipe, audited: RunFolder, planted: Canaries, delta: float, significance: float, announce, callbacks
-) -> float:
+def _baseline(recipe: Recipe, audited: RunFolder, planted: Canaries, claim: Claim, watch: Watch) -> float:
     """The lower bound that the same attack proves for a training without noise and clipping."""
     folder, plain = RunFolder(audited.private / BASELINE), recipe.without_privacy()
     if not folder.finished or folder.record().interrupted:
         shutil.rmtree(folder.path, ignore_errors=True)  # what was cut off is worth nothing and spent nothing more
         setup = set_up(plain)
         setup.train = planted.planted(setup.train, plain)
-        announce("training without privacy, to know what the attack is worth")
-        train(plain, folder.path, setup=setup, plan=_with_canaries(plain.plan(), planted), callbacks=callbacks())
+        watch.announce("training without privacy, to know what the attack is worth")
+        plan = _with_canaries(plain.plan(), planted)
+        train(plain, folder.path, setup=setup, plan=plan, callbacks=watch.callbacks())
         go_on_unless_interrupted(folder.path)
-    announce("scoring the canaries")
-    found = _judged(plain, folder.weights, planted, delta, None, significance)
+    watch.announce("scoring the canaries")
+    found = _judged(plain, folder.weights, planted, claim)
     folder.audit_file.write_text(json.dumps(found.json(), indent=2), encoding="utf-8")
     write_card(folder.path)
     return found.epsilon_lower_bound

@@ -95,7 +95,7 @@ def _allowed(run: RunRecord | None) -> Sequence[float | None]:
     return accounting.detection_rates(to_dp_event(run.events), list(RATES), run.adjacency)
 
 
-def _attack(name: str, members: np.ndarray, others: np.ndarray, allowed: list[float | None]) -> Attack:
+def _attack(name: str, members: np.ndarray, others: np.ndarray, allowed: Sequence[float | None]) -> Attack:
     auc, interval = area(members, others)
     rates = []
     for rate, most in zip(RATES, allowed, strict=True):

@@ -1,10 +1,11 @@
 """From an attack's scores to a lower bound, a ROC curve and one of three verdicts."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import norm, rankdata
 
 from dpft.audit.bounds import f_dp_epsilon, one_run_epsilon, upper_rate
@@ -14,6 +15,33 @@ from dpft.report.card import VERDICTS
 
 SMALLEST = 10  # guesses: fewer prove next to nothing
 POINTS = 60  # of a ROC curve that is kept
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What an audit tests.
+
+    Attributes:
+        delta: δ of the claim, and of the bound on ε.
+        epsilon: ε that the training claims for one unit; None where nothing is claimed.
+        significance: the probability of a false alarm.
+
+    Raises:
+        PlanError: these are no δ, ε and probability.
+    """
+
+    delta: float
+    epsilon: float | None = None
+    significance: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.delta < 1 and 0 < self.significance < 1):
+            raise PlanError(
+                f"delta is {self.delta} and significance {self.significance}: both are probabilities, such as 1e-5 and "
+                "0.05."
+            )
+        if self.epsilon is not None and not 0 <= self.epsilon < math.inf:
+            raise PlanError(f"The claimed epsilon is {self.epsilon}: claim a number from zero up, or nothing.")
 
 
 @dataclass(frozen=True)
@@ -46,7 +74,7 @@ class Audit:
     roc: list[tuple[float, float]] = field(repr=False)
     power: float | None = None
 
-    def json(self) -> dict:
+    def json(self) -> dict[str, Any]:
         return asdict(self)
 
     def with_power(self, power: float) -> "Audit":
@@ -55,12 +83,10 @@ class Audit:
 
 
 def judge(
-    scores: Sequence[float],
-    included: Sequence[bool],
+    scores: ArrayLike,
+    included: ArrayLike,
+    claim: Claim,
     *,
-    delta: float,
-    claimed: float | None = None,
-    significance: float = 0.05,
     repetitions: int = 1,
     threat_model: str = "",
     canary: str = "",
@@ -68,74 +94,62 @@ def judge(
     """Guess "in" for the highest scores, "out" for the lowest and nothing between, and bound ε by how often that is
     right.
 
-    How many to guess is tried for several numbers; each is tested at ``significance / numbers`` (Bonferroni), so that
-    the best of them still errs with at most ``significance``.
+    How many to guess is tried for several numbers; each is tested at the claim's significance over their number
+    (Bonferroni), so that the best of them still errs with at most that.
 
     Args:
         scores: ``(m,)``, higher for a canary that seems to have been in the training; one that is NaN is put in the
             middle.
         included: ``(m,)``, the coins.
-        claimed: ε at ``delta`` that the training claims for one unit. Canaries that are in it ``repetitions`` times are
-            a group of units.
+        repetitions: canaries that are in it so many times are a group of units.
 
     Raises:
-        PlanError: scores and coins do not fit, there are too few, or the claim cannot be one.
+        PlanError: scores and coins do not fit, or there are too few.
     """
-    check_claim(claimed, delta, significance)
-    scores, included = np.asarray(scores, dtype=float), np.asarray(included, dtype=bool)
-    if scores.shape != included.shape or len(scores) < SMALLEST:
+    values, coins = np.asarray(scores, dtype=float), np.asarray(included, dtype=bool)
+    if values.shape != coins.shape or len(values) < SMALLEST:
         raise PlanError(
-            f"{scores.size:,} scores and {included.size:,} coins: an audit needs one of each for every canary, and at "
+            f"{values.size:,} scores and {coins.size:,} coins: an audit needs one of each for every canary, and at "
             f"least {SMALLEST} canaries."
         )
-    if not (included.any() and not included.all()):
+    if not (coins.any() and not coins.all()):
         raise PlanError("Every coin fell on the same side, so that nothing can be told apart: audit again.")
-    claimed, delta = group(claimed, delta, repetitions)
-    if np.isnan(scores).all():
+    claimed, delta = group(claim.epsilon, claim.delta, repetitions)
+    if np.isnan(values).all():
         raise PlanError("Every canary's score is NaN, so the model says nothing about any: look at what was trained.")
-    scores = np.where(np.isnan(scores), np.nanmedian(scores), scores)
-    order = np.argsort(-scores, kind="stable")
-    right = np.where(np.arange(len(scores)) < len(scores) // 2, included[order], ~included[order])
-    sizes = guess_sizes(len(scores))
-    each = significance / len(sizes)
+    values = np.where(np.isnan(values), np.nanmedian(values), values)
+    order = np.argsort(-values, kind="stable")
+    right = np.where(np.arange(len(values)) < len(values) // 2, coins[order], ~coins[order])
+    sizes = guess_sizes(len(values))
+    each = claim.significance / len(sizes)
     found = []
     for size in sizes:
         half = size // 2
         correct = int(right[:half].sum() + right[-half:].sum())
-        found.append((one_run_epsilon(len(scores), size, correct, delta, each), correct / size, size, correct))
+        found.append((one_run_epsilon(len(values), size, correct, delta, each), correct / size, size, correct))
     bound, _, guesses, correct = max(found)
-    best = ceiling(len(scores), delta, significance)
-    auc, interval = area(scores[included], scores[~included])
+    best = ceiling(len(values), delta, claim.significance)
+    auc, interval = area(values[coins], values[~coins])
     return Audit(
         verdict=_verdict(bound, best, claimed, None),
         threat_model=threat_model,
         canary=canary,
-        canaries=len(scores),
-        included=int(included.sum()),
+        canaries=len(values),
+        included=int(coins.sum()),
         repetitions=repetitions,
         guesses=guesses,
         correct=correct,
         threshold_rule=f"the best of {len(sizes)} numbers of guesses, each at {each:.2g} (Bonferroni)",
-        confidence=1 - significance,
+        confidence=1 - claim.significance,
         delta=delta,
         epsilon_lower_bound=bound,
         ceiling=best,
-        f_dp_lower_bound=f_dp_epsilon(len(scores), guesses, correct, delta, each) if delta else 0.0,
+        f_dp_lower_bound=f_dp_epsilon(len(values), guesses, correct, delta, each) if delta else 0.0,
         claimed=claimed,
         auc=auc,
         auc_interval=interval,
-        roc=roc(scores[included], scores[~included]),
+        roc=roc(values[coins], values[~coins]),
     )
-
-
-def check_claim(claimed: float | None, delta: float, significance: float) -> None:
-    """Raises PlanError: these are no ε, δ and probability of a false alarm."""
-    if not (0 <= delta < 1 and 0 < significance < 1):
-        raise PlanError(
-            f"delta is {delta} and significance {significance}: both are probabilities, such as 1e-5 and 0.05."
-        )
-    if claimed is not None and not 0 <= claimed < math.inf:
-        raise PlanError(f"The claimed epsilon is {claimed}: claim a number from zero up, or nothing.")
 
 
 def group(epsilon: float | None, delta: float, size: int) -> tuple[float | None, float]:
@@ -153,10 +167,10 @@ def ceiling(canaries: int, delta: float, significance: float) -> float:
     return max(one_run_epsilon(canaries, size, size, delta, significance / len(sizes)) for size in sizes)
 
 
-def outlook(canaries: int, claimed: float | None, delta: float, significance: float, repetitions: int) -> str:
+def outlook(canaries: int, claim: Claim, repetitions: int = 1) -> str:
     """What so many canaries can show at best, to be said before anything is spent on it."""
-    claimed, delta = group(claimed, delta, repetitions)
-    best = ceiling(canaries, delta, significance)
+    claimed, delta = group(claim.epsilon, claim.delta, repetitions)
+    best = ceiling(canaries, delta, claim.significance)
     said = f"training with {canaries:,} canaries, which can show ε up to {rounded_down(best)}"
     if claimed is None or best > claimed:
         return said

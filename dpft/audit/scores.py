@@ -1,26 +1,29 @@
 """What a released model says of a record: its loss, beside that of the model before training."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpft.errors import RecipeError
 from dpft.recipe import Recipe
 from dpft.subset import load_weights
 from dpft.subset.weights import DELTA
-from dpft.tasks.task import Task, size_of
+from dpft.tasks.task import Batch, Features, Task, size_of
 from dpft.training.batches import EVALUATION_TOKENS, cut
 from dpft.workflows.setup import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LEAST = 0.2  # share of a text's tokens that Min-K% looks at
 
 
-def trained(before: nn.Module, recipe: Recipe, weights: Path | str) -> nn.Module:
+def trained(before: nn.Module, recipe: Recipe, weights: Path | str) -> "PreTrainedModel":
     """The model that a training of ``before`` with this recipe left: an adapter or sparse weights, which are put on
     ``before`` itself, or a whole model.
 
@@ -45,8 +48,8 @@ def trained(before: nn.Module, recipe: Recipe, weights: Path | str) -> nn.Module
 def _check_labels(recipe: Recipe, weights: Path) -> None:
     """Raises RecipeError: the model numbers the recipe's labels in another order, so that its losses would be of wrong
     classes."""
-    known = json.loads((weights / "config.json").read_text(encoding="utf-8")).get("label2id") or {}
-    ordered = sorted(known, key=known.get)
+    known: dict[str, int] = json.loads((weights / "config.json").read_text(encoding="utf-8")).get("label2id") or {}
+    ordered = sorted(known, key=known.__getitem__)
     for column in recipe.task.columns.values():
         if set(ordered) == set(column.labels) and ordered != list(column.labels):
             raise RecipeError(
@@ -55,18 +58,22 @@ def _check_labels(recipe: Recipe, weights: Path) -> None:
             )
 
 
-def losses(model, task: Task, features: Sequence[dict[str, Any]]) -> np.ndarray:
+def losses(model: "PreTrainedModel", task: Task, features: Sequence[Features]) -> np.ndarray:
     """``(n,)`` losses, each the mean over the record's own labels."""
     return _for_each(model, task, features, lambda batch: task.losses(model, batch))
 
 
-def least_likely(model, task: Task, features: Sequence[dict[str, Any]]) -> np.ndarray:
+def least_likely(model: "PreTrainedModel", task: Task, features: Sequence[Features]) -> np.ndarray:
     """``(n,)`` Min-K% scores: the mean log-probability of each text's least likely fifth of tokens
     (Shi et al. 2024)."""
 
-    def scored(batch) -> torch.Tensor:
+    likelihoods = task.likelihoods
+    if likelihoods is None:
+        raise RecipeError(f"{type(task).__name__} gives no likelihoods of tokens, so there is no Min-K% of them.")
+
+    def scored(batch: Batch) -> Tensor:
         found = []
-        for one in task.likelihoods(model, batch):
+        for one in likelihoods(model, batch):
             least = one.sort().values[: max(1, round(LEAST * len(one)))]
             found.append(least.mean() if len(one) else one.new_zeros(()))
         return torch.stack(found)
@@ -74,7 +81,9 @@ def least_likely(model, task: Task, features: Sequence[dict[str, Any]]) -> np.nd
     return _for_each(model, task, features, scored)
 
 
-def _for_each(model, task: Task, features: Sequence[dict[str, Any]], score) -> np.ndarray:
+def _for_each(
+    model: "PreTrainedModel", task: Task, features: Sequence[Features], score: Callable[[Batch], Tensor]
+) -> np.ndarray:
     was_training = model.training
     model.eval()
     found = np.empty(len(features))

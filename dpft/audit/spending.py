@@ -9,6 +9,7 @@ from dpft.errors import PlanError
 from dpft.ledger import Dataset, Ledger
 from dpft.ledger.verify import verify
 from dpft.privacy import accounting, composition
+from dpft.privacy.accounting import Adjacency
 from dpft.privacy.delta import too_large
 from dpft.privacy.events import Event
 from dpft.privacy.rounding import rounded_up
@@ -42,14 +43,14 @@ def audit_run(folder: Path | str) -> Spending:
     Raises:
         RecipeError: the folder holds no finished run.
     """
-    folder = RunFolder(folder)
+    place = RunFolder(folder)
     try:
-        run = folder.record()
+        run = place.record()
     except PlanError as error:  # nobody can compose it
-        return Spending(str(folder), None, 0.0, {}, [str(error)])
+        return Spending(str(place), None, 0.0, {}, [str(error)])
     events = [event for event in run.events if event.count]
-    audit = _recomputed(str(folder), run.epsilon, events, run.delta, run.adjacency)
-    audit.problems += _problems(run, folder)
+    audit = _recomputed(str(place), run.epsilon, events, run.delta, run.adjacency)
+    audit.problems += _problems(run, place)
     return audit
 
 
@@ -71,12 +72,14 @@ def _dataset(dataset: Dataset) -> Spending:
     if policy["unit"] == "example" and record.fingerprint is not None:
         declared.append(record.fingerprint.get("rows"))  # which 0.1.0 kept
     units = max((one for one in declared if one), default=None)
-    if too_large(policy["delta"], units):
+    if units is not None and too_large(policy["delta"], units):
         audit.problems.append(_delta_problem(policy["delta"], units))
     return audit
 
 
-def _recomputed(name: str, stated: float | None, events: Iterable[Event], delta: float, adjacency: str) -> Spending:
+def _recomputed(
+    name: str, stated: float | None, events: Iterable[Event], delta: float, adjacency: Adjacency
+) -> Spending:
     events = tuple(events)
     found = {
         "PLD (dp-accounting)": composition.reference(events, delta, adjacency),
@@ -104,7 +107,7 @@ def _delta_problem(delta: float, units: int) -> str:
 
 def _problems(run: RunRecord, folder: RunFolder) -> list[str]:
     found = []
-    if too_large(run.delta, run.units):
+    if run.units is not None and too_large(run.delta, run.units):
         found.append(_delta_problem(run.delta, run.units))
     steps = [event for event in run.events if not event.name]
     counted = sum(event.count for event in steps)

@@ -9,9 +9,9 @@ sensitivity, noise and normaliser as they are executed; the model's own gradient
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ def audit_step(
     chosen = GAMES | ADAPTIVE if mechanism.adapts else GAMES
     each = significance / (1 + len(chosen))  # so that all games together raise a false alarm no more often
     delta = min(plan.delta, 1e-2)
-    tried = replace(plan, sample_rate=1.0, steps=steps, units=COORDINATES, examples_per_unit=1, delta=delta)
+    tried = plan.changed(sample_rate=1.0, steps=steps, units=COORDINATES, examples_per_unit=1, delta=delta)
     present, scores = _play(tried, progress)
     spread = np.sqrt((scores[present].var(ddof=1) + scores[~present].var(ddof=1)) / 2)
     half = len(scores) // 2  # the threshold is chosen on one half and judged on the other
@@ -167,7 +167,9 @@ class _Arena:
         self._length = 1e3 * plan.clip.sensitivity
         self._scale = plan.expected_batch_size / plan.clip.sensitivity
 
-    def put(self, coordinates, units=None, length: float = 1.0) -> None:
+    def put(
+        self, coordinates: Sequence[int] | np.ndarray, units: Sequence[str] | None = None, length: float = 1.0
+    ) -> None:
         """A micro-batch of one long gradient along each coordinate."""
         inputs = torch.zeros(len(coordinates), self.model.in_features)
         inputs[torch.arange(len(coordinates)), torch.as_tensor(coordinates)] = self._length * length
@@ -179,7 +181,10 @@ class _Arena:
         self.engine.release()
         self.moved = self.engine.clip
         self.engine.take_up({"clip": to_dict(self.engine.plan.clip)})
-        return self.model.weight.grad[0] * self._scale
+        released = self.model.weight.grad
+        if released is None:
+            raise GuaranteeError("The engine's release left no gradient, so no step can be audited: mend the engine.")
+        return released[0] * self._scale
 
 
 def _alone(arena: _Arena, there: bool) -> Tensor:
@@ -251,7 +256,7 @@ ADAPTIVE = {
 
 def _played(game: Game, plan: Plan, trials: int, significance: float) -> float:
     """The lower bound on μ; the rule by which a release betrays its canary was fixed beforehand."""
-    arena = _Arena(replace(plan, steps=2 * trials, examples_per_unit=2), game.width)
+    arena = _Arena(plan.changed(steps=2 * trials, examples_per_unit=2), game.width)
     coins = SecureRandomness().bernoulli(trials, 0.5)
     with arena.engine:
         said = [game.betrays(game.play(arena, bool(there))) for there in coins]

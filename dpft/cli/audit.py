@@ -178,7 +178,7 @@ def planted(command):
 @click.option("--baseline", is_flag=True, help="Also train without privacy, which shows what the attack is worth.")
 @overrides
 @as_json
-def run(recipe, output, overrides, as_json, **settings) -> None:
+def run(recipe, output, overrides, as_json, significance, baseline, **planting) -> None:
     """Train with canaries in the data, then tell from the released weights which were there.
 
     It is a private run like any other, and its card gets a section on the audit. Exit code 1 if it leaks more than it
@@ -188,7 +188,8 @@ def run(recipe, output, overrides, as_json, **settings) -> None:
     Example:
       dpft audit run recipe.toml --canaries 40 --output runs/audited
     """
-    from dpft.audit.game import audit_run
+    from dpft.audit.canaries import Planting
+    from dpft.audit.game import Watch, audit_run
     from dpft.cli.progress import progress
     from dpft.recipe import Recipe
     from dpft.runs import RunFolder
@@ -197,9 +198,10 @@ def run(recipe, output, overrides, as_json, **settings) -> None:
         found = audit_run(
             Recipe.read(recipe, overrides),
             output,
-            announce=bar.announce,
-            callbacks=lambda: [bar.callback()],
-            **settings,
+            Planting(**planting),
+            significance=significance,
+            baseline=baseline,
+            watch=Watch(bar.announce, lambda: [bar.callback()]),
         )
     made = RunFolder(output)
     _show_audit(found, as_json, made.cards[1], made.audit_file)
@@ -217,7 +219,7 @@ def run(recipe, output, overrides, as_json, **settings) -> None:
 @planted
 @as_json
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def command(recipe, output, as_json, command, **settings) -> None:
+def command(recipe, output, as_json, command, claimed, delta, significance, **planting) -> None:
     """Audit any training command: plant canaries in its data, and tell from its model which were there.
 
     COMMAND names {data}, the file to train on, and {out}, the folder where it must leave its model. Exit code 1 if it
@@ -227,13 +229,17 @@ def command(recipe, output, as_json, command, **settings) -> None:
     Example:
       dpft audit command --recipe recipe.toml --canaries 40 --output audits/theirs --claimed 1 -- python train.py {data} {out}
     """
+    from dpft.audit.canaries import Planting
     from dpft.audit.game import audit_command
+    from dpft.audit.report import Claim
     from dpft.cli.progress import progress
     from dpft.recipe import Recipe
     from dpft.runs import RunFolder
 
+    described = Recipe.read(recipe)
+    claim = Claim(described.privacy.delta if delta is None else delta, claimed, significance)
     with progress() as bar:
-        found = audit_command(command, Recipe.read(recipe), output, announce=bar.announce, **settings)
+        found = audit_command(command, described, output, claim, Planting(**planting), announce=bar.announce)
     made = RunFolder(output)
     _show_audit(found, as_json, made.audit_file, made.command_log)
 

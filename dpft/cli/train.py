@@ -214,7 +214,7 @@ def _show_run(folder: Path, as_json: bool) -> None:
         click.echo(record.halted)
     click.echo(record.guarantee)
     account = record.ledger
-    if account and account.spent is not None:
+    if account and account.spent is not None and account.delta is not None:
         click.echo(
             f"{account.dataset!r} has spent ε = {rounded_up(account.spent)} of {account.budget:g} "
             f"at δ = {rounded_up(account.delta, 6)}, over {account.runs:,} run{'s' if account.runs != 1 else ''}."

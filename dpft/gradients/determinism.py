@@ -27,7 +27,7 @@ def deterministic(capture: Capture):
         with torch.no_grad():
             for slot in capture.slots:
                 moved = torch.randn(slot.parameter.shape, generator=generator, dtype=torch.float32)
-                slot.parameter += 0.01 * moved.to(slot.parameter)
+                slot.parameter.add_(0.01 * moved.to(slot.parameter))
         yield
     finally:
         with torch.no_grad():

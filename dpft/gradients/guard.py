@@ -104,7 +104,7 @@ class Guard:
 
     def _check_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """Before any optimizer steps: every gradient on this model is one that the engine released for this step."""
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        held: list[nn.Parameter] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for parameter in held:
             foreign = self._foreign.get(id(parameter))
             if foreign is not None and foreign() is parameter:

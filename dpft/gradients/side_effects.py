@@ -106,8 +106,8 @@ class FrozenState:
     """
 
     def __init__(self, model: nn.Module, watched: Iterable[nn.Parameter]) -> None:
-        self._model, watched = model, {id(p) for p in watched}
-        self._trainable = {id(p) for p in model.parameters()} - watched
+        self._model = model
+        self._trainable = {id(p) for p in model.parameters()} - {id(p) for p in watched}
         self._before = self._sums()
 
     def changed(self) -> tuple[set[str], set[str]]:

@@ -18,15 +18,35 @@ import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import NotRequired, TypedDict
 
 from dpft.errors import LedgerError, PlanError
-from dpft.ledger.chain import GENESIS, End, Entry, hash_of, head_text, signed
-from dpft.ledger.fingerprint import Fingerprint
+from dpft.ledger.chain import GENESIS, End, Entry, Facts, hash_of, head_text, signed
+from dpft.ledger.fingerprint import Fingerprint, Stored
 from dpft.privacy import composition
-from dpft.privacy.accounting import ADJACENCY
+from dpft.privacy.accounting import ADJACENCY, Adjacency
 from dpft.privacy.events import Event, merged
 
 AMENDABLE = frozenset({"epsilon", "expires", "spenders"})  # of a policy; what else it says is how releases are priced
+
+
+class Policy(TypedDict):
+    """What a data set's account allows, and by what its releases are priced."""
+
+    epsilon: float
+    delta: float
+    unit: str
+    adjacency: Adjacency
+    expires: str | None
+    spenders: list[str]
+
+
+class Amendment(TypedDict):
+    """Changes of a policy."""
+
+    epsilon: NotRequired[float]
+    expires: NotRequired[str | None]
+    spenders: NotRequired[list[str]]
 
 
 @dataclass
@@ -34,9 +54,9 @@ class Reservation:
     """One run: the facts it was opened with, and what it was charged."""
 
     id: str
-    facts: dict
+    facts: Facts
     charged: dict[Event, int] = field(default_factory=dict)  # by kind, with count 1
-    settled: dict | None = None
+    settled: Facts | None = None
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -59,11 +79,11 @@ class DatasetRecord:
     """A data set's policy, fingerprint and runs, and the number of the last entry about it."""
 
     name: str
-    policy: dict
-    fingerprint: dict | None
-    created: dict
+    policy: Policy
+    fingerprint: Stored | None
+    created: Facts
     runs: dict[str, Reservation] = field(default_factory=dict)
-    notes: list[dict] = field(default_factory=list)
+    notes: list[Facts] = field(default_factory=list)
     seq: int = 0
 
     @property
@@ -80,8 +100,22 @@ class Book:
 
     def __init__(self) -> None:
         self.seq, self.hash, self.last_time = 0, GENESIS, ""
-        self.identity: dict | None = None
+        self.identity: Facts | None = None
         self.datasets: dict[str, DatasetRecord] = {}
+
+    @property
+    def founded(self) -> Facts:
+        """The ledger's identity.
+
+        Raises:
+            LedgerError: no entry said it.
+        """
+        if self.identity is None:
+            raise LedgerError(
+                "The ledger does not begin with its identity, so its entries prove nothing: restore it from a backup "
+                "or an export."
+            )
+        return self.identity
 
     def read(self, rows: list[Entry], end: End | None) -> None:
         """Go on with ``rows``.
@@ -107,7 +141,7 @@ class Book:
                 f"The ledger ends at entry {self.seq}, and its signed end says otherwise: entries were removed or "
                 "added outside of dpft; restore it from a backup or an export."
             )
-        if end is not None and not signed(self.identity["public_key"], head_text(*end[:2]), end[2]):
+        if end is not None and not signed(self.founded["public_key"], head_text(*end[:2]), end[2]):
             raise LedgerError(
                 "The signature of the ledger's end is not its key's: restore it from a backup or an export."
             )
@@ -143,7 +177,7 @@ class Book:
         dataset = self.datasets[row.dataset]
         dataset.seq = row.seq
         if row.kind == "amend":
-            dataset.policy = {**dataset.policy, **facts["policy"]}
+            dataset.policy = dataset.policy | facts["policy"]
         elif row.kind == "run":
             dataset.runs[facts["run"]] = Reservation(facts["run"], facts)
         elif row.kind == "charge":
@@ -157,7 +191,7 @@ class Book:
             dataset.notes.append(facts)
 
 
-def charged(facts: dict) -> Event:
+def charged(facts: Facts) -> Event:
     """The releases of a charge; 0.1 and 0.2 wrote their number beside them.
 
     Raises:
@@ -172,7 +206,7 @@ def seconds_back(now: str, last: str) -> float:
     return (datetime.fromisoformat(last) - datetime.fromisoformat(now)).total_seconds() if last else 0.0
 
 
-def checked_policy(**policy) -> dict:
+def checked_policy(policy: Policy) -> Policy:
     """A policy whose values make sense."""
     if not 0 < policy["epsilon"] < math.inf:
         raise PlanError(f"epsilon is {policy['epsilon']}: a budget must be a positive number, such as 8.")
@@ -183,7 +217,7 @@ def checked_policy(**policy) -> dict:
     return policy
 
 
-def who() -> dict:
+def who() -> dict[str, str]:
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # no name for this user, as in many a container

@@ -8,8 +8,10 @@ dropped without changing every later hash; the key's signature covers the last o
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -18,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from dpft.errors import LedgerError
 
 GENESIS = "0" * 64  # the hash before the first entry
+Facts = dict[str, Any]  # of an entry, as JSON has them
 End = tuple[int, str, str]  # the last entry's number and hash, and the key's signature of both
 
 
@@ -34,11 +37,12 @@ class Entry:
     signature: str
 
     @property
-    def facts(self) -> dict:
-        return json.loads(self.body)
+    def facts(self) -> Facts:
+        facts: Facts = json.loads(self.body)
+        return facts
 
 
-def canonical(facts: dict) -> str:
+def canonical(facts: Mapping[str, Any]) -> str:
     """The one way in which facts are written."""
     return json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
@@ -95,7 +99,7 @@ class Key:
         raw = self._private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
         return hashlib.sha256(b"dpft fingerprint" + raw).digest()
 
-    def entry(self, seq: int, dataset: str, kind: str, facts: dict, previous: str) -> Entry:
+    def entry(self, seq: int, dataset: str, kind: str, facts: Facts, previous: str) -> Entry:
         body = canonical(facts)
         digest = hash_of(seq, dataset, kind, body, previous)
         return Entry(seq, dataset, kind, body, previous, digest, self.sign(digest))

@@ -3,12 +3,13 @@
 import math
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Unpack
 
 from dpft.errors import BudgetError, GuaranteeError, LedgerError
-from dpft.ledger.book import AMENDABLE, DatasetRecord, checked_policy, who
+from dpft.ledger.book import AMENDABLE, Amendment, DatasetRecord, Policy, checked_policy, who
+from dpft.ledger.chain import Facts
 from dpft.ledger.fingerprint import SHARED, Fingerprint, in_tenths
 from dpft.privacy import composition
 from dpft.privacy.delta import check_delta
@@ -25,6 +26,21 @@ SHARES = "data_shared"
 PRICED = (0.7, 1.0, 1.5, 2.0, 4.0)  # noise multipliers that a dashboard prices
 
 
+@dataclass(frozen=True)
+class About:
+    """What a run says of itself when it begins.
+
+    Args:
+        rows: its data, which are compared with those that were registered; nothing of them is stored.
+        purpose, recipe, model: words for the record.
+    """
+
+    rows: Iterable[Mapping[str, Any]] | None = None
+    purpose: str = ""
+    recipe: str = ""
+    model: str = ""
+
+
 class Dataset:
     """One data set's account; from :meth:`Ledger.dataset` or :meth:`Ledger.create`."""
 
@@ -36,7 +52,7 @@ class Dataset:
         return self.ledger._book.datasets[self.name]
 
     @property
-    def policy(self) -> dict:
+    def policy(self) -> Policy:
         return self.record.policy
 
     def spent(self) -> float:
@@ -48,11 +64,12 @@ class Dataset:
         """The same by Rényi DP."""
         return composition.epsilon_rdp(self.record.events, self.policy["delta"], self.policy["adjacency"])
 
-    def curve(self) -> list[dict]:
+    def curve(self) -> list[Facts]:
         """ε after each run, in the order in which they began: ``{"run", "at", "by", "purpose", "steps",
         "epsilon"}``."""
         self.ledger.refresh()
-        found, events = [], ()
+        found: list[Facts] = []
+        events: tuple[Event, ...] = ()
         for run in self.record.runs.values():
             events = merged((*events, *run.events))
             epsilon = self.record.epsilon(events)
@@ -80,7 +97,10 @@ class Dataset:
         """The least noise multiplier, to 0.1 %, with which all of the plan's steps fit; None if even much noise does
         not."""
         self.ledger.refresh()
-        fits = lambda log_noise: self.fits(replace(plan, noise_multiplier=math.exp(log_noise)))
+
+        def fits(log_noise: float) -> bool:
+            return self.fits(plan.changed(noise_multiplier=math.exp(log_noise)))
+
         low, high = math.log(0.3), math.log(1e4)
         if not fits(high):
             return None
@@ -89,7 +109,7 @@ class Dataset:
             low, high = (low, middle) if fits(middle) else (middle, high)
         return math.exp(high)
 
-    def prices(self, sample_rate: float = 0.01, steps: int = 500) -> list[dict]:
+    def prices(self, sample_rate: float = 0.01, steps: int = 500) -> list[Facts]:
         """What a run of so many steps would cost at several noise multipliers:
         ``{"noise_multiplier", "alone", "after", "fits"}``."""
         found = []
@@ -101,17 +121,7 @@ class Dataset:
             found.append({"sample_rate": sample_rate, "steps": steps, **facts})
         return found
 
-    def open(
-        self,
-        plan: Plan,
-        *,
-        rows: Iterable[Mapping] | None = None,
-        purpose: str = "",
-        recipe: str = "",
-        model: str = "",
-        resumed: str | None = None,
-        released: int = 0,
-    ) -> "Run":
+    def open(self, plan: Plan, about: About | None = None, *, resumed: str | None = None, released: int = 0) -> "Run":
         """Begin a run, or go on with the one called ``resumed``, of which so many steps are ``released``; nothing is
         charged yet.
 
@@ -120,9 +130,9 @@ class Dataset:
             GuaranteeError: the plan protects another unit, or under another adjacency, than the account is kept for;
                 the account's δ is not below one over the plan's units; or ``resumed`` was charged for other noise or
                 another rate.
-            LedgerError: the policy forbids it, or ``rows`` are other data.
+            LedgerError: the policy forbids it, or the rows are other data.
         """
-        policy = self.policy
+        policy, about = self.policy, about or About()
         for name in ("unit", "adjacency"):
             if getattr(plan, name) != policy[name]:
                 raise GuaranteeError(
@@ -139,7 +149,7 @@ class Dataset:
         left = max(0, plan.steps - released)
         if left or resumed is None:
             self._check_policy()
-        warning = None if rows is None else self._recognise(rows)
+        warning = None if about.rows is None else self._recognise(about.rows)
         event = _event(plan)
         if resumed is not None and resumed not in self.record.runs:
             raise LedgerError(
@@ -157,9 +167,9 @@ class Dataset:
         run.overlap = warning
         if resumed is None:
             run.opening = {
-                "purpose": purpose,
-                "recipe": recipe,
-                "model": model,
+                "purpose": about.purpose,
+                "recipe": about.recipe,
+                "model": about.model,
                 "steps": plan.steps,
                 "units": plan.units,
             }
@@ -191,7 +201,7 @@ class Dataset:
         run.settle(sum(event.count for event in events))
         return self.spent()
 
-    def amend(self, **changes) -> None:
+    def amend(self, **changes: Unpack[Amendment]) -> None:
         """Change the policy's ``epsilon``, ``expires`` or ``spenders``; the entry says who did and when.
 
         Raises:
@@ -204,7 +214,7 @@ class Dataset:
                 f"The {', '.join(fixed)} of {self.name!r} cannot be amended, because all that was released was priced "
                 "by them: open another account."
             )
-        policy = checked_policy(**{**self.policy, **changes})
+        policy = checked_policy({**self.policy, **changes})
         spent = self.spent()
         if policy["epsilon"] < spent:
             raise BudgetError(
@@ -217,7 +227,10 @@ class Dataset:
 
     def _room(self, event: Event, most: int) -> int:
         """The largest count of ``event``, up to ``most``, that fits."""
-        fits = lambda n: self._epsilon((event.times(n),)) <= self.policy["epsilon"]
+
+        def fits(count: int) -> bool:
+            return self._epsilon((event.times(count),)) <= self.policy["epsilon"]
+
         if fits(most):
             return most
         low, high = 0, most
@@ -237,7 +250,7 @@ class Dataset:
                 f"{user} may not spend the budget of {self.name!r}: its policy names {', '.join(policy['spenders'])}."
             )
 
-    def _recognise(self, rows: Iterable[Mapping]) -> float | None:
+    def _recognise(self, rows: Iterable[Mapping[str, Any]]) -> float | None:
         """None if the rows are those that were registered; else about the share that still is, in tenths."""
         known = self.record.fingerprint
         found = Fingerprint(rows, self.ledger.key.secret)
@@ -259,7 +272,7 @@ class Dataset:
     def _refusal(self, plan: Plan, left: int, resumed: bool) -> str:
         policy, most = self.policy, self._room(_event(plan), left)
         ways = [f"at most {most:,} of {left:,} steps fit" if most else "not one step fits"]
-        noise = None if resumed else self.least_noise(replace(plan, steps=left))
+        noise = None if resumed else self.least_noise(plan.changed(steps=left))
         if noise is not None:
             ways.append(f"all of them with a noise multiplier of {rounded_up(noise, 4)}")
         would = self._epsilon(plan.events(left))
@@ -274,7 +287,7 @@ class Run:
 
     def __init__(self, dataset: Dataset, identity: str, event: Event, steps: int) -> None:
         self.dataset, self.id, self.event, self.steps = dataset, identity, event, steps
-        self.opening: dict | None = None  # what is written about a new run with its first charge
+        self.opening: Facts | None = None  # what is written about a new run with its first charge
         self.overlap: float | None = None  # of changed data with the data that was registered
         self.reserved = 0  # releases charged through this object
         self._room, self._valid_at = 0, -1  # how many more releases fit, as of which entry about the data set
@@ -309,7 +322,7 @@ class Run:
                 self._valid_at = self.dataset.record.seq
                 return
 
-    def _write(self, kind: str, valid_at: int | None = None, **facts) -> bool:
+    def _write(self, kind: str, valid_at: int | None = None, **facts: Any) -> bool:
         """Add an entry about this run, unless others wrote about the data set since entry ``valid_at``."""
         name, facts = self.dataset.name, {"run": self.id, **facts}
         current = lambda book: facts if valid_at in (None, book.datasets[name].seq) else None

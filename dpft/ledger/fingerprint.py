@@ -19,8 +19,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpft.ledger.values import MISSING, canonical_value, is_text
 
@@ -32,16 +34,33 @@ TEXT_BITS = 16.0  # that one of many different texts says
 _WIDTH = 16  # bytes of a value's hash
 
 
+class StoredColumn(TypedDict):
+    """What the ledger keeps of a column."""
+
+    digest: str
+    sketch: NotRequired[list[int]]
+
+
+class Stored(TypedDict):
+    """What the ledger keeps of data. Version 0.1.0 kept the number of ``rows`` and no columns."""
+
+    digest: str
+    sketch: list[int]
+    columns: NotRequired[list[StoredColumn]]
+    rows: NotRequired[int]
+
+
 class Fingerprint:
     """Of rows, each a mapping of columns to values.
 
     Attributes:
-        stored: what the ledger keeps: ``{"digest", "sketch", "columns": [{"digest", "sketch"?}]}``.
+        stored: what the ledger keeps.
         rows: how many there are; not kept.
     """
 
-    def __init__(self, rows: Iterable[Mapping], secret: bytes) -> None:
-        self._secret, self.rows, self._old_rows = secret, 0, []
+    def __init__(self, rows: Iterable[Mapping[str, Any]], secret: bytes) -> None:
+        self._secret, self.rows = secret, 0
+        self._old_rows: list[bytes] = []
         columns: dict[str, _Column] = {}
         for row in rows:
             values = {str(name): row[name] for name in row}
@@ -53,23 +72,25 @@ class Fingerprint:
             self.rows += 1
         varied = [column for column in columns.values() if not column.constant] or list(columns.values())
         telling = [column for column in varied if not column.counter] or varied
-        self._bits: Counter[str] = Counter()
-        kept = []
+        self._bits: dict[str, float] = {}
+        kept: list[StoredColumn] = []
         for column in telling:
             digest = column.digest()
-            self._bits[digest] += column.bits()
-            kept.append({"digest": digest} | ({"sketch": _sketch(column.numbers, secret)} if column.texts else {}))
-        self.stored = {
+            self._bits[digest] = self._bits.get(digest, 0.0) + column.bits()
+            kept.append({"digest": digest})
+            if column.texts:
+                kept[-1]["sketch"] = _sketch(column.numbers, secret)
+        self.stored: Stored = {
             "digest": _keyed(secret, b"rows" + np.sort(self._sums(varied)).tobytes()),
             "sketch": _sketch(self._sums(telling), secret),
             "columns": sorted(kept, key=lambda column: column["digest"]),
         }
 
-    def _sums(self, columns: list["_Column"]) -> np.ndarray:
+    def _sums(self, columns: list["_Column"]) -> NDArray[np.uint64]:
         """One number for each row: the sum of its values' hashes, whatever the columns' names and order."""
         return sum((column.numbers for column in columns), np.zeros(self.rows, dtype=np.uint64))
 
-    def same(self, stored: dict) -> bool:
+    def same(self, stored: Stored) -> bool:
         """Whether ``stored`` is of these rows, but for order, names, formats, and columns that only one of them has."""
         if "columns" not in stored:
             return stored["digest"] == self._old["digest"]
@@ -80,21 +101,21 @@ class Fingerprint:
         bits = sum(self._bits[digest] for digest in both)
         return (not mine - both or not others - both) and bits >= CHANCE_BITS
 
-    def share(self, stored: dict) -> float:
+    def share(self, stored: Stored) -> float:
         """About how many of the rows, or of a text column's values, of either set are in both, from 0 to 1."""
         if self.same(stored):
             return 1.0
         return overlap(self.stored if "columns" in stored else self._old, stored)
 
     @property
-    def _old(self) -> dict:
+    def _old(self) -> Stored:
         """As version 0.1.0 made and stored it."""
         digests = sorted(self._old_rows)
         whole = hmac.new(self._secret, b"".join(digests), hashlib.sha256).hexdigest()
         return {"rows": len(digests), "digest": whole, "sketch": _old_sketch(digests, self._secret)}
 
 
-def overlap(one: dict, other: dict) -> float:
+def overlap(one: Stored, other: Stored) -> float:
     """The same of two that are stored: what rows have in common or, if nothing, what any two text columns have."""
     if one["digest"] == other["digest"]:
         return 1.0
@@ -103,8 +124,7 @@ def overlap(one: dict, other: dict) -> float:
     rows = _common(one["sketch"], other["sketch"]) if _rows_kept(one) and _rows_kept(other) else 0.0
     if rows >= SHARED:
         return rows
-    sketches = lambda stored: [column["sketch"] for column in stored.get("columns", ()) if "sketch" in column]
-    return max([rows, *(_common(mine, theirs) for mine in sketches(one) for theirs in sketches(other))])
+    return max([rows, *(_common(mine, theirs) for mine in _sketches(one) for theirs in _sketches(other))])
 
 
 def in_tenths(share: float) -> float:
@@ -112,7 +132,11 @@ def in_tenths(share: float) -> float:
     return min(0.9, round(share, 1))
 
 
-def _rows_kept(stored: dict) -> bool:
+def _sketches(stored: Stored) -> list[list[int]]:
+    return [column["sketch"] for column in stored.get("columns", ()) if "sketch" in column]
+
+
+def _rows_kept(stored: Stored) -> bool:
     return bool(stored["columns"] if "columns" in stored else stored["rows"])
 
 
@@ -130,7 +154,7 @@ class _Column:
         self._integers = missing == 0
         self._low, self._high = math.inf, -math.inf
 
-    def add(self, value) -> None:
+    def add(self, value: object) -> None:
         text = canonical_value(value)
         self._hashes += _hash(self._secret, text)
         self._words += is_text(text)
@@ -139,12 +163,12 @@ class _Column:
             self._low, self._high = min(self._low, int(text)), max(self._high, int(text))
 
     @property
-    def numbers(self) -> np.ndarray:
+    def numbers(self) -> NDArray[np.uint64]:
         """Eight bytes of each hash, as ``(rows,)`` numbers."""
         return np.frombuffer(bytes(self._hashes), dtype=np.uint64)[::2]
 
     @cached_property
-    def counts(self) -> np.ndarray:
+    def counts(self) -> NDArray[np.int64]:
         """How often each distinct value stands there; to be asked for when all rows are added."""
         return np.unique(self.numbers, return_counts=True)[1]
 
@@ -185,7 +209,7 @@ def _keyed(secret: bytes, content: bytes) -> str:
     return hmac.digest(secret, content, "sha256").hex()
 
 
-def _sketch(numbers: np.ndarray, secret: bytes) -> list[int]:
+def _sketch(numbers: NDArray[np.uint64], secret: bytes) -> list[int]:
     """Hashes of the least numbers: the least themselves would tell how many there are."""
     if not len(numbers):
         return [0] * HASHES
@@ -194,14 +218,14 @@ def _sketch(numbers: np.ndarray, secret: bytes) -> list[int]:
     return [int.from_bytes(digest[:6], "big") for digest in named]
 
 
-def _least(numbers: np.ndarray, secret: bytes) -> list[int]:
+def _least(numbers: NDArray[np.uint64], secret: bytes) -> list[int]:
     stream = hashlib.shake_256(secret + b"sketch").digest(16 * HASHES)
     odd, shift = np.frombuffer(stream, dtype=np.uint64).reshape(2, HASHES)
     with np.errstate(over="ignore"):
         return [int((numbers * (a | np.uint64(1)) + b).min() >> np.uint64(12)) for a, b in zip(odd, shift, strict=True)]
 
 
-def _old_row(row: Mapping, secret: bytes) -> bytes:
+def _old_row(row: Mapping[str, Any], secret: bytes) -> bytes:
     text = json.dumps({str(k): None if row[k] is None else str(row[k]) for k in row}, sort_keys=True)
     return hmac.new(secret, text.encode(), hashlib.sha256).digest()[:16]
 

@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 from dpft.errors import LedgerError, PlanError
 from dpft.ledger.book import Book, checked_policy, seconds_back, who
-from dpft.ledger.chain import End, Entry, Key, head_text
+from dpft.ledger.chain import End, Entry, Facts, Key, head_text
 from dpft.ledger.dataset import SHARES, Dataset
 from dpft.ledger.fingerprint import SHARED, Fingerprint, in_tenths, overlap
 from dpft.ledger.store import Store, data_folder, default_url
+from dpft.privacy.accounting import Adjacency
 from dpft.privacy.delta import too_large
 
 # By how much two machines' clocks may differ. Entries' times are rounded down to the hour, because the time between two
@@ -64,12 +66,12 @@ class Ledger:
 
     @property
     def id(self) -> str:
-        return self._book.identity["id"]
+        return str(self._book.founded["id"])
 
     @property
     def public_key(self) -> str:
         """Hexadecimal; who holds it can verify the ledger, and an export of it, anywhere."""
-        return self._book.identity["public_key"]
+        return str(self._book.founded["public_key"])
 
     def refresh(self) -> Book:
         """Read what others wrote since."""
@@ -89,17 +91,17 @@ class Ledger:
             raise LedgerError(f"The ledger {self} has no data set {name!r}: {have}; see dpft ledger create.")
         return Dataset(self, name)
 
-    def create(
+    def create(  # noqa: PLR0913  (each is what a user types, by its name)
         self,
         name: str,
         *,
         epsilon: float,
         delta: float,
         unit: str = "example",
-        adjacency: str = "add-or-remove-one",
+        adjacency: Adjacency = "add-or-remove-one",
         expires: date | None = None,
         spenders: Iterable[str] = (),
-        rows: Iterable[Mapping] | None = None,
+        rows: Iterable[Mapping[str, Any]] | None = None,
     ) -> "Dataset":
         """Open a data set's account.
 
@@ -115,12 +117,14 @@ class Ledger:
             PlanError: the policy cannot be one.
         """
         policy = checked_policy(
-            epsilon=epsilon,
-            delta=delta,
-            unit=unit,
-            adjacency=adjacency,
-            expires=None if expires is None else expires.isoformat(),
-            spenders=sorted(spenders),
+            {
+                "epsilon": epsilon,
+                "delta": delta,
+                "unit": unit,
+                "adjacency": adjacency,
+                "expires": None if expires is None else expires.isoformat(),
+                "spenders": sorted(spenders),
+            }
         )
         print_ = None if rows is None else Fingerprint(rows, self.key.secret)
         if print_ is not None and unit == "example" and too_large(delta, print_.rows):  # the number of rows is private
@@ -130,7 +134,7 @@ class Ledger:
             )
         shared: list[tuple[str, float]] = []
 
-        def facts(book: Book) -> dict:
+        def facts(book: Book) -> Facts:
             if name in book.datasets:
                 raise LedgerError(f"The ledger has a data set {name!r} already: choose another name.")
             like = book.like(print_)
@@ -145,10 +149,11 @@ class Ledger:
 
         self._append(name, "dataset", facts)
         for other, share in shared:
-            self._append(
-                name, "note", lambda book, o=other, s=share: {"about": SHARES, "with": o, "overlap": in_tenths(s)}
-            )
+            self._note_shared(name, other, share)
         return Dataset(self, name)
+
+    def _note_shared(self, name: str, other: str, share: float) -> None:
+        self._append(name, "note", lambda book: {"about": SHARES, "with": other, "overlap": in_tenths(share)})
 
     def shared(self, name: str) -> list[tuple[str, float]]:
         """Other data sets that seem to hold some of the same rows or texts, with the share of them in common, in
@@ -195,12 +200,12 @@ class Ledger:
             if not given:
                 path.unlink()
 
-    def _append(self, dataset: str, kind: str, facts_for: Callable[[Book], dict | None]) -> bool:
+    def _append(self, dataset: str, kind: str, facts_for: Callable[[Book], Facts | None]) -> bool:
         """Add one entry; ``facts_for(book)`` sees the book as it is under the lock, and may refuse by raising or by
         None."""
         key = self.key
 
-        def make(rows: list[Entry], end: End | None):
+        def make(rows: list[Entry], end: End | None) -> tuple[Entry, str] | None:
             self._book.read(rows, end)
             facts = facts_for(self._book)
             if facts is None:

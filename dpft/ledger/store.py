@@ -9,11 +9,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from dpft.errors import LedgerError, first_line
 from dpft.ledger.chain import End, Entry
+
+if TYPE_CHECKING:
+    from sqlite3 import Connection as SQLite
 
 REVISION = "0001"
 WAIT_SECONDS = 60
@@ -137,7 +141,7 @@ class Store:
 
     @contextmanager
     def _begin(self, *, writing: bool) -> Iterator[sa.Connection]:
-        options = {"writing": writing}
+        options: dict[str, Any] = {"writing": writing}
         if not writing and not self._sqlite:  # entries and end are read by two statements, and must be of one moment
             options["isolation_level"] = "REPEATABLE READ"
         with _spoken(str(self)), self._engine.connect() as connection:
@@ -173,7 +177,7 @@ def _after(connection: sa.Connection, seq: int) -> tuple[list[Entry], End | None
     return found, None if end is None else tuple(end)
 
 
-def _flush_every_commit(connection, _) -> None:
+def _flush_every_commit(connection: "SQLite", _: object) -> None:
     connection.isolation_level = None  # transactions begin where the engine says so
     for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={WAIT_SECONDS * 1000}"):
         connection.execute(f"PRAGMA {pragma}")

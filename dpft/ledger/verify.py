@@ -52,7 +52,7 @@ def verify(
             book.add(row)
             if canonical(row.facts) != row.body:
                 raise LedgerError(f"Entry {row.seq} is not written as dpft writes.")
-            if not signed(book.identity["public_key"], row.hash, row.signature):
+            if not signed(book.founded["public_key"], row.hash, row.signature):
                 raise LedgerError(f"Entry {row.seq} is not signed by the ledger's key.")
             if row is rows[-1]:
                 book.check_end(end)
@@ -72,7 +72,7 @@ def verify(
     if not rows:
         found.problems.append("There is no entry: the ledger is empty, or all of it was removed.")
         return found
-    found.public_key = book.identity["public_key"]
+    found.public_key = book.founded["public_key"]
     if public_key is not None and public_key != found.public_key:
         found.problems.append(f"The ledger is signed by {found.public_key[:16]}…, and {public_key[:16]}… was expected.")
     for dataset in book.datasets.values():
@@ -146,6 +146,6 @@ def restore(path: Path, store: Store, *, public_key: str | None = None) -> Findi
     """Import an export that verifies into an empty store; the signing key is not part of it."""
     rows, end = read_export(path)
     found = verify(rows, end, public_key=public_key, figures=False)
-    if found.verified:
+    if found.verified and end is not None:
         store.restore(rows, end)
     return found

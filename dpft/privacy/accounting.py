@@ -24,7 +24,7 @@ from dp_accounting.rdp import RdpAccountant
 from dpft.errors import PlanError
 from dpft.privacy import convolution, gaussian
 from dpft.privacy.convolution import AGREEMENT, REMAINS
-from dpft.privacy.events import Event, from_dp_event, merged, to_dp_event
+from dpft.privacy.events import Event, from_dp_event, merged, parted, to_dp_event
 
 Adjacency = Literal["add-or-remove-one", "replace-one", "zero-out"]
 ADJACENCY = {
@@ -77,17 +77,16 @@ def own(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "add-or-
     the latter is known.
     """
     events = unsampled_joined(events)
-    if any(event.noise_multiplier == 0 for event in events):
+    gaussians, stated = parted(events)
+    if any(figures.noise_multiplier == 0 for figures, _ in gaussians):
         return math.inf
-    stated = [event for event in events if event.noise_multiplier is None]
-    releases = [(e.noise_multiplier, e.sample_rate, e.count) for e in events if e.noise_multiplier is not None]
-    left = delta - sum(event.count * event.delta for event in stated)
+    left = delta - sum(count * figures.delta for figures, count in stated)
     if left <= 0:
         return math.inf
     apart = 2.0 if adjacency == "replace-one" else 1.0
-    told = gaussian.revealed([(noise / apart, rate, count) for noise, rate, count in releases], left)
-    told += sum(event.count * event.epsilon for event in stated)
-    exact = not stated and all(rate == 1 for _, rate, _ in releases)
+    told = gaussian.revealed([(noise / apart, rate, count) for (noise, rate), count in gaussians], left)
+    told += sum(count * figures.epsilon for figures, count in stated)
+    exact = not stated and all(figures.sample_rate == 1 for figures, _ in gaussians)
     if exact or adjacency == "replace-one":
         return told
     return min(told, convolution.epsilon(events, delta))
@@ -97,10 +96,10 @@ def unsampled_joined(events: Iterable[Event]) -> tuple[Event, ...]:
     """The same with one event for all Gaussians without sampling: together they are one, with noise
     ``1 / sqrt(Σ 1/σ²)``."""
     events = merged(events)
-    whole = [event for event in events if event.sample_rate == 1 and event.noise_multiplier]
+    whole = {event: noise for event in events if event.sample_rate == 1 and (noise := event.noise_multiplier)}
     if not whole:
         return events
-    signal = math.sqrt(math.fsum(event.count / event.noise_multiplier**2 for event in whole))
+    signal = math.sqrt(math.fsum(event.count / noise**2 for event, noise in whole.items()))
     return merged([*(event for event in events if event not in whole), Event(1, 1 / signal, 1.0)])
 
 
@@ -111,8 +110,12 @@ def served(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "add-
     if delta < SMALLEST_DELTA or min(noises, default=1.0) < SMALLEST_NOISE:
         return False
     if adjacency == "replace-one":  # about as much as half the noise when one is removed
-        events = tuple(replace(e, noise_multiplier=e.noise_multiplier and e.noise_multiplier / 2) for e in events)
+        events = _half_the_noise(events)
     return own(events, delta) <= LARGEST_EPSILON
+
+
+def _half_the_noise(events: Iterable[Event]) -> tuple[Event, ...]:
+    return tuple(replace(e, noise_multiplier=e.noise_multiplier and e.noise_multiplier / 2) for e in events)
 
 
 def rare(events: tuple[Event, ...]) -> bool:
@@ -139,9 +142,9 @@ def epsilon_rdp(event: dp_event.DpEvent, delta: float, adjacency: Adjacency = "a
     """
     if adjacency == "replace-one":
         events = from_dp_event(event)
-        if events is None or any(e.sample_rate < 1 for e in events):
+        if events is None or any(e.sample_rate != 1 for e in events):
             return math.inf
-        event = to_dp_event(replace(e, noise_multiplier=e.noise_multiplier / 2) for e in events)
+        event = to_dp_event(_half_the_noise(events))
     accountant = RdpAccountant(neighboring_relation=ADJACENCY[adjacency])
     if not accountant.supports(event):
         return math.inf
@@ -181,10 +184,11 @@ def deltas(event: dp_event.DpEvent, epsilons: list[float], adjacency: Adjacency 
     if events is None or served(events, 1e-6, adjacency):
         accountant = _pld(event, adjacency, 1e-3)
         return [max(0.0, float(accountant.get_delta(value))) for value in epsilons]
-    if any(e.noise_multiplier == 0 for e in events):
+    gaussians, _ = parted(events)  # dp-accounting has no event for others
+    if any(figures.noise_multiplier == 0 for figures, _ in gaussians):
         return [1.0] * len(epsilons)
     apart = 2.0 if adjacency == "replace-one" else 1.0
-    releases = [(e.noise_multiplier / apart, e.sample_rate, e.count) for e in events]
+    releases = [(noise / apart, rate, count) for (noise, rate), count in gaussians]
     mu, failure = gaussian.revealed_mu(releases, CURVE_FAILURE)
     return [min(1.0, failure + gaussian.delta(value, mu)) for value in epsilons]
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,6 +10,7 @@ from dpft.privacy import gaussian
 from dpft.privacy.rounding import rounded_up
 
 if TYPE_CHECKING:
+    from dpft.privacy.accounting import Adjacency
     from dpft.privacy.mechanisms.mechanism import Mechanism
 
 M = TypeVar("M", bound="Mechanism")
@@ -21,7 +21,7 @@ MAX_STEPS = 10_000_000
 TOLERANCE = 1e-3  # of ε: how far below its target a calibrated mechanism may stay
 
 
-def noise_for(mechanism: M, target: float, delta: float, adjacency: str) -> M:
+def noise_for(mechanism: M, target: float, delta: float, adjacency: "Adjacency") -> M:
     """The mechanism with the least noise whose ε is at most ``target``, to 0.1 % of ε.
 
     Raises:
@@ -30,11 +30,11 @@ def noise_for(mechanism: M, target: float, delta: float, adjacency: str) -> M:
     steps, rate = mechanism.steps, mechanism.sample_rate
 
     def epsilon(log_noise: float, exact: bool) -> float:
-        changed = replace(mechanism, noise_multiplier=math.exp(log_noise))
+        changed = mechanism.changed(noise_multiplier=math.exp(log_noise))
         return changed.epsilon(steps, delta, adjacency, exact=exact)
 
     if epsilon(math.log(MIN_NOISE_MULTIPLIER), True) <= target:  # so few draws that δ covers them all
-        return replace(mechanism, noise_multiplier=MIN_NOISE_MULTIPLIER)
+        return mechanism.changed(noise_multiplier=MIN_NOISE_MULTIPLIER)
     # The central limit theorem of DP-SGD (Bu et al. 2020, equation 5), solved for the noise, says where to look.
     mu = gaussian.mu_for(target, delta) / rate
     guess = -0.5 * math.log(math.log1p(mu**2 / steps))
@@ -44,10 +44,10 @@ def noise_for(mechanism: M, target: float, delta: float, adjacency: str) -> M:
             f"No noise reaches epsilon = {target:g} over {steps:,} steps at sample rate {rate:g}: "
             "take fewer steps, a lower rate or a larger epsilon."
         )
-    return replace(mechanism, noise_multiplier=math.exp(found))
+    return mechanism.changed(noise_multiplier=math.exp(found))
 
 
-def steps_for(mechanism: M, target: float, delta: float, adjacency: str) -> M:
+def steps_for(mechanism: M, target: float, delta: float, adjacency: "Adjacency") -> M:
     """The mechanism with the most steps whose ε is at most ``target``.
 
     Raises:
@@ -67,7 +67,7 @@ def steps_for(mechanism: M, target: float, delta: float, adjacency: str) -> M:
         raise PlanError(
             f"More than {MAX_STEPS:,} steps fit into epsilon = {target:g}: give the steps and let the noise follow."
         )
-    return replace(mechanism, steps=int(math.exp(found)))
+    return mechanism.changed(steps=int(math.exp(found)))
 
 
 def _search(

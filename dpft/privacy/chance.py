@@ -8,10 +8,12 @@ bound holds for each of them, and so for their mixture.
 
 import random
 from collections.abc import Callable
-from typing import ClassVar
+from types import ModuleType
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dpft.privacy.noise import Randomness
 
@@ -19,13 +21,14 @@ _WORDS = 624  # 32-bit words in the state of a Mersenne Twister, which Python, n
 # Places in torch's saved state, in 32-bit words: its seed, the numbers left, the next place, and the twister's words in
 # 64 bits each.
 _SEED, _LEFT, _NEXT, _STATE = 0, 2, 4, 6
+_Numpy = dict[str, Any] | tuple[str, NDArray[np.uint32], int, int, float]  # its state
 
 
 class StepChance:
     """Holds the global generators while entered; the last of several to leave puts back what they were."""
 
     _holders: ClassVar[list["StepChance"]] = []  # the generators are the process's, so its engines hold them together
-    _before: ClassVar[tuple]
+    _before: ClassVar[tuple[tuple[Any, ...], _Numpy, torch.Tensor, dict[str, object]]]
 
     def __init__(self, randomness: Randomness) -> None:
         self._randomness = randomness
@@ -38,7 +41,7 @@ class StepChance:
         self.renew()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._holders.remove(self)
         if self._holders:
             return
@@ -54,7 +57,7 @@ class StepChance:
         words = self._randomness.words(3 * _WORDS + 2)
         python, numpy, processor = words[: 3 * _WORDS].reshape(3, _WORDS)
         random.setstate((3, (*python.tolist(), _WORDS), None))
-        np.random.set_state(("MT19937", numpy, _WORDS))
+        np.random.set_state(("MT19937", numpy, _WORDS, 0, 0.0))
         self._seed = int(words[-2]) << 31 | int(words[-1]) >> 1
         torch.set_rng_state(_torch_state(processor, self._seed))
         for device in _device_states():
@@ -88,13 +91,14 @@ def _device_states() -> dict[str, object]:
     """The generators' states of the accelerator in use, if one is; others have drawn nothing."""
     states = {}
     for device in ("cuda", "xpu", "mps"):
-        module = getattr(torch, device, None)
+        module: ModuleType | None = getattr(torch, device, None)
         ready = getattr(module, "is_initialized", getattr(module, "is_available", lambda: False))
-        if ready():
+        if module is not None and ready():
             states[device] = _all(module, "get_rng_state")()
     return states
 
 
-def _all(module, name: str) -> Callable:
+def _all(module: ModuleType, name: str) -> Callable[..., Any]:
     """The function for all devices of a kind; MPS has one device and no such function."""
-    return getattr(module, f"{name}_all", None) or getattr(module, name)
+    function: Callable[..., Any] = getattr(module, f"{name}_all", None) or getattr(module, name)
+    return function

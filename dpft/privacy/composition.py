@@ -13,7 +13,7 @@ from dp_accounting.pld.common import DifferentialPrivacyParameters
 
 from dpft.privacy import accounting
 from dpft.privacy.accounting import Adjacency
-from dpft.privacy.events import Event, merged, to_dp_event
+from dpft.privacy.events import Event, Stated, merged, parted, to_dp_event
 
 __all__ = ["Event", "epsilon", "epsilon_rdp", "merged", "reference"]
 
@@ -50,19 +50,22 @@ def reference(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "a
 def epsilon_rdp(events: tuple[Event, ...], delta: float, adjacency: Adjacency = "add-or-remove-one") -> float:
     """The same by Rényi DP; infinite where of a release only its (ε, δ) is known."""
     events = merged(events)
-    if any(event.noise_multiplier is None for event in events):
+    if parted(events)[1]:
         return math.inf
     return accounting.epsilon_rdp(to_dp_event(events), delta, adjacency) if events else 0.0
 
 
-def _reference_loss(event: Event, adjacency: Adjacency, grid: float):
-    if event.noise_multiplier is None:
-        known = DifferentialPrivacyParameters(event.epsilon, event.delta)
+def _reference_loss(
+    event: Event, adjacency: Adjacency, grid: float
+) -> privacy_loss_distribution.PrivacyLossDistribution:
+    figures = event.figures
+    if isinstance(figures, Stated):
+        known = DifferentialPrivacyParameters(figures.epsilon, figures.delta)
         one = privacy_loss_distribution.from_privacy_parameters(known, value_discretization_interval=grid)
     else:
         one = privacy_loss_distribution.from_gaussian_mechanism(
-            event.noise_multiplier,
-            sampling_prob=event.sample_rate,
+            figures.noise_multiplier,
+            sampling_prob=figures.sample_rate,
             value_discretization_interval=grid,
             neighboring_relation=accounting.ADJACENCY[adjacency],
         )

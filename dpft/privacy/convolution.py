@@ -17,10 +17,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.special import ndtr, ndtri
 
-from dpft.privacy.events import Event
+from dpft.privacy.events import Event, Stated
+
+Floats = NDArray[np.floating]
 
 GRIDS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 3e-7, 1e-7)
 AGREEMENT = 1e-3  # share of ε that a grid may overstate
@@ -47,7 +50,8 @@ def epsilon(events: tuple[Event, ...], delta: float) -> float:
 def _refined(events: tuple[Event, ...], delta: float, *, adding: bool, enough: float = 0.0) -> float:
     """ε on a grid that is fine enough, or that shows it to be at most ``enough``."""
     best, usual = math.inf, spread(events)
-    widest = max(event.epsilon if event.noise_multiplier is None else 1 / event.noise_multiplier for event in events)
+    each = [event.figures for event in events]
+    widest = max(figures.epsilon if isinstance(figures, Stated) else 1 / figures.noise_multiplier for figures in each)
     for grid in [grid for grid in GRIDS if grid <= widest] or GRIDS[-1:]:
         finer = epsilon_on(events, delta, grid, adding)
         if math.isinf(finer) and (grid <= usual or best < math.inf):
@@ -62,11 +66,12 @@ def spread(events: tuple[Event, ...]) -> float:
     """About the standard deviation of one release's loss, on average: a grid that is coarser overstates all of it."""
     variance = 0.0
     for event in events:
-        if event.noise_multiplier is None:
-            one = event.epsilon**2
+        figures = event.figures
+        if isinstance(figures, Stated):
+            one = figures.epsilon**2
         else:
-            signal = event.noise_multiplier**-2
-            one = min(signal, event.sample_rate**2 * math.expm1(min(signal, 700.0)))
+            signal = float(figures.noise_multiplier**-2)
+            one = min(signal, figures.sample_rate**2 * math.expm1(min(signal, 700.0)))
         variance += event.count * one
     return math.sqrt(variance / sum(event.count for event in events))
 
@@ -76,13 +81,13 @@ class _Loss:
     """A privacy loss on the grid: probability ``masses[i]`` of ``(first + i) · grid``, and ``infinite`` of infinity."""
 
     first: int
-    masses: np.ndarray
+    masses: Floats
     infinite: float
     grid: float
     known: dict[float, float] = field(default_factory=dict)
 
     @property
-    def losses(self) -> np.ndarray:
+    def losses(self) -> Floats:
         return (self.first + np.arange(len(self.masses))) * self.grid
 
     @property
@@ -99,22 +104,24 @@ class _Loss:
             self.known[order] = peak + math.log(float(self.masses @ np.exp(exponents - peak)) or 1e-300)
         return self.known[order]
 
-    def tilted(self, order: float) -> np.ndarray:
+    def tilted(self, order: float) -> Floats:
         with np.errstate(under="ignore"):
-            return self.masses * np.exp(order * self.losses - self.log_moment(order))
+            tilted: Floats = self.masses * np.exp(order * self.losses - self.log_moment(order))
+        return tilted
 
 
 @lru_cache(maxsize=4096)
 def _loss(event: Event, grid: float, adding: bool, reach: int) -> _Loss | None:
     """One release's loss, when a unit is removed or, ``adding``, when it is added; None if the grid is too fine for so
     wide a loss."""
-    if event.noise_multiplier is None:
+    figures = event.figures
+    if isinstance(figures, Stated):
         # Of all mechanisms with this (ε, δ), the randomised response that fails with δ loses most
         # (Kairouz et al. 2015).
-        low, high = -event.epsilon, event.epsilon
-        curve = partial(_randomised_response, epsilon=event.epsilon, delta=event.delta)
+        low, high = -figures.epsilon, figures.epsilon
+        curve = partial(_randomised_response, epsilon=figures.epsilon, delta=figures.delta)
     else:
-        sigma, q = event.noise_multiplier, event.sample_rate
+        sigma, q = figures
         least, largest = _mixture(-reach * sigma, sigma, q), _mixture(1 + reach * sigma, sigma, q)
         low, high = (-largest, -least) if adding else (least, largest)
         curve = partial(_hockey_stick, sigma=sigma, q=q, adding=adding)
@@ -131,11 +138,12 @@ def _loss(event: Event, grid: float, adding: bool, reach: int) -> _Loss | None:
     return _Loss(first, masses, float(deltas[-1]), grid)
 
 
-def _randomised_response(losses: np.ndarray, epsilon: float, delta: float) -> np.ndarray:
+def _randomised_response(losses: Floats, epsilon: float, delta: float) -> Floats:
     """δ(ε) of randomised response on one bit that shows it with probability ``delta``."""
     truth = (1 - delta) / (1 + math.exp(-epsilon))
     above, below = 1 - np.exp(losses - epsilon), 1 - np.exp(losses + epsilon)
-    return delta + truth * above.clip(0) + (1 - delta - truth) * below.clip(0)
+    shown: Floats = delta + truth * above.clip(0) + (1 - delta - truth) * below.clip(0)
+    return shown
 
 
 def _mixture(x: float, sigma: float, q: float) -> float:
@@ -144,7 +152,7 @@ def _mixture(x: float, sigma: float, q: float) -> float:
     return exponent + math.log(q) if q == 1 or exponent > 700 else math.log1p(q * math.expm1(exponent))
 
 
-def _hockey_stick(losses: np.ndarray, sigma: float, q: float, adding: bool) -> np.ndarray:
+def _hockey_stick(losses: Floats, sigma: float, q: float, adding: bool) -> Floats:
     """δ(ε) of one release in closed form (Balle & Wang 2018, with the mixture's threshold), at ε = ``losses``."""
     shift = np.expm1(-losses if adding else losses)
     inside = shift + q  # where the loss exceeds ε: beyond a threshold on the outcome, if this is positive
@@ -161,10 +169,10 @@ def epsilon_on(events: tuple[Event, ...], delta: float, grid: float, adding: boo
     """ε at ``delta`` on one grid, an upper bound on each."""
     releases = sum(event.count for event in events)
     reach = max(9, math.ceil(-float(ndtri(TAIL * delta / releases))))
-    losses = [_loss(event.one, grid, adding, reach) for event in events]
-    if None in losses:
+    losses = ((event.count, _loss(event.one, grid, adding, reach)) for event in events)
+    counted = [(count, loss) for count, loss in losses if loss is not None]
+    if len(counted) < len(events):
         return math.inf
-    counted = [(event.count, loss) for event, loss in zip(events, losses, strict=True)]
     infinite = -math.expm1(sum(n * math.log1p(-min(loss.infinite, 1 - 1e-16)) for n, loss in counted))
     left = delta - infinite - TAIL * delta
     if left <= 0:
@@ -258,11 +266,12 @@ def _under(tilt: _Tilt, moments: _Moments, delta: float, left: float, grid: floa
     return _at_delta(masses, low * grid, grid, tilt, left, _rounding(moments.counted, tilt, size, grid))
 
 
-def _folded(masses: np.ndarray, size: int) -> np.ndarray:
+def _folded(masses: Floats, size: int) -> Floats:
     """Longer losses wrap around, as everything in the transform does."""
     if len(masses) <= size:
         return np.pad(masses, (0, size - len(masses)))
-    return np.pad(masses, (0, -len(masses) % size)).reshape(-1, size).sum(0)
+    folded: Floats = np.pad(masses, (0, -len(masses) % size)).reshape(-1, size).sum(0)
+    return folded
 
 
 def _rounding(counted: list[tuple[int, _Loss]], tilt: _Tilt, size: int, grid: float) -> float:
@@ -281,7 +290,7 @@ def _rounding(counted: list[tuple[int, _Loss]], tilt: _Tilt, size: int, grid: fl
     return releases * UNIT * (LAYER * math.log2(size) * weight + MASS + widest)
 
 
-def _at_delta(masses: np.ndarray, low: float, grid: float, tilt: _Tilt, delta: float, rounding: float) -> float | None:
+def _at_delta(masses: Floats, low: float, grid: float, tilt: _Tilt, delta: float, rounding: float) -> float | None:
     """The least ε >= 0 with ``Σ (1 - e^(ε - loss)) · mass <= delta`` over the losses above ε; None if it lies below
     ``low``.
 

@@ -16,7 +16,7 @@ def check_delta(
     Args:
         way_out: by default to choose a smaller one.
     """
-    if too_large(delta, units):
+    if units is not None and too_large(delta, units):
         choose = way_out or f"choose a delta below {1 / units:.1e}, better {0.1 / units:.1e}"
         raise error(
             f"{subject} is {delta:g} for {units:,} units, and a delta of 1/units or more permits publishing a random "

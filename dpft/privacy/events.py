@@ -13,6 +13,7 @@ neither, and its sample rate is 1 where nothing is sampled.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 from dp_accounting import dp_event
 
@@ -25,6 +26,20 @@ KEYS = {  # of each kind, beside version, kind, count and name
     GAUSSIAN: {"noise_multiplier", "sensitivity"},
     STATED: {"epsilon", "delta"},
 }
+
+
+class Gaussian(NamedTuple):
+    """Figures of the Gaussian mechanism on a Poisson sample."""
+
+    noise_multiplier: float
+    sample_rate: float
+
+
+class Stated(NamedTuple):
+    """Figures of a release of which nothing else is known."""
+
+    epsilon: float
+    delta: float
 
 
 @dataclass(frozen=True)
@@ -57,24 +72,27 @@ class Event:
     name: str = ""
 
     def __post_init__(self) -> None:
-        gaussian, stated = (self.noise_multiplier, self.sample_rate), (self.epsilon, self.delta)
         checks = {"count": self.count >= 0}
-        if None not in gaussian and stated == (None, None):
-            checks |= {
-                "noise_multiplier": 0 <= self.noise_multiplier < math.inf,
-                "sample_rate": 0 < self.sample_rate <= 1,
-                "sensitivity": self.sensitivity is None or 0 < self.sensitivity < math.inf,
-            }
-        elif None not in stated and gaussian == (None, None):
-            checks |= {"epsilon": 0 <= self.epsilon < math.inf, "delta": 0 <= self.delta < 1}
-            checks |= {"sensitivity": self.sensitivity is None}
-        else:
-            raise PlanError(
-                "A release has a noise multiplier and a sample rate, or an epsilon and a delta: give one pair."
-            )
+        match self.figures:
+            case Gaussian(noise, rate):
+                checks |= {"noise_multiplier": 0 <= noise < math.inf, "sample_rate": 0 < rate <= 1}
+                checks |= {"sensitivity": self.sensitivity is None or 0 < self.sensitivity < math.inf}
+            case Stated(epsilon, delta):
+                checks |= {"epsilon": 0 <= epsilon < math.inf, "delta": 0 <= delta < 1}
+                checks |= {"sensitivity": self.sensitivity is None}
         for name, possible in checks.items():
             if not possible:
                 raise PlanError(f"A release has {name} = {getattr(self, name)}, which none can have: mend it.")
+
+    @property
+    def figures(self) -> Gaussian | Stated:
+        """The pair of figures from which ε follows."""
+        noise, rate, epsilon, delta = self.noise_multiplier, self.sample_rate, self.epsilon, self.delta
+        if noise is not None and rate is not None and epsilon is None and delta is None:
+            return Gaussian(noise, rate)
+        if epsilon is not None and delta is not None and noise is None and rate is None:
+            return Stated(epsilon, delta)
+        raise PlanError("A release has a noise multiplier and a sample rate, or an epsilon and a delta: give one pair.")
 
     @property
     def kind(self) -> str:
@@ -92,15 +110,15 @@ class Event:
         """The same release, made ``count`` times."""
         return replace(self, count=count)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The release as it is written, with its count."""
-        facts = {"version": VERSION, "kind": self.kind, "count": self.count}
+        facts: dict[str, Any] = {"version": VERSION, "kind": self.kind, "count": self.count}
         keys = [field.name for field in fields(self) if field.name in KEYS[self.kind]]
         facts |= {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
         return facts | ({"name": self.name} if self.name else {})
 
     @classmethod
-    def from_dict(cls, facts: Mapping) -> "Event":
+    def from_dict(cls, facts: Mapping[str, Any]) -> "Event":
         """The release that is written there, by this or an older version; made once if no count is given.
 
         Raises:
@@ -140,14 +158,15 @@ class Event:
         Raises:
             PlanError: only its ε and δ are known, for which dp-accounting has no event.
         """
-        if self.noise_multiplier is None:
+        figures = self.figures
+        if isinstance(figures, Stated):
             raise PlanError(
-                f"Of a release only ε = {self.epsilon:g} and δ = {self.delta:g} are known, which is no mechanism: "
-                "compose it by dpft.privacy.composition."
+                f"Of a release only ε = {figures.epsilon:g} and δ = {figures.delta:g} are known, which is no "
+                "mechanism: compose it by dpft.privacy.composition."
             )
-        step = dp_event.GaussianDpEvent(self.noise_multiplier)
-        if self.sample_rate < 1:
-            step = dp_event.PoissonSampledDpEvent(self.sample_rate, step)
+        step = dp_event.GaussianDpEvent(figures.noise_multiplier)
+        if figures.sample_rate < 1:
+            step = dp_event.PoissonSampledDpEvent(figures.sample_rate, step)
         return dp_event.SelfComposedDpEvent(step, self.count)
 
 
@@ -158,6 +177,18 @@ def merged(events: Iterable[Event]) -> tuple[Event, ...]:
         counts[event.one] = counts.get(event.one, 0) + event.count
     order = lambda e: repr((e.noise_multiplier, e.sample_rate, e.epsilon, e.delta, e.sensitivity, e.name))
     return tuple(sorted((event.times(n) for event, n in counts.items() if n), key=order))
+
+
+def parted(events: Iterable[Event]) -> tuple[list[tuple[Gaussian, int]], list[tuple[Stated, int]]]:
+    """Figures and count of each Gaussian, and of each release of which only (ε, δ) is known."""
+    gaussians, stated = [], []
+    for event in events:
+        figures = event.figures
+        if isinstance(figures, Gaussian):
+            gaussians.append((figures, event.count))
+        else:
+            stated.append((figures, event.count))
+    return gaussians, stated
 
 
 def to_dp_event(events: Iterable[Event]) -> dp_event.DpEvent:
@@ -185,6 +216,7 @@ def from_dp_event(event: dp_event.DpEvent) -> tuple[Event, ...] | None:
             parts = from_dp_event(inner)
             return parts and merged(part.times(part.count * count) for part in parts)
         case dp_event.ComposedDpEvent(events=inner):
-            parts = [from_dp_event(one) for one in inner]
-            return None if None in parts else merged(one for part in parts for one in part)
+            each = [from_dp_event(one) for one in inner]
+            known = [part for part in each if part is not None]
+            return merged(one for part in known for one in part) if len(known) == len(each) else None
     return None

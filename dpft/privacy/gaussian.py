@@ -34,7 +34,7 @@ def epsilon(mu: float, delta: float) -> float:
     low, target = max(-mu / 2, -FARTHEST), math.log(delta)
     if log_delta(low, mu) <= target:
         return 0.0
-    z = brentq(lambda z: log_delta(z, mu) - target, low, 60.0, xtol=1e-12)
+    z = float(brentq(lambda z: log_delta(z, mu) - target, low, 60.0, xtol=1e-12))
     z += 1e-11 + 1e-14 / mu  # what the search and the difference of the two erfcx leave open
     return max(0.0, mu * (z + mu / 2)) * (1 + 1e-12)
 

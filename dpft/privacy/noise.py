@@ -15,6 +15,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class Randomness(ABC):
         """A key for :meth:`words`."""
         return self._key()
 
-    def _stream(self, device: torch.device = _CPU):
+    def _stream(self, device: torch.device = _CPU) -> "DeviceStream | _Stream":
         """A fresh key's stream of uniform numbers; its blocks are counted from 0, so that none ends before 2**32 of
         them."""
         key = self._key()
@@ -90,7 +91,7 @@ class Randomness(ABC):
             # Shifted by one, so that the four Gaussians of one number come from four different pairs of uniforms.
             yield cosines.sum(0).add_(sines.sum(0).roll(1)).mul_(0.5)[: n - start]
 
-    def __getstate__(self):
+    def __getstate__(self) -> NoReturn:
         raise TypeError("A source of privacy noise is never saved, copied or sent: make a new one.")
 
 
@@ -137,7 +138,7 @@ class NoiseStream(ABC):
         """The next release's noise, ``(n,)`` float64 in parts, each with deviation 1; a part is valid until the next is
         asked for."""
 
-    def __getstate__(self):
+    def __getstate__(self) -> NoReturn:
         raise TypeError(
             "A stream of privacy noise is never saved, copied or sent: make a new mechanism of what is left."
         )
@@ -166,6 +167,6 @@ class _Stream:
         words = numbers.view(np.uint64)  # in place: the stream's bits become the numbers
         if len(self._zeros) != words.nbytes:
             self._zeros = bytes(words.nbytes)
-        self._cipher.update_into(self._zeros, words.view(np.uint8))
+        self._cipher.update_into(self._zeros, words.view(np.uint8).data)
         np.right_shift(words, np.uint64(11), out=words)
         np.multiply(words, 2.0**-53, out=numbers, casting="unsafe")

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpft.errors import PlanError
 from dpft.privacy import accounting, calibration
@@ -62,7 +62,7 @@ class Plan:
         units: int | None = None,
         adjacency: Adjacency = "add-or-remove-one",
         unit: str = "example",
-        **facts,
+        **facts: Any,
     ) -> None:
         chosen = dict(mechanism=made(mechanism, **facts), delta=delta, units=units, adjacency=adjacency, unit=unit)
         for name, value in chosen.items():
@@ -122,6 +122,10 @@ class Plan:
             raise PlanError("The plan declares no number of units, so its sums have no public normaliser: set units.")
         return self.sample_rate * self.units
 
+    def changed(self, **facts: Any) -> "Plan":
+        """The same with these fields, or facts of the mechanism, in place of its own."""
+        return replace(self, **facts)
+
     def events(self, steps: int | None = None) -> tuple[Event, ...]:
         """What the first ``steps`` releases are (default: all)."""
         return self.mechanism.events(steps)
@@ -170,7 +174,7 @@ class Plan:
         )
 
     @classmethod
-    def calibrate(
+    def calibrate(  # noqa: PLR0913  (each is what a user types, by its name)
         cls,
         *,
         delta: float,
@@ -181,7 +185,7 @@ class Plan:
         batch_size: int | None = None,
         steps: int | None = None,
         epochs: float | None = None,
-        **fields,
+        **fields: Any,
     ) -> "Plan":
         """Find the missing one of ε, noise and steps.
 
@@ -224,17 +228,19 @@ class Plan:
         )
         if noise_multiplier is None:
             plan = cls(noise_multiplier=1.0, steps=steps, **facts)
-            return replace(plan, mechanism=plan.mechanism.calibrated(epsilon, plan.delta, plan.adjacency))
+            return plan.changed(mechanism=plan.mechanism.calibrated(epsilon, plan.delta, plan.adjacency))
         plan = cls(noise_multiplier=noise_multiplier, steps=1, **facts)
-        return replace(plan, mechanism=calibration.steps_for(plan.mechanism, epsilon, plan.delta, plan.adjacency))
+        return plan.changed(mechanism=calibration.steps_for(plan.mechanism, epsilon, plan.delta, plan.adjacency))
 
 
 def _sample_rate(sample_rate: float | None, units: int | None, batch_size: int | None) -> float:
     if batch_size is None:
-        require(sample_rate is not None, "No sampling rate: give sample_rate, or batch_size and units.")
+        if sample_rate is None:
+            raise PlanError("No sampling rate: give sample_rate, or batch_size and units.")
         return sample_rate
     require(sample_rate is None, "Both sample_rate and batch_size are given, and each sets the other: keep one.")
-    require(units is not None and units >= 1, "batch_size needs units, the declared number of units in the data set.")
+    if units is None or units < 1:
+        raise PlanError("batch_size needs units, the declared number of units in the data set.")
     require(
         1 <= batch_size <= units, f"batch_size is {batch_size:,} of {units:,} units: expect between 1 and all of them."
     )

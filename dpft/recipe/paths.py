@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from dpft.errors import RecipeError
 from dpft.recipe import toml
@@ -34,7 +36,7 @@ def expand(path: str) -> str:
     return expanded
 
 
-def check_path(tables: dict, key: str) -> None:
+def check_path(tables: Mapping[str, Any], key: str) -> None:
     """Raises RecipeError: an escape such as \\t made a control character of a path's backslash."""
     table, name = key.split(".")
     found = tables.get(table)

@@ -2,9 +2,10 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from dpft.errors import DPFTError, RecipeError
 from dpft.privacy.delta import check_delta
@@ -45,7 +46,7 @@ class Recipe(Table):
     ledger: LedgerTable = LedgerTable()
 
     @model_validator(mode="after")
-    def _consistent(self):
+    def _consistent(self) -> Self:
         from dpft.subset import Subset
 
         subset = Subset(self.subset)
@@ -91,7 +92,7 @@ class Recipe(Table):
         return cls.parse(tables)
 
     @classmethod
-    def parse(cls, tables: dict) -> "Recipe":
+    def parse(cls, tables: dict[str, Any]) -> "Recipe":
         try:
             return cls.model_validate(tables)
         except ValidationError as error:
@@ -139,7 +140,7 @@ class Recipe(Table):
             else ["# A run of dpft. Everything in this file is public: declare it, never compute it from the data."]
         )
 
-        def write(name: str, field, value) -> None:
+        def write(name: str, field: FieldInfo, value: object) -> None:
             if comments and field.description:
                 lines.append(f"# {field.description}")
             if value is not None:
@@ -158,17 +159,20 @@ class Recipe(Table):
         return "\n".join(lines) + "\n"
 
 
-def _sentence(error: ValidationError, table: type[Table] = Recipe, above: tuple = ()) -> str:
+def _sentence(error: ValidationError, table: type[Table] = Recipe, above: tuple[int | str, ...] = ()) -> str:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, TaskError):
         return _sentence(cause.error, cause.table, first["loc"])
-    place = ".".join([*above, *first["loc"]][:2])  # a table's key; what follows says which alternative of a type failed
+    place = ".".join(
+        [*map(str, above), *map(str, first["loc"])][:2]
+    )  # a table's key; what follows says which alternative of a type failed
     if first["type"] == "extra_forbidden":
         from difflib import get_close_matches
 
         for part in first["loc"][:-1]:
-            table = table.model_fields[part].annotation
+            inner = table.model_fields[str(part)].annotation
+            table = inner if isinstance(inner, type) and issubclass(inner, Table) else table
         close = get_close_matches(str(first["loc"][-1]), table.model_fields, n=1)
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(table.model_fields)}."
         return f"The recipe has an unknown key {place}: {hint}"

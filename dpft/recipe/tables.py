@@ -1,7 +1,7 @@
 """The tables of a recipe, each with its keys, their defaults and what they mean."""
 
 import re
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -44,7 +44,7 @@ class TaskTable(Table):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_former(cls, table):
+    def _without_former(cls, table: object) -> object:
         return {k: v for k, v in table.items() if k not in cls.former} if isinstance(table, dict) else table
 
     @property
@@ -59,7 +59,7 @@ class TaskError(ValueError):
         self.table, self.error = table, error
 
 
-def by_its_task(table):
+def by_its_task(table: object) -> object:
     """The table as the task of its name reads it."""
     if not isinstance(table, dict) or not isinstance(table.get("name"), str):
         return table
@@ -137,7 +137,7 @@ class PrivacyTable(Table):
     adjacency: Adjacency = Field("add-or-remove-one", description="Which data sets are indistinguishable.")
 
     @model_validator(mode="after")
-    def _two_of_three(self):
+    def _two_of_three(self) -> Self:
         if (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("privacy needs epsilon or noise_multiplier, one of them, and the other follows")
         if (self.steps is None) == (self.epochs is None):
@@ -145,7 +145,7 @@ class PrivacyTable(Table):
         return self
 
     @model_validator(mode="after")
-    def _uses_what_is_set(self):
+    def _uses_what_is_set(self) -> Self:
         for name, clipping in CLIP_SETTINGS.items():
             if self.clipping != clipping and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
@@ -162,7 +162,7 @@ class PrivacyTable(Table):
         return AutoClip(self.clip_norm) if self.clipping == "automatic" else FlatClip(self.clip_norm)
 
     @property
-    def mechanism(self) -> dict:
+    def mechanism(self) -> dict[str, Any]:
         """The mechanism's name and its facts but for noise, rate and steps, as :class:`Plan` takes them."""
         if self.clipping != "adaptive":
             return {"mechanism": "dp-sgd", "clip": self.clip}
@@ -211,7 +211,7 @@ class LedgerTable(Table):
     purpose: str = Field("", description="What the run is for; goes on record.")
 
     @model_validator(mode="after")
-    def _no_secret(self):
+    def _no_secret(self) -> Self:
         if self.url and re.search(r"://[^/@]*:.+@|[?&](ssl)?pass(word|file)=", self.url):
             raise ValueError(
                 "ledger.url holds a password, and recipes are published with their runs: put it into ~/.pgpass or "
@@ -220,7 +220,7 @@ class LedgerTable(Table):
         return self
 
     @model_validator(mode="after")
-    def _names_an_account(self):
+    def _names_an_account(self) -> Self:
         if self.dataset is None and (self.url or self.purpose):
             raise ValueError("ledger.dataset is not named, so nothing would be charged: name the data set's account")
         return self

@@ -10,7 +10,7 @@ from dpft.privacy import accounting, composition
 from dpft.privacy.events import to_dp_event
 from dpft.privacy.rounding import percent_up, rounded_down, rounded_up
 from dpft.report.meaning import Meaning, meaning
-from dpft.report.plots import line, roc, trade_off
+from dpft.report.plots import Labels, line, roc, trade_off
 from dpft.runs.folder import RunFolder
 from dpft.runs.record import RunRecord, read_json
 
@@ -115,9 +115,7 @@ def _over_steps(run: RunRecord, epsilon: float) -> str | None:
     return line(
         steps,
         [composition.epsilon((spent.times(n),), run.delta, run.adjacency) if n else 0.0 for n in steps],
-        title="ε spent while training",
-        x_label="step",
-        y_label="ε",
+        Labels("ε spent while training", "step", "ε"),
         mark=(count, epsilon, f"ε = {rounded_up(epsilon)}"),
     )
 
@@ -132,10 +130,9 @@ def _over_delta(run: RunRecord, epsilon: float) -> str | None:
     if not points:
         return None
     return line(
-        *zip(*points, strict=True),
-        title="The whole guarantee: every (ε, δ)",
-        x_label="ε",
-        y_label="δ",
+        [epsilon for epsilon, _ in points],
+        [delta for _, delta in points],
+        Labels("The whole guarantee: every (ε, δ)", "ε", "δ"),
         mark=(epsilon, run.delta, f"δ = {rounded_up(run.delta, 6)}"),
         log_y=True,
     )

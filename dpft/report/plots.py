@@ -3,7 +3,10 @@
 import html
 import io
 import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -12,10 +15,13 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 INK = "#7a8594"  # axes and labels: enough contrast on white and on near-black
 ACCENT = "#2f80ed"
 SECOND = "#e2803a"
-STYLES = (
+STYLES: tuple[dict[str, Any], ...] = (
     {"color": ACCENT, "marker": "o"},
     {"color": SECOND, "marker": "s"},
     {"color": INK, "marker": "", "linestyle": "--"},
@@ -23,12 +29,26 @@ STYLES = (
 )
 
 
+@dataclass(frozen=True)
+class Labels:
+    """What is written at a plot and at its axes."""
+
+    title: str
+    x: str
+    y: str
+
+
 def line(
-    x, y, *, title: str, x_label: str, y_label: str, mark: tuple[float, float, str] | None = None, log_y: bool = False
+    x: Sequence[float],
+    y: Sequence[float],
+    labels: Labels,
+    *,
+    mark: tuple[float, float, str] | None = None,
+    log_y: bool = False,
 ) -> str:
     """One curve as an ``<svg>`` element, with an optional marked point and its label."""
 
-    def draw(axes) -> None:
+    def draw(axes: "Axes") -> None:
         axes.plot(x, y, color=ACCENT, linewidth=2)
         if log_y:
             axes.set_yscale("log")
@@ -46,26 +66,26 @@ def line(
         if all(isinstance(value, int) for value in x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    return _svg(draw, title, x_label, y_label)
+    return _svg(draw, labels)
 
 
-def lines(curves: dict[str, tuple], *, title: str, x_label: str, y_label: str, log: str = "") -> str:
+def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], labels: Labels, *, log: str = "") -> str:
     """Named curves ``{name: (x, y)}`` with marked points; ``log`` names the logarithmic axes, such as ``"xy"``."""
 
-    def draw(axes) -> None:
+    def draw(axes: "Axes") -> None:
         for (name, (x, y)), style in zip(curves.items(), STYLES, strict=False):
             axes.plot(x, y, label=name, linewidth=2, markersize=4, **style)
         axes.set_xscale("log" if "x" in log else "linear")
         axes.set_yscale("log" if "y" in log else "linear")
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 
-    return _svg(draw, title, x_label, y_label)
+    return _svg(draw, labels)
 
 
 def roc(curves: dict[str, list[tuple[float, float]]], *, title: str = "Who was in the data?") -> str:
     """Named curves of ``(false alarms, detections)`` on logarithmic axes, with guessing dashed."""
 
-    def draw(axes) -> None:
+    def draw(axes: "Axes") -> None:
         least = 1.0
         for (name, points), style in zip(curves.items(), STYLES, strict=False):
             half = min((x for x, _ in points if x > 0), default=1e-3) / 2  # where "none so far" is drawn
@@ -79,7 +99,7 @@ def roc(curves: dict[str, list[tuple[float, float]]], *, title: str = "Who was i
         axes.set_xlim(least, 1)
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 
-    return _svg(draw, title, "false alarms", "detected")
+    return _svg(draw, Labels(title, "false alarms", "detected"))
 
 
 def trade_off(curve: list[tuple[float, float]]) -> str:
@@ -90,7 +110,7 @@ def trade_off(curve: list[tuple[float, float]]) -> str:
 def staircase(times: list[datetime], values: list[float], *, limit: float, title: str, y_label: str) -> str:
     """A sum that grows at each of ``times``, below its limit."""
 
-    def draw(axes) -> None:
+    def draw(axes: Any) -> None:  # whose own types do not know that it takes dates
         axes.step([times[0], *times], [0, *values], where="post", color=ACCENT, linewidth=2)
         axes.plot(times, values, "o", color=ACCENT, markersize=4)
         axes.axhline(limit, color=SECOND, linestyle="--", linewidth=1.5)
@@ -110,18 +130,18 @@ def staircase(times: list[datetime], values: list[float], *, limit: float, title
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 
-    return _svg(draw, title, "", y_label)
+    return _svg(draw, Labels(title, "", y_label))
 
 
-def _svg(draw, title: str, x_label: str, y_label: str) -> str:
+def _svg(draw: "Callable[[Axes], None]", labels: Labels) -> str:
     with pyplot.rc_context(
         {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "dpft"}
     ):
         figure, axes = pyplot.subplots(figsize=(5.0, 3.0), layout="constrained")
         draw(axes)
-        axes.set_title(title, parse_math=False, color=INK, fontsize=11, loc="left")
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        axes.set_title(labels.title, parse_math=False, color=INK, fontsize=11, loc="left")
+        axes.set_xlabel(labels.x)
+        axes.set_ylabel(labels.y)
         axes.margins(y=0.15)
         axes.grid(True, color=INK, alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
@@ -133,5 +153,5 @@ def _svg(draw, title: str, x_label: str, y_label: str) -> str:
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
         pyplot.close(figure)
     svg = out.getvalue()[out.getvalue().index("<svg") :]
-    label = f'role="img" aria-label="{html.escape(title)}"'
+    label = f'role="img" aria-label="{html.escape(labels.title)}"'
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: label, svg, count=1)

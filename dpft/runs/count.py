@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dpft.errors import RecipeError
 from dpft.privacy.events import Event
@@ -22,7 +23,7 @@ class Mechanism:
     adjacency: str | None
     private_randomness: bool | None
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As it is written."""
         return {**asdict(self), "event": self.event.to_dict()}
 
@@ -42,9 +43,9 @@ class Count:
     run: str | None = None
     mechanism: Mechanism | None = None
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As it is written."""
-        facts = {"version": VERSION, "run": self.run, "charged": self.charged}
+        facts: dict[str, Any] = {"version": VERSION, "run": self.run, "charged": self.charged}
         return facts | {"mechanism": self.mechanism and self.mechanism.to_dict()}
 
     @classmethod
@@ -67,7 +68,7 @@ class Count:
         return cls(charged, facts.get("run"), _mechanism(mechanism, version))
 
 
-def _mechanism(facts: Mapping, version: int) -> Mechanism:
+def _mechanism(facts: Mapping[str, Any], version: int) -> Mechanism:
     names = ("noise_multiplier", "sample_rate")
     event = {name: facts[name] for name in names if name in facts} if version == 1 else facts.get("event", {})
     known = (facts.get(name) for name in ("clip", "unit", "adjacency", "private_randomness"))

@@ -16,9 +16,10 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from dpft.errors import RecipeError
 from dpft.recipe import Recipe
@@ -110,7 +111,7 @@ class RunFolder:
 
     # -- metrics and other private facts -------------------------------------------------------------------------
 
-    def metrics(self) -> dict | None:
+    def metrics(self) -> dict[str, Any] | None:
         """The run's metrics, wherever they are kept; for the eyes of whoever may see the data.
 
         Raises:
@@ -118,7 +119,7 @@ class RunFolder:
         """
         return read_json(self.metrics_file) if self.metrics_file.exists() else self.record().metrics
 
-    def write_private(self, file: Path, facts: dict, notice: str = NOTICE) -> None:
+    def write_private(self, file: Path, facts: Mapping[str, Any], notice: str = NOTICE) -> None:
         """Write facts below ``private/``, with a notice that says so."""
         self.private.mkdir(exist_ok=True)
         file.write_text(json.dumps({"notice": notice, **facts}, indent=2), encoding="utf-8")
@@ -147,7 +148,7 @@ def today() -> str:
 
 def step_of(checkpoint: Path | str) -> int:
     """At which step a checkpoint was made."""
-    return json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["global_step"]
+    return int(json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["global_step"])
 
 
 def _published(folder: Path) -> Iterable[Path]:

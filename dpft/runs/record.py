@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic.fields import FieldInfo
 
 from dpft.errors import RecipeError
 from dpft.privacy.accounting import Adjacency
@@ -32,8 +33,15 @@ Events = Annotated[
 ]
 
 
-def _from(source: str, **options) -> Any:
+def _from(source: str, **options: Any) -> Any:
     return Field(json_schema_extra={"from": source}, **options)
+
+
+def _source(field: FieldInfo) -> str:
+    facts = field.json_schema_extra
+    if not isinstance(facts, dict):
+        raise TypeError(f"{field} does not say where its value comes from.")
+    return str(facts["from"])
 
 
 class _Published(BaseModel):
@@ -42,7 +50,7 @@ class _Published(BaseModel):
     @classmethod
     def sources(cls) -> dict[str, str]:
         """Every key that is written, and where its value comes from."""
-        found = {name: field.json_schema_extra["from"] for name, field in cls.model_fields.items()}
+        found = {name: _source(field) for name, field in cls.model_fields.items()}
         return {name: source for name, source in found.items() if source != "read"}
 
 
@@ -120,7 +128,7 @@ class RunRecord(_Published):
         """Whether there is a guarantee to speak of: the run is private and released something."""
         return self.private and self.released_steps > 0
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As it is written."""
         return self.model_dump()
 
@@ -129,7 +137,7 @@ class RunRecord(_Published):
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_dict(cls, facts: Mapping, source: Path | str = "run.json") -> "RunRecord":
+    def from_dict(cls, facts: Mapping[str, Any], source: Path | str = "run.json") -> "RunRecord":
         """The record that this or an older version wrote.
 
         Args:
@@ -156,7 +164,7 @@ class RunRecord(_Published):
             raise RecipeError(f"{source} is not the record of a run of dpft ({_first(error)}): restore it.") from error
 
 
-def _from_1(facts: dict) -> None:
+def _from_1(facts: dict[str, Any]) -> None:
     """Version 1 told seconds, techniques and the layer that was kept, which follow the data."""
     finished = facts.pop("finished", None)
     for name in ("started", "techniques", "frozen_prefix"):
@@ -164,7 +172,7 @@ def _from_1(facts: dict) -> None:
     facts["date"] = finished and finished[:10]
 
 
-def _from_2(facts: dict) -> None:
+def _from_2(facts: dict[str, Any]) -> None:
     """Version 2 has the keys of version 3; events say by themselves how they are written."""
     facts["version"] = VERSION
 
@@ -172,7 +180,7 @@ def _from_2(facts: dict) -> None:
 MIGRATIONS = {1: _from_1, 2: _from_2}
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in the file.
 
     Raises:

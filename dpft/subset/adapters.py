@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,12 @@ from dpft.errors import SubsetError, first_line
 from dpft.subset.layers import last_blocks, untied_heads
 from dpft.subset.parts import Lora, Tuner
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from dpft.subset.sparse import SparseDelta
+
 ADAPTERS = "adapters.json"  # beside several adapters, each in a folder of its name: their names in order
 TENSORS = "adapter_model.safetensors"
 
@@ -21,7 +28,7 @@ TENSORS = "adapter_model.safetensors"
 USUAL = {"query", "value", "q_proj", "v_proj", "qkv", "q", "v", "q_lin", "v_lin", "in_proj", "x_proj"}
 
 
-def is_adapted(model: nn.Module) -> bool:
+def is_adapted(model: nn.Module) -> TypeGuard["PeftModel"]:
     from peft import PeftModel
 
     return isinstance(model, PeftModel)
@@ -170,14 +177,14 @@ def _attention(model: nn.Module) -> str | list[str]:
     return sorted(USUAL.intersection(_linear_names(model))) or "all-linear"
 
 
-def active_adapters(model: nn.Module) -> list[str]:
+def active_adapters(model: "PeftModel") -> list[str]:
     """The names of the adapters that the forward pass uses, in the order in which it uses them."""
     if model.active_peft_config.peft_type == "XLORA":  # which stands for the adapters that it mixes
         return [model.active_adapter]
     return list(model.active_adapters)
 
 
-def can_merge(model: nn.Module) -> bool:
+def can_merge(model: "PeftModel") -> bool:
     """Whether the adapters' change can be added to the base's weights without loss.
 
     X-LoRA's depends on the input, and in half precision or a quantized base a small change would be rounded away.
@@ -187,7 +194,7 @@ def can_merge(model: nn.Module) -> bool:
     return hasattr(model.base_model, "merge_and_unload") and exact and not mixed
 
 
-def saved_by_peft(model: nn.Module) -> set[int]:
+def saved_by_peft(model: "PeftModel") -> set[int]:
     """Ids of the parameters that are in PEFT's checkpoints of the active adapters, or that made a prompt which is."""
     from peft import get_peft_model_state_dict
 
@@ -202,7 +209,7 @@ def saved_by_peft(model: nn.Module) -> set[int]:
     }
 
 
-def save_adapters(model: nn.Module, folder: Path, extra: Mapping[str, Tensor]) -> None:
+def save_adapters(model: "PeftModel", folder: Path, extra: Mapping[str, Tensor]) -> None:
     """The active adapter as PEFT saves it, whatever its name; several of them in folders of their names.
 
     Args:
@@ -224,7 +231,7 @@ def save_adapters(model: nn.Module, folder: Path, extra: Mapping[str, Tensor]) -
         _name_modules(model, place / "adapter_config.json", extra)
 
 
-def _name_modules(model: nn.Module, path: Path, extra: Mapping[str, Tensor]) -> None:
+def _name_modules(model: "PeftModel", path: Path, extra: Mapping[str, Tensor]) -> None:
     """Name whole heads in the adapter's modules_to_save, so that each of several adapters on one base keeps its own."""
     config, base = json.loads(path.read_text(encoding="utf-8")), model.get_base_model()
     tensors = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -245,21 +252,21 @@ def _nameable(model: nn.Module, chosen: list[str]) -> list[str]:
     return [one for one in chosen if all(name in chosen for name in names if name.endswith(one))]
 
 
-def load_adapters(model: nn.Module, folder: Path) -> nn.Module:
+def load_adapters(model: nn.Module, folder: Path) -> "PeftModel":
     """PEFT's model around ``model``, with the adapter or the several that :func:`save_adapters` left."""
     from peft import PeftModel
 
     if not (folder / ADAPTERS).exists():
         return PeftModel.from_pretrained(model, folder)
     first, *others = names = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
-    model = PeftModel.from_pretrained(model, folder / first, adapter_name=first)
+    adapted = PeftModel.from_pretrained(model, folder / first, adapter_name=first)
     for name in others:
-        model.load_adapter(folder / name, name)
-    model.base_model.set_adapter(names, inference_mode=True)
-    return model
+        adapted.load_adapter(folder / name, name)
+    adapted.base_model.set_adapter(names, inference_mode=True)
+    return adapted
 
 
-def shira_rank(sparse: dict) -> int:
+def shira_rank(sparse: "Mapping[str, tuple[nn.Module, SparseDelta]]") -> int:
     """The whole r for which every delta is of a linear layer and has r·(in + out) weights, as SHiRA demands; else 0."""
     ranks = {
         len(delta.values) / (layer.in_features + layer.out_features) if isinstance(layer, nn.Linear) else 0
@@ -269,7 +276,12 @@ def shira_rank(sparse: dict) -> int:
     return 0 if ranks or rank % 1 else int(rank)
 
 
-def save_shira(model: nn.Module, sparse: dict, folder: Path, extra: Mapping[str, Tensor]) -> None:
+def save_shira(
+    model: "PreTrainedModel",
+    sparse: "Mapping[str, tuple[nn.Module, SparseDelta]]",
+    folder: Path,
+    extra: Mapping[str, Tensor],
+) -> None:
     """Sparse deltas of linear layers as PEFT's SHiRA adapter (Bhardwaj et al. 2024).
 
     Args:
@@ -277,7 +289,11 @@ def save_shira(model: nn.Module, sparse: dict, folder: Path, extra: Mapping[str,
     """
     from peft import ShiraConfig
 
-    names = {weight.rpartition(".")[0]: pair for weight, pair in sparse.items()}
+    names = {
+        weight.rpartition(".")[0]: (layer, delta)
+        for weight, (layer, delta) in sparse.items()
+        if isinstance(layer, nn.Linear)
+    }
     config = ShiraConfig(
         r=shira_rank(sparse), target_modules=sorted(names), base_model_name_or_path=model.config.name_or_path
     )

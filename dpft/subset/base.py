@@ -3,12 +3,16 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from dpft.subset.adapters import is_adapted
 from dpft.subset.layers import untied_heads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WRAPPERS = {"base_layer", "parametrizations", "original"}  # what adapters and sparse deltas put into names
 
@@ -59,13 +63,13 @@ def _checkpoint(base: nn.Module) -> tuple[set[str], dict[str, torch.Size | None]
     return set(empty.state_dict()), lacking
 
 
-def load_base(base: nn.Module, **options):
+def load_base(base: "PreTrainedModel", **options: Any) -> Any:
     """The model that the checkpoint of ``base`` makes, with new layers initialised afresh; None if it cannot be read.
 
     Args:
         options: of ``from_pretrained``; by default those that give the type and quantization of ``base``.
     """
-    config = copy.deepcopy(getattr(base, "config", None))
+    config: Any = copy.deepcopy(getattr(base, "config", None))
     path = getattr(config, "_name_or_path", "")
     if not path:
         return None

@@ -16,7 +16,7 @@ def heads(model: nn.Module) -> list[str]:
     Raises:
         SubsetError: none was found.
     """
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     base = getattr(model, "base_model", model)
     beside = {id(child) for child in model.children() if child is not base} if base is not model else set()
     found = [
@@ -37,7 +37,7 @@ def heads(model: nn.Module) -> list[str]:
 def untied_heads(model: nn.Module) -> list[str]:
     """The heads that share no parameter with the input embeddings; none where the model has no head."""
     try:
-        inputs = model.get_input_embeddings()
+        inputs = getattr(model, "get_input_embeddings", lambda: None)()
     except (AttributeError, NotImplementedError):  # a model that takes no tokens
         inputs = None
     embeddings = {id(p) for p in inputs.parameters()} if isinstance(inputs, nn.Module) else set()

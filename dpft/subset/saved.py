@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from dpft.subset.adapters import active_adapters, is_adapted
 from dpft.subset.base import base_of, load_base, new_tensors, quiet
 from dpft.subset.sparse import deltas
 from dpft.subset.weights import changes_model, load_weights, save_weights, trained_in_place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Evaluate = Callable[[nn.Module], Tensor]
 LARGEST = 2 << 30  # bytes that a trial writes at most; larger weights are compared at the end of the run alone
@@ -174,7 +178,7 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
 
 
-def _load(line: str, folder: Path, load_base: Callable[[], nn.Module]) -> nn.Module:
+def _load(line: str, folder: Path, load_base: Callable[[], "PreTrainedModel"]) -> nn.Module:
     """What ``line`` says, and no more."""
     if line.startswith("peft."):
         from peft import PeftModel

@@ -6,6 +6,7 @@ is all that clipping, noise and the optimizer see, and :func:`fold` makes it a p
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,20 @@ from dpft.errors import SubsetError
 from dpft.subset.layers import blocks
 from dpft.subset.parts import Sparse
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Layers whose outputs are the heads', one after another.
 HEAD_LAYERS = {"query", "key", "value", *(f"{x}{end}" for x in "qkv" for end in ("", "_proj", "_lin"))}
 
 
+Losses = Callable[[list[Any]], Tensor]  # of some examples, (B,)
+
+
 class SparseDelta(nn.Module):
     """Adds ``values`` ``(k,)``, zero at first, to the weights at the flat ``indices`` ``(k,)``."""
+
+    indices: Tensor
 
     def __init__(self, indices: Tensor) -> None:
         super().__init__()
@@ -60,7 +69,7 @@ def add_sparse(
             f"{part} finds no untied weight matrix in {type(model).__name__}: give layers, a name pattern."
         )
     vectors = []
-    for name, indices in choose(model, part, weights, scores).items():
+    for name, indices in choose(model, part, weights, scores or {}).items():
         layer, _, attribute = name.rpartition(".")
         delta = SparseDelta(indices)
         parametrize.register_parametrization(model.get_submodule(layer), attribute, delta)
@@ -86,7 +95,7 @@ def candidates(model: nn.Module, part: Sparse) -> dict[str, nn.Parameter]:
 
 
 def choose(
-    model: nn.Module, part: Sparse, weights: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None
+    model: nn.Module, part: Sparse, weights: Mapping[str, Tensor], scores: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Flat indices ``(k,)`` into each weight, ascending; weights of which nothing is chosen are absent."""
     generator = torch.Generator().manual_seed(part.seed)
@@ -122,13 +131,13 @@ def _largest(score: Tensor, count: int) -> Tensor:
 def _count(part: Sparse, available: int, shape: Sequence[int] = ()) -> int:
     if part.fraction is not None:
         return max(1, round(part.fraction * available))
-    wanted = part.number if part.number is not None else part.rank * sum(shape)
+    wanted = part.number if part.number is not None else (part.rank or 0) * sum(shape)
     if wanted > available:
         raise SubsetError(f"{part} asks for {wanted:,} of {available:,} weights or groups: choose fewer.")
     return wanted
 
 
-def _groups(model: nn.Module, group: str, name: str, weight: Tensor) -> Tensor:
+def _groups(model: "PreTrainedModel", group: str, name: str, weight: Tensor) -> Tensor:
     """``(weight.numel(),)``: the group of each weight."""
     layer = model.get_submodule(name.rpartition(".")[0])
     places = torch.arange(weight.numel(), device=weight.device)
@@ -153,7 +162,7 @@ def _groups(model: nn.Module, group: str, name: str, weight: Tensor) -> Tensor:
 
 
 def gradient_scores(
-    model: nn.Module, part: Sparse, losses: Callable[[list], Tensor], examples: Sequence, size: int = 8
+    model: nn.Module, part: Sparse, losses: Losses, examples: Sequence[Any], size: int = 8
 ) -> dict[str, Tensor]:
     """The mean gradient of every candidate over *public* examples, of which ``size`` are differentiated at once."""
     weights = candidates(model, part)
@@ -178,7 +187,9 @@ def gradient_scores(
     return totals
 
 
-def _add_gradients(totals: dict, weights: dict, losses: Callable, examples: Sequence, size: int) -> None:
+def _add_gradients(
+    totals: dict[str, Tensor], weights: dict[str, nn.Parameter], losses: Losses, examples: Sequence[Any], size: int
+) -> None:
     for start in range(0, len(examples), size):
         total = losses(list(examples[start : start + size])).sum()
         gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)

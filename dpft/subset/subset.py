@@ -127,22 +127,22 @@ def _read(node: ast.expr) -> tuple[Part, ...]:
         return _read(node.left) + _read(node.right)
     call = node if isinstance(node, ast.Call) else None
     name = call.func if call else node
-    known = isinstance(name, ast.Name) and (name.id in WORDS or name.id in tuner_kinds())
-    if not known:
+    word = name.id if isinstance(name, ast.Name) else ""
+    if word not in WORDS and word not in tuner_kinds():
         raise SubsetError(
             f"{ast.unparse(node)!r} is no part of a subset: choose from {', '.join(WORDS)}, or a tuner of PEFT "
             f"({', '.join(sorted(tuner_kinds() - set(WORDS)))}), joined by +."
         )
     positional = [ast.literal_eval(value) for value in call.args] if call else []
-    named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords} if call else {}
-    if name.id in WORDS:
-        settings = [field.name for field in fields(WORDS[name.id])]
-        unknown = [str(key) for key in named if key not in settings]
+    named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords} if call else {}
+    if word in WORDS:
+        settings = [field.name for field in fields(WORDS[word])]
+        unknown = [key for key in named if key not in settings]
         if unknown:
-            raise SubsetError(f"{name.id} has no setting {unknown[0]!r}: it has {', '.join(settings) or 'none'}.")
-        return (WORDS[name.id](*positional, **named),)
+            raise SubsetError(f"{word} has no setting {unknown[0]!r}: it has {', '.join(settings) or 'none'}.")
+        return (WORDS[word](*positional, **named),)
     if positional:
         raise SubsetError(
-            f"{ast.unparse(node)!r} gives settings without their names: write them as {name.id}(name=value)."
+            f"{ast.unparse(node)!r} gives settings without their names: write them as {word}(name=value)."
         )
-    return (Tuner(name.id, tuple(named.items())),)
+    return (Tuner(word, tuple(named.items())),)

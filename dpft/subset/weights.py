@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from operator import attrgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ from dpft.subset.adapters import (
 )
 from dpft.subset.base import new_tensors
 from dpft.subset.sparse import deltas, fold
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 DELTA = "delta.safetensors"
 PEFT_LINE = 'peft.PeftModel.from_pretrained(base_model, "weights")'
@@ -74,13 +79,13 @@ def changes_model(model: nn.Module) -> bool:
     return bool(own) and (bool(sparse) or can_merge(model)) if is_adapted(model) else 0 < len(sparse) < len(own)
 
 
-def _save_whole(model: nn.Module, folder: Path) -> str:
+def _save_whole(model: "PreTrainedModel", folder: Path) -> str:
     fold(model)
     model.save_pretrained(folder)
     return f'{type(model).__name__}.from_pretrained("weights")'
 
 
-def _save_merged(model: nn.Module, own: list[str], folder: Path) -> str:
+def _save_merged(model: "PeftModel", own: list[str], folder: Path) -> str:
     """Merged into one whole model where nothing is lost by it, and else as an adapter and whole tensors."""
     fold(model)
     save_adapters(model, folder, {})

@@ -7,7 +7,7 @@ from dpft.tasks.task import Metrics, Size, Task
 __all__ = ["Encoded", "LabelledTask", "Metrics", "Size", "Task"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> type[Task]:
     """A task of this package by its class's name."""
     from dpft.tasks.registry import own
 

@@ -4,7 +4,8 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -16,9 +17,12 @@ from dpft.tasks.head import before_head
 from dpft.tasks.losses import IGNORED, pad_features, token_losses, token_sums, without_labels
 from dpft.tasks.registry import task
 from dpft.tasks.source import Source
-from dpft.tasks.task import TEXTS, Size, Task
+from dpft.tasks.task import TEXTS, Columns, Size, Task
 from dpft.tasks.words import CUE, WORDS, Words
 from dpft.values import Column
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @task("causal_lm")
@@ -46,21 +50,21 @@ class CausalLM(Task):
         )
 
         @model_validator(mode="after")
-        def _both(self):
+        def _both(self) -> Self:
             if (self.prompt is None) != (self.response is None):
                 raise ValueError("task.prompt and task.response go together: give both columns or neither")
             return self
 
         @property
         def columns(self) -> dict[str, Column]:
-            return {name: Column("text") for name in ([self.prompt, self.response] if self.prompt else [self.text])}
+            return {name: Column("text") for name in _chosen(self.text, self.prompt, self.response)}
 
     headline = "perplexity"
     template: ClassVar = {"subset": "lora(rank=8)", "task": {"max_length": 512}}
 
     def __init__(
         self,
-        tokenizer,
+        tokenizer: "PreTrainedTokenizerBase",
         *,
         text: str | None = "text",
         prompt: str | None = None,
@@ -69,27 +73,30 @@ class CausalLM(Task):
     ) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.text, self.prompt, self.response = (None if prompt else text), prompt, response
+        self._columns = _chosen(text, prompt, response)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
     @classmethod
     def load(cls, settings: Settings, source: Source) -> tuple["CausalLM", nn.Module]:
-        columns = dict(text=settings.text, prompt=settings.prompt, response=settings.response)
-        return cls(source.processor(), **columns), source.model("AutoModelForCausalLM")
+        tokenizer = source.processor()
+        task = cls(tokenizer, text=settings.text, prompt=settings.prompt, response=settings.response)
+        return task, source.model("AutoModelForCausalLM")
 
-    def save(self, folder) -> None:
+    def save(self, folder: Path | str) -> None:
         self.tokenizer.save_pretrained(folder)
 
     def examples(self) -> dict[str, list[str]]:
-        return {name: list(TEXTS) for name in ([self.text] if self.text else [self.prompt, self.response])}
+        return {name: list(TEXTS) for name in self._columns}
 
-    def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
+    def encode(self, rows: Columns) -> list[dict[str, Any]]:
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        if self.text is not None:
-            texts = [(ids + end)[: self.max_length] for ids in self.tokenizer(list(rows[self.text]))["input_ids"]]
+        *asked, answer = self._columns
+        if not asked:
+            texts = [(ids + end)[: self.max_length] for ids in self.tokenizer(list(rows[answer]))["input_ids"]]
             return [{"input_ids": ids, "labels": list(ids)} for ids in texts]
         features = []
-        responses = self.tokenizer(list(rows[self.response]), add_special_tokens=False)["input_ids"]
-        for prompt, response in zip(self.tokenizer(list(rows[self.prompt]))["input_ids"], responses, strict=True):
+        responses = self.tokenizer(list(rows[answer]), add_special_tokens=False)["input_ids"]
+        for prompt, response in zip(self.tokenizer(list(rows[asked[0]]))["input_ids"], responses, strict=True):
             response = (response + end)[: self.max_length - 1]
             prompt = prompt[max(0, len(prompt) + len(response) - self.max_length) :]
             features.append({"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response})
@@ -109,12 +116,13 @@ class CausalLM(Task):
         return Perplexity()
 
     def canary(self, random: np.random.Generator) -> dict[str, str]:
-        if self.prompt is None:
-            return {self.text: self.words.text(WORDS, random)}
-        return {self.prompt: self.words.text(CUE, random), self.response: self.words.text(WORDS, random)}
+        *asked, answer = self._columns
+        record = {name: self.words.text(CUE, random) for name in asked}
+        return record | {answer: self.words.text(WORDS, random)}
 
     def follow(self, cue: str, text: str) -> dict[str, str]:
-        return {self.text: cue + text} if self.prompt is None else {self.prompt: cue, self.response: text}
+        *asked, answer = self._columns
+        return {asked[0]: cue, answer: text} if asked else {answer: cue + text}
 
     def judged(self, features: Mapping[str, Any], cue: str) -> dict[str, Any]:
         ids, labels = list(features["input_ids"]), features["labels"]
@@ -132,6 +140,11 @@ class CausalLM(Task):
     @cached_property
     def words(self) -> Words:
         return Words(self.tokenizer)
+
+
+def _chosen(text: str | None, prompt: str | None, response: str | None) -> list[str]:
+    """The columns that are read, the one that is learned last."""
+    return [name for name in ((prompt, response) if prompt else (text,)) if name is not None]
 
 
 class Perplexity:

@@ -8,6 +8,7 @@ the gradient of what went in is made at once and is as small as that (benchmarks
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +24,34 @@ MADE = 1 << 24  # logits made together: 64 MB, and enough tokens that to read th
 def cross_entropies(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
     """``(N, V)`` logits and ``(N,)`` labels to ``(N,)`` cross-entropies in at least float32, zero for ``ignored``
     labels."""
-    return _CrossEntropy.apply(logits, labels, ignored)
+    losses: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]  # PyTorch has no type for it
+        logits, labels, ignored
+    )
+    return losses
 
 
 def head_cross_entropies(states: Tensor, head: nn.Linear, labels: Tensor, ignored: int) -> Tensor:
     """:func:`cross_entropies` of ``head(states)``, ``states`` ``(N, D)``, for a head that does not train."""
-    return _HeadCrossEntropy.apply(states, head.weight, head.bias, labels, ignored)
+    losses: Tensor = _HeadCrossEntropy.apply(  # type: ignore[no-untyped-call]  # likewise
+        states, head.weight, head.bias, labels, ignored
+    )
+    return losses
+
+
+class _Context(Protocol):
+    """What PyTorch carries from one pass to the other, and what is put on it here."""
+
+    pieces: list[tuple[slice, bool]]
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, ignored):
+    def forward(ctx: _Context, logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
         losses = logits.new_zeros(len(logits), dtype=at_least_float32(logits))
         logsums = torch.empty_like(losses)
         ctx.pieces = list(_pieces(logits, labels != ignored))
@@ -47,7 +65,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_losses):
+    def backward(ctx: _Context, grad_losses: Tensor) -> tuple[Tensor, None, None]:
         logits, labels, logsums = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         for rows, wanted in ctx.pieces:
@@ -60,9 +78,24 @@ class _CrossEntropy(torch.autograd.Function):
         return gradient, None, None
 
 
+class _HeadContext(Protocol):
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]: ...
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, Tensor]: ...
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
 class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states, weight, bias, labels, ignored):
+    def forward(
+        ctx: _HeadContext, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignored: int
+    ) -> Tensor:
         device = states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
         places = torch.nonzero(labels != ignored).squeeze(1)  # what else a state is, padding perhaps, is not looked at
@@ -85,7 +118,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_losses):
+    def backward(ctx: _HeadContext, grad_losses: Tensor) -> tuple[Tensor, None, None, None, None]:
         places, gradient = ctx.saved_tensors
         made = (gradient * grad_losses[places].unsqueeze(1)).to(ctx.dtype)
         return made.new_zeros(ctx.shape).index_copy_(0, places, made), None, None, None, None

@@ -28,7 +28,7 @@ def before_head(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor,
         calls.append((states, states.new_zeros(1).expand(*states.shape[:-1], head.out_features)))
         return calls[-1][1]
 
-    head.forward = forward
+    vars(head)["forward"] = forward
     try:
         found = model(**inputs).logits
     except torch.OutOfMemoryError:

@@ -3,7 +3,8 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,8 +17,12 @@ from dpft.tasks.losses import declared_class_losses
 from dpft.tasks.registry import task
 from dpft.tasks.sequence_classification import ClassMetrics
 from dpft.tasks.source import Source
-from dpft.tasks.task import Size, Task
+from dpft.tasks.task import Columns, Size, Task
 from dpft.values import INLINE, Column, class_number, label_fault, plain
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+    from transformers import BaseImageProcessor
 
 PATCH_SIZE = 16  # pixels, where a model's configuration names none
 NOISE = 16  # squares of a canary, in each direction
@@ -66,7 +71,7 @@ class ImageClassification(Task):
 
     def __init__(
         self,
-        processor,
+        processor: "BaseImageProcessor",
         labels: Sequence[str],
         *,
         columns: tuple[str, str] = ("image", "label"),
@@ -111,16 +116,17 @@ class ImageClassification(Task):
                 f"{type(self.processor).__name__} makes pictures of {len(shapes)} shapes, which are no batch: "
                 "give its size a height and a width in preprocessor_config.json, or switch on do_center_crop."
             )
-        return tuple(shapes.pop())
+        channels, height, width = shapes.pop()
+        return channels, height, width
 
-    def save(self, folder) -> None:
+    def save(self, folder: Path | str) -> None:
         self.processor.save_pretrained(folder)
 
     def examples(self) -> dict[str, list[str]]:
         random = np.random.default_rng(0)
         return {self.image: [noise(random, 24, 16), noise(random, 16, 20)], self.label: self.labels[:2]}
 
-    def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
+    def encode(self, rows: Columns) -> list[dict[str, Any]]:
         """Raises RecipeError: a label is not declared, or a file is no picture; the row is counted among these."""
         pictures, values, features = list(rows[self.image]), plain(rows[self.label]), []
         for row, (picture, value) in enumerate(zip(pictures, values, strict=True), 1):
@@ -163,7 +169,7 @@ class ImageClassification(Task):
             pixels = torch.zeros(()).expand(len(features), *self._shape)
         return {"pixel_values": pixels, "labels": torch.tensor([one["labels"] for one in features])}
 
-    def _picture(self, features: Mapping[str, Any]):
+    def _picture(self, features: Mapping[str, Any]) -> "Picture":
         from PIL import Image
 
         try:
@@ -183,9 +189,10 @@ class ImageClassification(Task):
                 picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return picture
 
-    def _pixels(self, picture) -> Tensor:
+    def _pixels(self, picture: "Picture") -> Tensor:
         """``(C, H, W)``."""
-        return self.processor(picture, return_tensors="pt")["pixel_values"][0]
+        pixels: Tensor = self.processor(picture, return_tensors="pt")["pixel_values"][0]
+        return pixels
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Raises RecipeError: the model has fewer classes than the task."""
@@ -199,7 +206,7 @@ class ImageClassification(Task):
         return {self.image: noise(random, NOISE, NOISE), self.label: self.labels[random.integers(len(self.labels))]}
 
 
-def opened(picture: Any):
+def opened(picture: Any) -> "Picture":
     """A picture of Pillow, whose header is read and whose pixels are not.
 
     Args:

@@ -9,7 +9,7 @@ from transformers import DataCollatorForTokenClassification
 
 from dpft.errors import RecipeError
 from dpft.tasks.rules import Rule, likeliest
-from dpft.tasks.task import Features, Task
+from dpft.tasks.task import Columns, Features, Task
 
 
 class LabelledTask(Task):
@@ -31,7 +31,7 @@ class LabelledTask(Task):
 
     def __init__(
         self,
-        collator: Callable[[list], Mapping[str, Tensor]],
+        collator: Callable[[list[dict[str, Any]]], Mapping[str, Tensor]],
         *,
         reaches: Callable[[str], bool] = lambda column: True,
         loss: Rule | None = None,
@@ -40,7 +40,7 @@ class LabelledTask(Task):
         self._collator, self._reaches = collator, reaches
         self.rule, self.own = loss, (own if loss else None)
 
-    def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
+    def encode(self, rows: Columns) -> list[dict[str, Any]]:
         """Raises RecipeError: no column is left that the model takes."""
         taken = list(filter(self._reaches, rows))
         if not taken:
@@ -64,7 +64,7 @@ class MaskedTask(LabelledTask):
     Each draw of an example masks it anew and by itself, from the secret chance of the step.
     """
 
-    def __init__(self, collator: Any, **more) -> None:
+    def __init__(self, collator: Any, **more: Any) -> None:
         super().__init__(collator, **more)
         self._pad = DataCollatorForTokenClassification(
             collator.tokenizer, pad_to_multiple_of=getattr(collator, "pad_to_multiple_of", None)

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from dpft.errors import RecipeError
 from dpft.gradients.determinism import evaluating
 from dpft.tasks.labelled import LabelledTask
-from dpft.tasks.rules import RULES, Rule, likeliest
+from dpft.tasks.rules import RULES, Rule, likeliest, unwrapped
+from dpft.tasks.task import Batch, Features
+
+Collate = Callable[[list[Features]], Batch]
 
 OURS = "dpft.tasks."  # modules whose losses are dpft's own
 TOLERANCE = 1e-3  # relative difference that float32 arithmetic explains
@@ -19,7 +22,7 @@ HALF_TOLERANCE = 3e-2
 UNFIT = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
 
 
-def check_own_loss(task: Any, model: nn.Module, collate: Callable[[list], Mapping], examples: Sequence) -> None:
+def check_own_loss(task: Any, model: nn.Module, collate: Collate, examples: Sequence[Features]) -> None:
     """On each example by itself, the task's loss must be the one that ``model(**batch)`` returns.
 
     A :class:`LabelledTask` learns here which rule the model follows. A task of the user's own, or a loss that it
@@ -65,7 +68,7 @@ def _check_shape(task: LabelledTask, model: nn.Module, batch: Mapping[str, Tenso
         )
 
 
-def _own_rule(model: nn.Module, batches: Sequence[Mapping], known: Sequence[tuple[Mapping, float]]) -> Rule:
+def _own_rule(model: nn.Module, batches: Sequence[Batch], known: Sequence[tuple[Batch, float]]) -> Rule:
     """The rule by which the model computes its own loss, of all that agree on every example the likeliest."""
     guess = likeliest(model, batches[0])
     if not known and batches[0]["labels"].dim() > 1:
@@ -136,7 +139,7 @@ def _refusal(rule: Rule, model: nn.Module, batch: Mapping[str, Tensor], own: flo
 
 def _kind(model: nn.Module) -> str:
     """The class of a model, or of the one that an adapter wraps."""
-    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    return type(unwrapped(model)).__name__
 
 
 def _labels(batch: Mapping[str, Tensor]) -> Tensor:

@@ -11,23 +11,25 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
 
 from dpft.errors import RecipeError, first_line
 from dpft.tasks.task import Task
 
 GROUP = "dpft.tasks"
+T = TypeVar("T", bound=Task)
 _TASKS: dict[str, type[Task]] = {}
 
 
-def task(name: str) -> Callable[[type[Task]], type[Task]]:
+def task(name: str) -> Callable[[type[T]], type[T]]:
     """A decorator: recipes find the class by this name.
 
     Raises:
         RecipeError: another class has the name.
     """
 
-    def register(kind: type[Task]) -> type[Task]:
-        other = _TASKS.get(name, kind)
+    def register(kind: type[T]) -> type[T]:
+        other: type[Task] = _TASKS.get(name, kind)
         if (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
             raise RecipeError(
                 f"The task {name} is {other.__module__}.{other.__qualname__} already, so "

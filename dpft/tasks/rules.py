@@ -6,6 +6,7 @@ is.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def several_labels(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 def numbers(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Regression: ``labels`` ``(B,)`` or ``(B, K)``; an example's loss is its mean squared error."""
-    logits = model(**without_labels(batch)).logits.float()
+    logits: Tensor = model(**without_labels(batch)).logits.float()
     labels = batch["labels"].float().view(len(logits), -1)
     if logits.shape != labels.shape:
         raise ValueError("other shapes")
@@ -58,11 +59,11 @@ def decoded(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 def alignments(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Connectionist temporal classification (Graves et al. 2006), with the reduction of the model's configuration."""
-    config, labels = model.config, batch["labels"]
+    base, labels = unwrapped(model), batch["labels"]
+    config = base.config
     inputs = batch["input_values"] if "input_values" in batch else batch["input_features"]
     mask = batch.get("attention_mask")
     heard = torch.full((len(inputs),), inputs.shape[1], device=inputs.device) if mask is None else mask.sum(-1)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     frames = (
         base._get_feat_extract_output_lengths(heard)
         if hasattr(base, "_get_feat_extract_output_lengths")
@@ -104,7 +105,8 @@ def _span_losses(model: nn.Module, batch: Mapping[str, Tensor], padding: Tensor 
     given = {key: value for key, value in batch.items() if key not in ("start_positions", "end_positions")}
     found = model(**given)
     sides = ((found.start_logits, batch["start_positions"]), (found.end_logits, batch["end_positions"]))
-    return sum(_position_losses(logits.float(), places, padding) for logits, places in sides) / 2
+    start, end = (_position_losses(logits.float(), places, padding) for logits, places in sides)
+    return (start + end) / 2
 
 
 def _position_losses(logits: Tensor, places: Tensor, padding: Tensor | None) -> Tensor:
@@ -135,9 +137,15 @@ HINTS: dict[str, Rule] = {
 }
 
 
+def unwrapped(model: nn.Module) -> Any:
+    """The model of transformers, or the one of them that an adapter wraps."""
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def likeliest(model: nn.Module, batch: Mapping[str, Tensor]) -> Rule:
     """The rule that a model's class, a batch's columns and their shapes suggest, where nothing was found out."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     if "start_positions" in batch:
         return spans
     labels = batch["labels"]
@@ -147,4 +155,4 @@ def likeliest(model: nn.Module, batch: Mapping[str, Tensor]) -> Rule:
         return several_labels if labels.dim() > 1 else numbers
     if labels.dim() == 1:
         return classes
-    return HINTS.get(getattr(base, "loss_type", None), next_token)
+    return HINTS.get(getattr(base, "loss_type", ""), next_token)

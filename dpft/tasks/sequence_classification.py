@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -13,9 +14,12 @@ from dpft.recipe import Labels, TaskTable
 from dpft.tasks.losses import declared_class_losses, pad_features, without_labels
 from dpft.tasks.registry import task
 from dpft.tasks.source import Source
-from dpft.tasks.task import TEXTS, Size, Task
+from dpft.tasks.task import TEXTS, Columns, Size, Task
 from dpft.tasks.words import WORDS, Words
 from dpft.values import Column, class_number, label_fault, plain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @task("sequence_classification")
@@ -51,7 +55,13 @@ class SequenceClassification(Task):
     template: ClassVar = {"subset": "lora(rank=8) + head", "task": {"labels": ["first label", "second label"]}}
 
     def __init__(
-        self, tokenizer, labels: Sequence[str], *, text: str = "text", label: str = "label", max_length: int = 128
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        labels: Sequence[str],
+        *,
+        text: str = "text",
+        label: str = "label",
+        max_length: int = 128,
     ) -> None:
         self.tokenizer, self.text, self.label, self.max_length = tokenizer, text, label, max_length
         self.labels = [str(value) for value in labels]
@@ -63,13 +73,13 @@ class SequenceClassification(Task):
         task = cls(tokenizer, settings.labels, text=settings.text, label=settings.label)
         return task, source.labelled_model("AutoModelForSequenceClassification", settings.labels, tokenizer)
 
-    def save(self, folder) -> None:
+    def save(self, folder: Path | str) -> None:
         self.tokenizer.save_pretrained(folder)
 
     def examples(self) -> dict[str, list[str]]:
         return {self.text: list(TEXTS), self.label: self.labels[: len(TEXTS)]}
 
-    def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
+    def encode(self, rows: Columns) -> list[dict[str, Any]]:
         """Raises RecipeError: a label is missing, a float, or not declared; the row is counted among those given."""
         values = plain(rows[self.label])
         labels = [class_number(value, self._index) for value in values]
@@ -107,7 +117,9 @@ class ClassMetrics:
     """Accuracy, macro-F1 over the labels that occur, and each label's F1 and count."""
 
     def __init__(self, labels: Sequence[str]) -> None:
-        self._labels, self._wanted, self._found = labels, [], []
+        self._labels = labels
+        self._wanted: list[int] = []
+        self._found: list[int] = []
 
     def update(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         self._wanted += batch["labels"].tolist()

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -19,19 +22,21 @@ class Source:
     revision: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def processor(self, kind: str = "AutoTokenizer", **options):
+    def processor(self, kind: str = "AutoTokenizer", **options: Any) -> Any:
         """The tokenizer, or what else of transformers (``"AutoImageProcessor"``) prepares the data."""
         import transformers
 
         return getattr(transformers, kind).from_pretrained(self.path, revision=self.revision, **options)
 
-    def model(self, kind: str, **options):
+    def model(self, kind: str, **options: Any) -> "PreTrainedModel":
         """The model by a class of transformers, such as ``"AutoModelForCausalLM"``."""
         import transformers
 
         return getattr(transformers, kind).from_pretrained(self.path, revision=self.revision, **self.options, **options)
 
-    def labelled_model(self, kind: str, labels: list[str], tokenizer=None, **options):
+    def labelled_model(
+        self, kind: str, labels: list[str], tokenizer: "PreTrainedTokenizerBase | None" = None, **options: Any
+    ) -> "PreTrainedModel":
         """The model with one output for each label, and with the tokenizer's padding token in its configuration."""
         names = dict(enumerate(labels))
         options |= dict(num_labels=len(names), id2label=names, label2id={v: k for k, v in names.items()})

@@ -2,8 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence, Sized
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +15,12 @@ from dpft.recipe import TaskTable
 from dpft.tasks.encoded import Encoded
 from dpft.tasks.source import Source
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Features = Mapping[str, Any]
+Batch = Mapping[str, Tensor]
+Columns = Mapping[str, Sequence[Any]]  # of some rows
 PATCH = 3 * 16 * 16  # numbers of an array that count as one token: what vision models commonly make one of
 TEXTS = ("An example.", "Another example, which is a little longer than the first one.")  # of made-up rows
 
@@ -61,6 +67,7 @@ class Task(ABC):
         template: what ``dpft init`` writes for it: ``subset``, and the keys of ``task`` that must be declared.
         takes_files: whether ``encode`` is given pictures and sounds of ``datasets`` as ``{bytes, path}``, not decoded.
         has_chance: whether ``draw`` does anything, where the settings decide it.
+        tokenizer, max_length: of a task that says what follows a cue (``follow``); the length is in tokens.
     """
 
     name: ClassVar[str]
@@ -71,23 +78,25 @@ class Task(ABC):
     template: ClassVar[Mapping[str, Any]] = {"subset": "lora(rank=8)", "task": {}}
     takes_files: ClassVar[bool] = False
     has_chance: bool = True
+    tokenizer: "PreTrainedTokenizerBase"
+    max_length: int
 
     # -- from a recipe ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, settings: TaskTable, source: Source) -> tuple["Task", nn.Module]:
-        """The task and the model that it trains.
+    def load(cls, settings: Any, source: Source) -> tuple["Task", nn.Module]:
+        """The task and the model that it trains; the settings are an instance of the class's own ``Settings``.
 
         A task with the setting ``max_length`` reads its attribute of that name when it encodes: the model's positions
         decide it later.
         """
         raise RecipeError(f"{cls.__name__} has no load, so no recipe can train it: give it one, or use it from Python.")
 
-    def save(self, folder) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write a tokenizer or processor beside the weights; by default there is none."""
         return None
 
-    def examples(self) -> Mapping[str, Sequence]:
+    def examples(self) -> Columns:
         """Made-up rows of every column, two or more of different sizes: the trial of saving is made on them."""
         raise RecipeError(
             f"{type(self).__name__} has no examples, on which saving a recipe's run is tried: give it made-up rows."
@@ -96,7 +105,7 @@ class Task(ABC):
     # -- data ------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def encode(self, rows: Mapping[str, Sequence]) -> Sequence[Features] | Encoded:
+    def encode(self, rows: Columns) -> Sequence[Features] | Encoded:
         """Columns of some rows to one feature a row, from that row alone; any other number as :class:`Encoded`.
 
         Features may name a file that ``collate`` decodes; ``size`` must do without. Large or computed rows are encoded
@@ -122,7 +131,7 @@ class Task(ABC):
         return features
 
     # (self, features) -> features for steps in which the output of the layers that read the input is kept
-    unread: ClassVar[Callable | None] = None
+    unread: ClassVar[Callable[[Any, Features], Features] | None] = None
 
     @abstractmethod
     def collate(self, features: Sequence[Features]) -> Mapping[str, Tensor]:
@@ -138,7 +147,7 @@ class Task(ABC):
         """By default the mean loss."""
         return MeanLoss(self)
 
-    def evaluate(self, model: nn.Module, batches) -> dict[str, Any]:
+    def evaluate(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Any]:
         """The metrics over an iterable of collated batches."""
         metrics = self.metrics()
         with torch.no_grad():
@@ -162,8 +171,8 @@ class Task(ABC):
             f"{type(self).__name__} says what follows a cue and not where: give it judged, or let follow return None."
         )
 
-    # (model, batch) -> for each example its tokens' log-probabilities, if it has such
-    likelihoods: ClassVar[Callable | None] = None
+    # (self, model, batch) -> for each example its tokens' log-probabilities, if it has such
+    likelihoods: ClassVar[Callable[[Any, nn.Module, Mapping[str, Tensor]], Sequence[Tensor]] | None] = None
 
 
 class MeanLoss:
@@ -183,7 +192,7 @@ class MeanLoss:
 def _tokens(value: Any) -> int:
     """What a feature counts by default; 1 for a single number."""
     size = getattr(value, "size", None)  # of a picture of Pillow: width and height
-    shape = [3, *size] if isinstance(size, tuple) else list(getattr(value, "shape", ()))
+    shape: list[int] = [3, *size] if isinstance(size, tuple) else list(getattr(value, "shape", ()))
     while not hasattr(value, "shape") and isinstance(value, Sized):
         shape.append(len(value))
         value = value[0] if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) else None

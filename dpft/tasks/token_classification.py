@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import chain, pairwise
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -14,10 +15,14 @@ from dpft.recipe import Labels, TaskTable
 from dpft.tasks.losses import IGNORED, pad_features, token_losses, without_labels
 from dpft.tasks.registry import task
 from dpft.tasks.source import Source
-from dpft.tasks.task import TEXTS, Size, Task
+from dpft.tasks.task import TEXTS, Columns, Size, Task
 from dpft.tasks.words import WORDS, Words
 from dpft.values import Column, class_number, label_fault
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Entity = tuple[str, int, int]  # kind, first word and end
 OUTSIDE = "O"  # the tag of a word in no entity
 
 
@@ -61,7 +66,7 @@ class TokenClassification(Task):
 
     def __init__(
         self,
-        tokenizer,
+        tokenizer: "PreTrainedTokenizerBase",
         labels: Sequence[str],
         *,
         tokens: str = "tokens",
@@ -83,7 +88,7 @@ class TokenClassification(Task):
         task = cls(tokenizer, settings.labels, tokens=settings.tokens, tags=settings.tags)
         return task, source.labelled_model("AutoModelForTokenClassification", settings.labels, tokenizer)
 
-    def save(self, folder) -> None:
+    def save(self, folder: Path | str) -> None:
         self.tokenizer.save_pretrained(folder)
 
     def examples(self) -> dict[str, list[list[str]]]:
@@ -91,7 +96,7 @@ class TokenClassification(Task):
         tags = [[self.labels[i % len(self.labels)] for i in range(len(some))] for some in words]
         return {self.tokens: words, self.tags: tags}
 
-    def encode(self, rows: Mapping[str, Sequence]) -> list[dict[str, Any]]:
+    def encode(self, rows: Columns) -> list[dict[str, Any]]:
         """Raises RecipeError: a row has other than one declared tag for each word; it is counted among those given."""
         texts = [list(words) for words in rows[self.tokens]]
         tags = [self._classes(row, words, i) for i, (row, words) in enumerate(zip(rows[self.tags], texts, strict=True))]
@@ -104,11 +109,13 @@ class TokenClassification(Task):
             features.append({"input_ids": ids, "labels": labels})
         return features
 
-    def _classes(self, tags: Sequence, words: Sequence[str], row: int) -> list[int]:
-        classes = [class_number(value, self._index) for value in tags]
-        if None in classes:
-            fault = label_fault(tags[classes.index(None)], self.tags, len(self.labels))
-            raise RecipeError(f"Row {row + 1:,} {fault}")
+    def _classes(self, tags: Sequence[object], words: Sequence[str], row: int) -> list[int]:
+        classes = []
+        for value in tags:
+            found = class_number(value, self._index)
+            if found is None:
+                raise RecipeError(f"Row {row + 1:,} {label_fault(value, self.tags, len(self.labels))}")
+            classes.append(found)
         if len(classes) != len(words):
             raise RecipeError(
                 f"Row {row + 1:,} has {len(words):,} words in column {self.tokens!r} and {len(classes):,} tags in "
@@ -162,7 +169,7 @@ class EntityMetrics:
             self._words, self._examples = self._words + len(wanted), self._examples + 1
             self._count(set(entities(found)), set(entities(wanted)))
 
-    def _count(self, found: set, wanted: set) -> None:
+    def _count(self, found: set[Entity], wanted: set[Entity]) -> None:
         for place, some in enumerate((found & wanted, found, wanted)):
             for kind, *_ in some:
                 self._counts.setdefault(kind, [0, 0, 0])[place] += 1
@@ -185,7 +192,7 @@ def _figures(right: int, found: int, wanted: int) -> dict[str, float]:
     return figures | {"f1": 2 * right / max(found + wanted, 1), "count": wanted}
 
 
-def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+def entities(tags: Sequence[str]) -> list[Entity]:
     """Kind, first word and end of each entity, by the rule of CoNLL-2000's evaluation: an I- of another kind begins one
     as well.
 
@@ -194,12 +201,13 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     >>> entities(["B-drug", "I-drug", "O", "I-dose", "B-dose"])
     [('drug', 0, 2), ('dose', 3, 4), ('dose', 4, 5)]
     """
-    found, start, inside = [], 0, None
+    found: list[Entity] = []
+    start, inside = 0, None
     for i, tag in enumerate(chain(tags, [OUTSIDE])):
-        prefix, dash, kind = tag.partition("-")
+        prefix, dash, name = tag.partition("-")
         if not dash or prefix not in ("B", "I"):
-            prefix, kind = "I", tag
-        kind = None if tag == OUTSIDE else kind
+            prefix, name = "I", tag
+        kind = None if tag == OUTSIDE else name
         if inside is not None and (kind != inside or prefix == "B"):
             found.append((inside, start, i))
         if kind is not None and (kind != inside or prefix == "B"):

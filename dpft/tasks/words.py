@@ -1,10 +1,14 @@
 """Made-up text of a tokenizer's own words, for canaries."""
 
 import re
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dpft.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WORDS = 12  # of a random text
 CUE = 4  # random words that come before what is judged
@@ -17,7 +21,7 @@ class Words:
         RecipeError: it has none.
     """
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
         special = set(tokenizer.all_special_ids)
         found = (tokenizer.decode([token]).strip() for token in range(len(tokenizer)) if token not in special)

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from dpft.errors import BudgetError, GuaranteeError, LedgerError
-from dpft.ledger import Dataset
+from dpft.ledger import About, Dataset
 from dpft.privacy.noise import Randomness
 from dpft.privacy.plan import Plan
 from dpft.runs.folder import RunFolder
@@ -24,7 +25,7 @@ class Account:
     """
 
     def __init__(
-        self, dataset: Dataset, plan: Plan, randomness: Randomness, folder: Path, released: int, **about
+        self, dataset: Dataset, plan: Plan, randomness: Randomness, folder: Path, released: int, about: About
     ) -> None:
         if not randomness.private:
             raise GuaranteeError(
@@ -40,14 +41,16 @@ class Account:
                 "without one."
             )
         self.dataset, self.plan, self.covered = dataset, plan, released
-        resumed = known and known["run"]
-        self.run = dataset.open(plan, resumed=resumed, released=released, recipe=_recipe(folder), **about)
+        resumed = None if known is None else known["run"]
+        self.run = dataset.open(plan, replace(about, recipe=_recipe(folder)), resumed=resumed, released=released)
         self._before = self._last = released
         self.facts["run"] = self.run.id
         self.overlap = self.run.overlap
 
     @classmethod
-    def of(cls, dataset: Dataset | None, plan: Plan, randomness: Randomness, folder: Path, released: int, **about):
+    def of(
+        cls, dataset: Dataset | None, plan: Plan, randomness: Randomness, folder: Path, released: int, about: About
+    ) -> "Account | None":
         """The run's account; None if no data set is charged, and none was before."""
         known = cls._known(folder) if released else None
         here = None if dataset is None else (dataset.ledger.id, dataset.name)
@@ -56,10 +59,10 @@ class Account:
                 f"The run in {folder} is charged to {known['dataset']!r} in the ledger {known['ledger']}: resume it "
                 "with that account."
             )
-        return None if dataset is None else cls(dataset, plan, randomness, folder, released, **about)
+        return None if dataset is None else cls(dataset, plan, randomness, folder, released, about)
 
     @staticmethod
-    def _known(folder: Path) -> dict | None:
+    def _known(folder: Path) -> dict[str, str] | None:
         """The account that an earlier start of the run was charged to."""
         path = RunFolder(folder).account_file
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

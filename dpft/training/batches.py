@@ -6,18 +6,20 @@ speed and memory, never the sum of clipped gradients: a unit's examples stay con
 unit before it clips.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpft.errors import RecipeError
 from dpft.privacy.chance import step_generator
 from dpft.privacy.plan import Plan
 from dpft.privacy.sampling import PoissonSampler
 from dpft.tasks.encoded import Encoded
-from dpft.tasks.task import Task, draws, size_of
+from dpft.tasks.task import Batch, Features, Size, Task, draws, size_of
 from dpft.training.rows import WhenDrawn, files_undecoded, may_vary, read_when_drawn
 from dpft.training.units import check_count, unit_ids
 from dpft.values import kind, plain
@@ -25,6 +27,9 @@ from dpft.values import kind, plain
 CHUNK = 1000  # rows given to the tokenizer at a time
 EVALUATION_TOKENS = 4096  # padded tokens of a batch that keeps nothing for a backward pass
 OVERHEAD = 32.0  # tokens that a micro-batch costs beside its own, on two CPU cores about; a run measures it
+
+Numbers = NDArray[np.int64]
+Chosen = Callable[[Numbers, Batch], None]
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,11 @@ class Examples:
         varies: whether a row that is read again may be another (:func:`dpft.training.rows.may_vary`).
     """
 
-    features: Sequence
-    lengths: np.ndarray
-    members: Sequence[np.ndarray]
-    costs: np.ndarray | None = None
-    chance: Callable | None = None
+    features: Sequence[Any]
+    lengths: Numbers
+    members: Sequence[Numbers] | Numbers
+    costs: Numbers = None  # type: ignore[assignment]  # the lengths are put in its place
+    chance: Callable[[Features, np.random.Generator], Features] | None = None
     varies: bool = False
 
     def __post_init__(self) -> None:
@@ -51,7 +56,7 @@ class Examples:
             object.__setattr__(self, "costs", self.lengths)
 
     @classmethod
-    def encode(cls, rows, task: Task, unit: str = "example") -> "Examples":
+    def encode(cls, rows: Any, task: Task, unit: str = "example") -> "Examples":
         """Encode a ``datasets.Dataset`` or any sequence of rows; of rows that are read when drawn, only the sizes are
         kept.
 
@@ -65,7 +70,10 @@ class Examples:
         rows = files_undecoded(rows) if getattr(task, "takes_files", False) else rows
         late = read_when_drawn(rows)
         size = 1 if late else CHUNK
-        features, places, ids, sizes = [], [], [], []
+        features: list[Any] = []
+        places: list[int] = []
+        ids: list[Any] = []
+        sizes: list[Size] = []
         for start in range(0, len(rows), size):
             columns = _columns(rows, start, min(start + size, len(rows)))
             if unit != "example":
@@ -83,18 +91,20 @@ class Examples:
             places += [start + owner for owner in owners]
         if not places:
             raise RecipeError("The data are empty: there is nothing to learn from.")
+        made: Sequence[Any] = features
         if late:
-            features = WhenDrawn(lambda row: _with_rows(task.encode(_columns(rows, row, row + 1)), 1)[0], places)
-        sizes = np.array(sizes, dtype=np.int64)
-        costs, lengths = sizes.T.copy()
-        more = dict(costs=costs, chance=task.draw if draws(task) else None, varies=may_vary(rows))
+            made = WhenDrawn(lambda row: _with_rows(task.encode(_columns(rows, row, row + 1)), 1)[0], places)
+        costs, lengths = np.array(sizes, dtype=np.int64).T.copy()
+        members: Sequence[Numbers] | Numbers
         units = range(len(rows)) if unit == "example" else unit_ids(ids, unit)
         if unit == "example" and places == list(units):
-            return cls(features, lengths, np.arange(len(features)).reshape(-1, 1), **more)
-        groups: dict = {}
-        for i, place in enumerate(places):
-            groups.setdefault(units[place], []).append(i)
-        return cls(features, lengths, [np.array(group) for group in groups.values()], **more)
+            members = np.arange(len(made)).reshape(-1, 1)
+        else:
+            groups: dict[Hashable, list[int]] = {}
+            for i, place in enumerate(places):
+                groups.setdefault(units[place], []).append(i)
+            members = [np.array(group) for group in groups.values()]
+        return cls(made, lengths, members, costs, task.draw if draws(task) else None, may_vary(rows))
 
     def __len__(self) -> int:
         return len(self.features)
@@ -103,7 +113,7 @@ class Examples:
         """How many examples a logical batch has on average."""
         return plan.sample_rate * sum(min(len(members), plan.examples_per_unit) for members in self.members)
 
-    def drawn(self, places: Sequence[int]) -> list:
+    def drawn(self, places: Sequence[int] | Numbers) -> list[Any]:
         """The features of these examples after a step's chance, which each call draws anew."""
         some = [self.features[place] for place in places]
         if self.chance is None:
@@ -111,12 +121,12 @@ class Examples:
         random = step_generator()
         return [self.chance(one, random) for one in some]
 
-    def spread(self, n: int = 3) -> list:
+    def spread(self, n: int = 3) -> list[Any]:
         """``n`` examples of different lengths, drawn once: what the preflight compares."""
         return self.drawn(self.spread_places(n))
 
     @property
-    def longest(self):
+    def longest(self) -> Any:
         """The longest example, drawn once, beside which the preflight compares another."""
         return self.drawn([int(self.lengths.argmax())])[0]
 
@@ -131,7 +141,7 @@ class Examples:
         return found + [i for i in range(min(n, len(self))) if i not in found][: n - len(found)]
 
 
-def _columns(rows, start: int, end: int) -> dict:
+def _columns(rows: Any, start: int, end: int) -> dict[str, Any]:
     """Some rows as columns. Of a data set that is none of ``datasets``', single rows are all that can be asked for."""
     if hasattr(rows, "column_names"):
         return rows[start:end]
@@ -144,7 +154,7 @@ def _columns(rows, start: int, end: int) -> dict:
     return {key: [row[key] for row in some] for key in some[0]}
 
 
-def _with_rows(encoded: Sequence | Encoded, rows: int) -> tuple[Sequence, Sequence[int]]:
+def _with_rows(encoded: Sequence[Any] | Encoded, rows: int) -> tuple[Sequence[Any], Sequence[int]]:
     """Features, and for each the position of its row among so many ``rows``."""
     if not isinstance(encoded, Encoded):
         if len(encoded) != rows:
@@ -168,18 +178,19 @@ def check_units(examples: Examples, plan: Plan) -> None:
     Raises:
         RecipeError: the plan's number of units is more than twice, or less than half, that of the examples.
     """
-    check_count(len(examples.members), plan.units)
+    if plan.units is not None:
+        check_count(len(examples.members), plan.units)
 
 
 def cut(
-    lengths: Sequence[int],
-    units: Sequence[int],
+    lengths: Sequence[int] | Numbers,
+    units: Sequence[int] | Numbers,
     *,
     token_budget: int,
     overhead: float = OVERHEAD,
     max_examples: Callable[[int], int] = lambda tokens: 1 << 30,
-    tokens: Sequence[int] | None = None,
-) -> list[np.ndarray]:
+    tokens: Sequence[int] | Numbers | None = None,
+) -> list[Numbers]:
     """Cut examples into micro-batches of at most ``token_budget`` padded tokens, each unit's examples consecutive.
 
     Of all cuts of the sorted examples this is the one with the smallest sum of padded tokens and ``overhead`` for each
@@ -199,11 +210,11 @@ def cut(
     >>> [group.tolist() for group in cut([20, 90, 30, 31], [0, 1, 2, 3], token_budget=100, overhead=5)]
     [[1], [3, 2], [0]]
     """
-    lengths, units, most = np.asarray(lengths), np.asarray(units), cache(max_examples)
-    by_unit = _largest_of_unit(lengths, units)
-    order = np.lexsort((-lengths, units, -by_unit))
+    lengths, whose, most = np.asarray(lengths), np.asarray(units), cache(max_examples)
+    by_unit = _largest_of_unit(lengths, whose)
+    order = np.lexsort((-lengths, whose, -by_unit))
     widths, places = by_unit[order], np.arange(len(order))  # of a micro-batch that begins there, at most
-    seen = widths if tokens is None else _largest_of_unit(np.asarray(tokens), units)[order]
+    seen = widths if tokens is None else _largest_of_unit(np.asarray(tokens), whose)[order]
     costs = np.zeros(len(order) + 1)  # of the best cut of the first so many
     starts = [0]  # where its last micro-batch begins
     first = 0
@@ -223,7 +234,7 @@ def cut(
     return groups[::-1]
 
 
-def _largest_of_unit(values: np.ndarray, units: np.ndarray) -> np.ndarray:
+def _largest_of_unit(values: Numbers, units: Numbers) -> Numbers:
     """For each example the largest value among its unit's."""
     largest: dict[int, int] = {}
     for value, unit in zip(values.tolist(), units.tolist(), strict=True):
@@ -238,15 +249,15 @@ class LogicalBatch:
         self,
         examples: Examples,
         task: Task,
-        places: np.ndarray,
-        units: np.ndarray,
-        groups: list[np.ndarray],
-        chosen: Callable[[np.ndarray, dict], None] | None,
+        places: Numbers,
+        units: Numbers,
+        groups: list[Numbers],
+        chosen: Chosen | None,
     ) -> None:
         self._examples, self._task, self._places, self._units, self._groups = examples, task, places, units, groups
         self._chosen = chosen
 
-    def __iter__(self) -> Iterator[tuple[dict, list[int]]]:
+    def __iter__(self) -> Iterator[tuple[Batch, list[int]]]:
         for group in self._groups:
             places = self._places[group]
             batch = self._task.collate(self._examples.drawn(places))
@@ -255,11 +266,20 @@ class LogicalBatch:
             yield batch, self._units[group].tolist()
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a micro-batch may hold, and what it costs beside that; see :func:`cut`."""
+
+    token_budget: int
+    max_examples: Callable[[int], int]
+    overhead: float = OVERHEAD
+
+
 class LogicalBatches:
     """``steps`` logical batches, drawn when asked for, each time this is iterated.
 
     Args:
-        token_budget, overhead, max_examples: see :func:`cut`.
+        limits: of each micro-batch.
         chosen: told the examples' numbers and the batch just before each micro-batch is given out.
     """
 
@@ -270,13 +290,11 @@ class LogicalBatches:
         sampler: PoissonSampler,
         *,
         steps: int,
-        token_budget: int,
-        overhead: float = OVERHEAD,
-        max_examples: Callable[[int], int],
-        chosen: Callable[[np.ndarray, dict], None] | None = None,
+        limits: Limits,
+        chosen: Chosen | None = None,
     ) -> None:
-        self.examples, self.task, self.sampler, self.steps, self._chosen = examples, task, sampler, steps, chosen
-        self._cut = partial(cut, token_budget=token_budget, overhead=overhead, max_examples=max_examples)
+        self.examples, self.task, self.sampler, self.steps = examples, task, sampler, steps
+        self._limits, self._chosen = limits, chosen
 
     def __len__(self) -> int:
         return self.steps
@@ -290,11 +308,18 @@ class LogicalBatches:
         chosen = [self.sampler.examples(self.examples.members[unit]) for unit in drawn]
         places = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
         units = np.repeat(drawn, [len(c) for c in chosen]) if chosen else places
-        groups = self._cut(self.examples.costs[places], units, tokens=self.examples.lengths[places])
+        groups = cut(
+            self.examples.costs[places],
+            units,
+            token_budget=self._limits.token_budget,
+            overhead=self._limits.overhead,
+            max_examples=self._limits.max_examples,
+            tokens=self.examples.lengths[places],
+        )
         return LogicalBatch(self.examples, self.task, places, units, groups, self._chosen)
 
 
-def plain_batches(examples: Examples, task: Task, token_budget: int) -> Iterator[dict]:
+def plain_batches(examples: Examples, task: Task, token_budget: int) -> Iterator[Batch]:
     """Every example once, sorted by length, without units: for evaluation."""
     for group in cut(examples.costs, range(len(examples)), token_budget=token_budget):
         yield task.collate([examples.features[place] for place in group])

@@ -73,7 +73,7 @@ def read_for(task: TaskTable, paths: str | list[str]):
 
 
 def _is_relative(path: str | None) -> bool:
-    return bool(path) and not path.startswith(INLINE) and not Path(path).is_absolute()
+    return path is not None and path != "" and not path.startswith(INLINE) and not Path(path).is_absolute()
 
 
 def column_of(rows, name: str, at_a_time: int = 1000) -> Iterator:

@@ -73,7 +73,7 @@ def own_loss_of(trainer: Trainer) -> OwnLoss | None:
             f"loss_type is {loss_type!r}, and a private step computes each example's own 'nll': leave it out, or pass "
             "a task with such losses."
         )
-    owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
+    owner: type[Trainer] = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
     if owner.__module__.startswith(LIBRARIES):
         function = trainer.compute_loss_func
         return None if function is None else OwnLoss("compute_loss_func", function)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
@@ -11,10 +11,17 @@ from dpft.gradients.determinism import evaluating
 from dpft.training.batches import Examples
 from dpft.training.session import Session
 
+if TYPE_CHECKING:
+    from transformers import Trainer as TrainerMixin
+    from transformers import TrainerControl
+    from transformers.trainer_utils import PredictionOutput
+else:
+    TrainerMixin = object  # which trainer it is mixed into, the user says
+
 PUBLIC_LOGS = ("epoch", "step", "learning_rate", "epsilon")  # and figures on evaluation data that are declared public
 
 
-class Evaluation:
+class Evaluation(TrainerMixin):
     """The half of :class:`dpft.DPTrainerMixin` that judges and shows.
 
     With a task, metrics are the task's. Without one they are the trainer's own: its loss, ``compute_metrics``,
@@ -24,9 +31,16 @@ class Evaluation:
     session: Session
     has_task: bool
     evaluation_is_public: bool
+    control: "TrainerControl"
     _unheard = False
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval", **generation) -> dict:
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **generation: Any,
+    ) -> dict[str, Any]:
         """Metrics on ``eval_dataset``, or on each of several by name, un-noised: logged only if
         ``evaluation_is_public``."""
         rows = self._named(self.eval_dataset if eval_dataset is None else eval_dataset)
@@ -42,30 +56,32 @@ class Evaluation:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def measured(self, rows: Any, ignore_keys=None, prefix: str = "eval", **generation) -> dict[str, Any]:
+    def measured(
+        self, rows: Any, ignore_keys: list[str] | None = None, prefix: str = "eval", **generation: Any
+    ) -> dict[str, Any]:
         """The metrics on one data set; nothing is logged."""
         if self.has_task:
             return {f"{prefix}_{name}": value for name, value in self.session.evaluate(rows).items()}
         with self._silence(), evaluating(self.model):
             return super().evaluate(rows, ignore_keys, prefix, **generation)
 
-    def predict(self, test_dataset, *args, **kwargs):
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> "PredictionOutput":
         """See :meth:`transformers.Trainer.predict`; what it returns follows the rows, and nothing else sees it."""
         with self._silence(), evaluating(self.model):
             return super().predict(test_dataset, *args, **kwargs)
 
-    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         return self._loader(eval_dataset) or super().get_eval_dataloader(eval_dataset)
 
-    def get_test_dataloader(self, test_dataset) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         return self._loader(test_dataset) or super().get_test_dataloader(test_dataset)
 
-    def _loader(self, rows: Any) -> DataLoader | None:
+    def _loader(self, rows: Any) -> DataLoader[Any] | None:
         """Rows as the trainer's task encodes them; None if it has none."""
         if not self.has_task or rows is None:
             return None
         task = self.session.task
-        features = Examples.encode(self._named(rows), task).features
+        features: Any = Examples.encode(self._named(rows), task).features  # any sequence serves as a data set
         return DataLoader(features, batch_size=self.args.eval_batch_size, collate_fn=task.collate)
 
     def _named(self, rows: Any) -> Any:
@@ -83,7 +99,7 @@ class Evaluation:
             del handler.on_evaluate, handler.on_predict
             getattr(self, "_metrics", {}).get("eval", {}).clear()  # what SFTTrainer keeps for its next log
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log ε spent instead of the training loss; times and memory, too, would follow the true batch sizes."""
         if not self._unheard:
             super().log(self.shown(logs), *args, **kwargs)
@@ -92,7 +108,7 @@ class Evaluation:
         """What of the logs is computed from the plan, from released weights, or from data declared public."""
         public = (*PUBLIC_LOGS, *(name for name in logs if name.startswith("eval_") and self.evaluation_is_public))
         logs = {name: value for name, value in logs.items() if name in public}
-        engine = self.session.engine
-        if engine is not None and engine.steps_released and engine.randomness.private:
-            logs["epsilon"] = engine.plan.epsilon_after(engine.steps_released, exact=False)
+        spent = self.session.spent
+        if spent is not None:
+            logs["epsilon"] = spent
         return logs

@@ -78,12 +78,13 @@ def _reader(files: list[Path]) -> Callable:
         if not file.exists():
             raise RecipeError(f"There is no data at {file}: correct the path in the recipe.")
     readers = {_saved if file.is_dir() else READERS.get(file.suffix.lower()) for file in files}
-    if len(readers) != 1 or None in readers:
+    known = [reader for reader in readers if reader is not None]
+    if len(readers) != 1 or not known:
         raise RecipeError(
             f"{files[0].name} has no known format: name files of one kind, .csv, .tsv, .json, .jsonl or .parquet, "
             "or folders saved by datasets."
         )
-    return readers.pop()
+    return known[0]
 
 
 def _csv(files: list[Path]):

@@ -2,18 +2,20 @@
 
 import re
 from itertools import chain
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from dpft.errors import RecipeError
 from dpft.recipe import TaskTable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEFAULT_LENGTH = 128
 LIMITS = ("max_position_embeddings", "n_positions")
 TABLE = re.compile(r"(^|\.)(wpe|(?!relative)\w*position(?!_ids$|.*bias)\w*)$")
 
 
-def positions(model: nn.Module) -> int | None:
+def positions(model: "PreTrainedModel") -> int | None:
     """The longest text that a model with a table of absolute positions can read, in tokens; None for any other model.
 
     A table is known by its name. RoBERTa's positions begin after its padding index, OPT's and BART's after an offset:
@@ -34,13 +36,13 @@ def positions(model: nn.Module) -> int | None:
     return min([*sizes, *limits]) - before if sizes else None
 
 
-def fit(task, table: TaskTable, model: nn.Module) -> None:
+def fit(task: Any, table: TaskTable, model: "PreTrainedModel") -> None:
     """Let a task that cuts its examples cut them where the model needs it; see :func:`fitting_length`."""
     if "max_length" in type(table).model_fields:
-        task.max_length = fitting_length(table.max_length, model)
+        task.max_length = fitting_length(getattr(table, "max_length", None), model)
 
 
-def fitting_length(asked: int | None, model: nn.Module) -> int:
+def fitting_length(asked: int | None, model: "PreTrainedModel") -> int:
     """``task.max_length``, or by default 128 and no more than the model has positions.
 
     Raises:

@@ -7,29 +7,34 @@ alone.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dpft.errors import IsolationError, SubsetError
 from dpft.privacy.store import EncryptedStore
 from dpft.subset.layers import blocks
-from dpft.training.batches import Examples, cut
+from dpft.tasks.rules import unwrapped
+from dpft.tasks.task import Batch, Features
+from dpft.training.batches import Examples, Numbers, cut
 
 TOLERANCE = 1e-4
 WORTH = 2.0  # how often an example must be expected in a run for its prefix to be worth keeping
+Places = Sequence[int] | Numbers  # numbers of examples
+Losses = Callable[[Batch], Tensor]
 
 
 class _Stop(Exception):
     """Ends a forward pass at the boundary, with its output."""
 
-    def __init__(self, output) -> None:
+    def __init__(self, output: object) -> None:
         self.output = output
 
 
@@ -53,10 +58,10 @@ class FrozenPrefix:
     per_token: list[bool]
     random: bool
     numbers: tuple[int, int]
-    unread: Callable[[Mapping], Mapping] | None = None
+    unread: Callable[[Features], Features] | None = None
     _store: EncryptedStore | None = None
-    _structure: object = None
-    _others: list = field(default_factory=list)  # the output's leaves that are not kept, as they were once
+    _structure: TreeSpec | None = None
+    _others: list[Any] = field(default_factory=list)  # the output's leaves that are not kept, as they were once
     _dtypes: list[torch.dtype] = field(default_factory=list)
     _shapes: dict[int, list[torch.Size]] = field(default_factory=dict)
     _output: object = None
@@ -64,20 +69,21 @@ class FrozenPrefix:
     # -- finding ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def find(cls, model: nn.Module, losses: Callable[[Mapping], Tensor], batch: Mapping[str, Tensor]):
+    def find(cls, model: nn.Module, losses: Losses, batch: Batch) -> "FrozenPrefix | None":
         """The longest frozen beginning, or None if everything from the first block on trains or it pads in its own way.
 
         Args:
             losses: of a collated batch; nothing must be attached to the model.
             batch: two examples or more.
         """
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = unwrapped(model)
         backbone = getattr(base, "base_model", base)
+        found: Iterable[nn.Module]
         try:
             name, found = blocks(base)
         except SubsetError:  # a model without blocks may still have a backbone
             name, found = "", []
-        seen: dict[int, list] = {}
+        seen: dict[int, list[object]] = {}
         hooks = [
             module.register_forward_hook(lambda m, a, output: seen.setdefault(id(m), []).append(output))
             for module in (backbone, *found)
@@ -95,10 +101,12 @@ class FrozenPrefix:
         return cls._at(f"{name}.{len(first) - 1}", first, model, losses, batch) if first else None
 
     @classmethod
-    def _at(cls, name: str, modules: list[nn.Module], model: nn.Module, losses: Callable, batch: Mapping):
+    def _at(
+        cls, name: str, modules: list[nn.Module], model: nn.Module, losses: Losses, batch: Batch
+    ) -> "FrozenPrefix | None":
         leaves: list[Tensor] = []
 
-        def as_leaves(module, args, output):
+        def as_leaves(module: nn.Module, args: Any, output: object) -> Any:
             values, structure = tree_flatten(output)
             values = [v.detach().requires_grad_() if _floating(v) else v for v in values]
             leaves.extend(values)
@@ -112,11 +120,13 @@ class FrozenPrefix:
         places = [i for i, leaf in enumerate(leaves) if _floating(leaf)]
         gradients = torch.autograd.grad(total, [leaves[i] for i in places], allow_unused=True)
         needed = [i for i, gradient in zip(places, gradients, strict=True) if gradient is not None]
-        shape = _mask(batch).shape if _mask(batch) is not None else None
+        mask = _mask(batch)
+        shape = None if mask is None else mask.shape
         if shape is not None and any(leaves[i].dim() > 2 and leaves[i].shape[:2] != shape for i in needed):
             return None  # padded in its own way, as by models that attend in windows: what is padding cannot be told
         per_token = [shape is not None and leaves[i].dim() > 2 and leaves[i].shape[:2] == shape for i in needed]
-        widths = [leaves[i][0].numel() // (shape[1] if t else 1) for i, t in zip(needed, per_token, strict=True)]
+        tokens = 1 if shape is None else shape[1]
+        widths = [leaves[i][0].numel() // (tokens if t else 1) for i, t in zip(needed, per_token, strict=True)]
         by_token = sum(w for w, t in zip(widths, per_token, strict=True) if t)
         prefix = cls(name, modules, needed, per_token, False, (by_token, sum(widths) - by_token))
         was = model.training
@@ -138,19 +148,20 @@ class FrozenPrefix:
 
     def shortened(self, examples: Examples) -> Examples:
         """The examples, as long as they are to what still runs, and without what only the kept layers read."""
-        if self.unread is not None:
-            examples = replace(examples, chance=lambda features, random: self.unread(features))
+        unread = self.unread
+        if unread is not None:
+            examples = replace(examples, chance=lambda features, random: unread(features))
         ones = np.ones_like(examples.lengths)
         return examples if any(self.per_token) else replace(examples, lengths=ones, costs=ones)
 
     def fill(
         self,
         examples: Examples,
-        collate: Callable[[Sequence[int]], dict],
-        losses: Callable[[Mapping], Tensor],
+        collate: Callable[[Places], Batch],
+        losses: Losses,
         folder: Path,
         token_budget: int,
-        replayed: Callable[[Sequence[int]], dict] | None = None,
+        replayed: Callable[[Places], Batch] | None = None,
     ) -> None:
         """Compute and keep the output for every example, in evaluation mode.
 
@@ -186,7 +197,13 @@ class FrozenPrefix:
             for module, mode in zip(model_modules, modes_before, strict=True):
                 module.training = mode
 
-    def _verify(self, collate: Callable, replayed: Callable, losses: Callable, places: Sequence[int]) -> None:
+    def _verify(
+        self,
+        collate: Callable[[Places], Batch],
+        replayed: Callable[[Places], Batch],
+        losses: Losses,
+        places: Sequence[int],
+    ) -> None:
         """What is replayed, alone or beside others, gives the loss that the model gives."""
         with torch.no_grad():
             for group in [list(places), *([place] for place in places)]:
@@ -202,10 +219,10 @@ class FrozenPrefix:
                         'layers before it are skipped: set run.frozen_prefix = "off".'
                     )
 
-    def _kept(self, losses: Callable, batch: Mapping) -> list[Tensor]:
+    def _kept(self, losses: Losses, batch: Batch) -> list[Tensor]:
         """Of the boundary's output, the tensors that are needed; what comes behind it does not run."""
 
-        def stop(module, args, output):
+        def stop(module: nn.Module, args: Any, output: object) -> NoReturn:
             raise _Stop(output)
 
         hook = self.modules[-1].register_forward_hook(stop)
@@ -223,11 +240,16 @@ class FrozenPrefix:
 
     # -- replaying -------------------------------------------------------------------------------------------------
 
-    def select(self, places: Sequence[int], batch: Mapping[str, Tensor]) -> None:
+    def select(self, places: Places, batch: Batch) -> None:
         """Let the next forward passes be those of these examples, collated to ``batch``."""
-        longest = _mask(batch).shape[1] if _mask(batch) is not None else 0
+        store, structure, mask = self._store, self._structure, _mask(batch)
+        if store is None or structure is None:
+            raise IsolationError(
+                f"Nothing is kept of what {self.name} gives, so nothing can be replayed: fill it first."
+            )
+        longest = 0 if mask is None else mask.shape[1]
         device = next(self.modules[-1].parameters()).device
-        flats = [torch.frombuffer(bytearray(self._store.read(int(place))), dtype=torch.float32) for place in places]
+        flats = [torch.frombuffer(bytearray(store.read(int(place))), dtype=torch.float32) for place in places]
         parts = [
             flat.split([shape.numel() for shape in self._shapes[int(place)]])
             for flat, place in zip(flats, places, strict=True)
@@ -242,10 +264,10 @@ class FrozenPrefix:
             else:
                 whole = torch.stack(rows)
             leaves[leaf] = whole.to(device, self._dtypes[k])
-        self._output = tree_unflatten(leaves, self._structure)
+        self._output = tree_unflatten(leaves, structure)
 
     @staticmethod
-    def _stand_in(leaf, examples: int, longest: int):
+    def _stand_in(leaf: Any, examples: int, longest: int) -> Any:
         """Zeros for a tensor that the loss does not depend on; anything else as it was."""
         if not isinstance(leaf, Tensor) or leaf.dim() == 0:
             return leaf
@@ -257,7 +279,7 @@ class FrozenPrefix:
             module.forward = lambda *args, **kwargs: self._output
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for module in self.modules:
             del module.forward
 
@@ -268,19 +290,19 @@ class FrozenPrefix:
         self._output, self._store = None, None
 
 
-def _floating(value) -> bool:
+def _floating(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _depends(output) -> bool:
+def _depends(output: object) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_flatten(output)[0])
 
 
-def _mask(batch: Mapping[str, Tensor]) -> Tensor | None:
+def _mask(batch: Batch) -> Tensor | None:
     return batch.get("attention_mask")
 
 
-def _lengths(batch: Mapping[str, Tensor], examples: int) -> list[int]:
+def _lengths(batch: Batch, examples: int) -> list[int]:
     """How many leading tokens of each example are no padding.
 
     Raises:
@@ -294,4 +316,5 @@ def _lengths(batch: Mapping[str, Tensor], examples: int) -> list[int]:
             "The batches are padded before their tokens, so a frozen prefix would lose its place: set "
             'run.frozen_prefix = "off".'
         )
-    return mask.sum(1).tolist()
+    lengths: list[int] = mask.sum(1).tolist()
+    return lengths

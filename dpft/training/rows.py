@@ -5,11 +5,14 @@ them at random: what they become is made when it is drawn, and forgotten after t
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpft.errors import RecipeError
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def read_when_drawn(rows: Any) -> bool:
@@ -50,7 +53,7 @@ def files_undecoded(rows: Any) -> Any:
     return rows
 
 
-class WhenDrawn(Sequence):
+class WhenDrawn(Sequence[Any]):
     """The features of rows, each made when it is asked for, and not kept.
 
     Args:
@@ -58,14 +61,14 @@ class WhenDrawn(Sequence):
         places: the row of each feature; a row's features follow each other.
     """
 
-    def __init__(self, make: Callable[[int], Sequence], places: Sequence[int]) -> None:
+    def __init__(self, make: Callable[[int], Sequence[Any]], places: Sequence[int]) -> None:
         self._make, self._places = make, np.asarray(places, dtype=np.int64)
         self._firsts = np.searchsorted(self._places, self._places)
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, number: int | slice):
+    def __getitem__(self, number: int | slice) -> Any:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         number = range(len(self))[number]
@@ -78,7 +81,7 @@ class WhenDrawn(Sequence):
             )
         return features[part]
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Any]:
         return (self[number] for number in range(len(self)))
 
 
@@ -100,7 +103,7 @@ def _large(feature: Any) -> bool:
     return nested or isinstance(feature, _files()) or hasattr(feature, "shape")
 
 
-def _files() -> tuple[type, ...]:
+def _files() -> "tuple[type[datasets.Image], type[datasets.Audio], type[datasets.Video]]":
     import datasets
 
     return datasets.Image, datasets.Audio, datasets.Video

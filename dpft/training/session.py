@@ -4,32 +4,41 @@ checkpoints."""
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dpft.errors import BudgetError, LedgerError
+from dpft.errors import BudgetError, GuaranteeError, LedgerError
 from dpft.gradients.determinism import evaluating
 from dpft.gradients.engine import Engine
 from dpft.gradients.fingerprint import fingerprint
 from dpft.gradients.preflight import Preflight, preflight
 from dpft.gradients.side_effects import FrozenState
-from dpft.ledger import Dataset
-from dpft.privacy.noise import Randomness, SecureRandomness
+from dpft.ledger import About
+from dpft.privacy.noise import SecureRandomness
 from dpft.privacy.plan import Plan
 from dpft.runs.folder import STATE, RunFolder
 from dpft.tasks.own_loss import check_own_loss
-from dpft.tasks.task import Task
+from dpft.tasks.task import Batch, Features, Task
 from dpft.training.account import Account
-from dpft.training.batches import EVALUATION_TOKENS, Examples, LogicalBatch, LogicalBatches, check_units, plain_batches
+from dpft.training.batches import (
+    EVALUATION_TOKENS,
+    Examples,
+    Limits,
+    LogicalBatch,
+    LogicalBatches,
+    check_units,
+    plain_batches,
+)
 from dpft.training.checks import try_optimizer
 from dpft.training.heap import kept_heap
+from dpft.training.options import SessionOptions
 from dpft.training.prefix import FrozenPrefix
 from dpft.training.releases import Releases
 from dpft.training.rows import as_stored
@@ -38,41 +47,6 @@ from dpft.training.tuning import Budget, free_memory, workspace
 
 TRAINABLE = "trainable.safetensors"  # in a checkpoint: the whole subset
 TOKEN_BUDGET = 1024  # padded tokens of a micro-batch until a better budget is known
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionOptions:
-    """What a session may be told beside its model, plan, task, rows and folder.
-
-    Attributes:
-        randomness: the source of sampling and noise, by default a secure one; a seeded one is for tests and states NOT
-            PRIVATE.
-        token_budget: padded tokens in a micro-batch; ``"auto"`` times a few budgets on this machine and takes the
-            smallest that is about as fast as any, within ``memory``.
-        memory: bytes that a micro-batch may take beside the model, for ``"auto"``; by default a share of what is free.
-        frozen_prefix: whether the output of layers before all that trains is computed once for each example and kept,
-            encrypted, as long as the run (:mod:`dpft.training.prefix`): ``"auto"`` if it pays and the layers are
-            deterministic, ``"on"``, with these layers in evaluation mode, or ``"off"``.
-        ledger: the data set's account (:meth:`dpft.Ledger.dataset`), charged in blocks before they are released. The
-            run ends at the block that no longer fits. Without one nothing across runs is counted.
-        purpose: what the run is for; goes on the ledger's record.
-        account_rows: the data that the account is kept for, where it is not quite the training data.
-        autocast: makes the context of a forward pass in mixed precision, such as
-            ``lambda: torch.autocast("cuda", torch.bfloat16)``.
-        prepare: moves a collated batch to the model's device; by default its tensors are moved.
-        tell: called with what happens, ``("watch", engine)`` and ``("say", text)``, for a progress bar.
-    """
-
-    randomness: Randomness | None = None
-    token_budget: int | Literal["auto"] = "auto"
-    memory: int | None = None
-    frozen_prefix: Literal["auto", "on", "off"] = "auto"
-    ledger: Dataset | None = None
-    purpose: str = ""
-    account_rows: Any = None
-    autocast: Callable[[], AbstractContextManager] | None = None
-    prepare: Callable[[dict], dict] | None = None
-    tell: Callable[..., None] = lambda name, *facts: None
 
 
 class Session:
@@ -101,14 +75,14 @@ class Session:
         halted: why the ledger ended the run early.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, task: Task, rows: Any, folder: Path | str, **options) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, task: Task, rows: Any, folder: Path | str, **options: Any) -> None:
         self.model, self.plan, self.task, self.rows, self.folder = model, plan, task, rows, Path(folder)
         self.options = SessionOptions(**options)
         self.randomness = self.options.randomness or SecureRandomness()
         self.releases = Releases(self.folder, plan, self.randomness)
-        tuned = self.options.token_budget == "auto"
-        self.budget = Budget(TOKEN_BUDGET if tuned else self.options.token_budget)
-        self.engine: Engine | None = None
+        asked = self.options.token_budget
+        self.budget = Budget(TOKEN_BUDGET if asked == "auto" else asked)
+        self._engine: Engine | None = None
         self.preflight: Preflight | None = None
         self.prefix: FrozenPrefix | None = None
         self.account: Account | None = None
@@ -121,7 +95,7 @@ class Session:
     def __enter__(self) -> "Session":
         return self._stack.enter_context(self.open())
 
-    def __exit__(self, *error) -> bool | None:
+    def __exit__(self, *error: Any) -> bool | None:
         return self._stack.__exit__(*error)
 
     @contextmanager
@@ -173,7 +147,7 @@ class Session:
                 "budget again unseen: resume_from_checkpoint, or choose another output_dir."
             )
         self.releases.check()
-        self.engine = self._spent_engine()
+        self._engine = self._spent_engine()
         if charged >= self.plan.steps:
             raise BudgetError(f"All {self.plan.steps:,} planned steps have been released: nothing is left to resume.")
         self.account = self._opened_account(charged)
@@ -187,7 +161,7 @@ class Session:
     def take_up_finished(self) -> None:
         """Stand for a run whose every step was released before, and whose last weights :meth:`load_checkpoint`
         loads."""
-        self.engine = self._spent_engine()
+        self._engine = self._spent_engine()
         self.account = self._opened_account(self.releases.charged)
 
     def pay(self) -> None:
@@ -232,9 +206,7 @@ class Session:
             self.task,
             self.plan.sampler(self.randomness),
             steps=self.plan.steps,
-            token_budget=self.budget.tokens,
-            overhead=self.budget.overhead,
-            max_examples=self.engine.max_examples,
+            limits=Limits(self.budget.tokens, self.engine.max_examples, self.budget.overhead),
             chosen=self.prefix.select if self.prefix is not None else None,
         )
 
@@ -247,6 +219,20 @@ class Session:
                 self.engine.accumulate(self.losses(self._prepared(batch)), units)
         self.engine.release()
 
+    @property
+    def engine(self) -> Engine:
+        """What makes, clips and releases gradients, from the session's opening on.
+
+        Raises:
+            GuaranteeError: the session was not opened.
+        """
+        if self._engine is None:
+            raise GuaranteeError(
+                "The session was not opened, so nothing was proven and nothing can be released: use it in a with "
+                "statement."
+            )
+        return self._engine
+
     # -- what is claimed -----------------------------------------------------------------------------------------------
 
     @property
@@ -256,10 +242,18 @@ class Session:
         Raises:
             GuaranteeError: what the folder holds was released under another plan.
         """
-        if self.engine is not None:
-            return self.engine.guarantee
+        if self._engine is not None:
+            return self._engine.guarantee
         self.releases.check()
         return self._spent_engine().guarantee
+
+    @property
+    def spent(self) -> float | None:
+        """ε of what was released, as a progress bar shows it; None where nothing was, or nothing that is private."""
+        engine = self._engine
+        if engine is None or not engine.steps_released or not engine.randomness.private:
+            return None
+        return engine.plan.epsilon_after(engine.steps_released, exact=False)
 
     def evaluate(self, rows: Any) -> dict[str, Any]:
         """The task's metrics on other rows, un-noised: private if the rows are."""
@@ -318,17 +312,17 @@ class Session:
     def device(self) -> torch.device:
         return next(p for p in self.model.parameters() if p.requires_grad).device
 
-    def losses(self, batch: Mapping[str, Tensor], *, autocast: bool = True) -> Tensor:
+    def losses(self, batch: Batch, *, autocast: bool = True) -> Tensor:
         """``(B,)`` losses of a batch on the model's device."""
         mixed = self.options.autocast if autocast else None
         with mixed() if mixed else nullcontext():
             return self.task.losses(self.model, batch)
 
-    def collated(self, features: Sequence) -> dict:
+    def collated(self, features: Sequence[Features]) -> Batch:
         """A batch on the model's device."""
         return self._prepared(self.task.collate(features))
 
-    def _prepared(self, batch: dict) -> dict:
+    def _prepared(self, batch: Batch) -> Batch:
         if self.options.prepare is not None:
             return self.options.prepare(batch)
         device = self.device
@@ -384,8 +378,8 @@ class Session:
         rows = as_stored(self.rows if self.options.account_rows is None else self.options.account_rows)
         rows = rows if self.options.ledger and isinstance(rows[0], Mapping) else None
         model = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
-        about = dict(rows=rows, purpose=self.options.purpose, model=model)
-        return Account.of(self.options.ledger, self.plan, self.randomness, self.folder, released, **about)
+        about = About(rows, self.options.purpose, model=model)
+        return Account.of(self.options.ledger, self.plan, self.randomness, self.folder, released, about)
 
     def _before_release(self, number: int) -> None:
         if self.account is not None:

@@ -1,6 +1,7 @@
 """What makes a run fast and changes nothing that it releases: the frozen prefix and the token budget."""
 
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -9,10 +10,13 @@ from dpft.errors import RecipeError
 from dpft.runs.folder import RunFolder
 from dpft.training.batches import EVALUATION_TOKENS
 from dpft.training.prefix import WORTH, FrozenPrefix
-from dpft.training.tuning import Budget, fastest_budget
+from dpft.training.tuning import Budget, Room, fastest_budget
+
+if TYPE_CHECKING:
+    from dpft.training.session import Session
 
 
-def kept_prefix(session) -> FrozenPrefix | None:
+def kept_prefix(session: "Session") -> FrozenPrefix | None:
     """The frozen prefix of every example, if it pays by the plan's figures or was asked for."""
     asked = session.options.frozen_prefix == "on"
     if session.options.frozen_prefix == "off":
@@ -54,7 +58,7 @@ def kept_prefix(session) -> FrozenPrefix | None:
     return prefix
 
 
-def timed_budget(session, memory: int) -> Budget:
+def timed_budget(session: "Session", memory: int) -> Budget:
     """Nothing of it is released; the budget stays in this process, because times of private examples made it."""
     examples = session.step_examples
     place = examples.spread_places()[-1]
@@ -73,12 +77,10 @@ def timed_budget(session, memory: int) -> Budget:
     cost, tokens = max(1, int(examples.costs[place])), max(1, int(examples.lengths[place]))
     session.model.train()
     with session.prefix or nullcontext():
-        return fastest_budget(
-            losses,
-            accumulate,
-            model=session.model,
+        room = Room(
             tokens=cost,
             most=session.engine.max_examples(tokens),
             memory=memory,
             draw=examples.expected(session.plan) * float(examples.costs.mean()),
         )
+        return fastest_budget(losses, accumulate, session.model, room)

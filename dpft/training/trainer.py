@@ -3,11 +3,12 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from dpft.errors import GuaranteeError
 from dpft.privacy.plan import Plan
@@ -45,7 +46,7 @@ class DPTrainerMixin(Evaluation):
     """
 
     def __init__(
-        self, *args, plan: Plan, task: Task | None = None, evaluation_is_public: bool = False, **kwargs
+        self, *args: Any, plan: Plan, task: Task | None = None, evaluation_is_public: bool = False, **kwargs: Any
     ) -> None:
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         self.evaluation_is_public = evaluation_is_public
@@ -57,7 +58,7 @@ class DPTrainerMixin(Evaluation):
         check_arguments(self.args, plan, evaluation_is_public)
         warn_of_ignored(self.args)
         self.has_task = task is not None
-        if self.has_task:
+        if task is not None:
             refuse_unused(self)
         if self.model_init is not None:
             raise GuaranteeError(
@@ -70,7 +71,7 @@ class DPTrainerMixin(Evaluation):
         self.session = Session(
             self.model,
             plan,
-            task if self.has_task else default_task(self, plan.unit),
+            default_task(self, plan.unit) if task is None else task,
             self.train_dataset,
             self.args.output_dir,
             autocast=self.compute_loss_context_manager if self.args.bf16 else None,
@@ -85,7 +86,7 @@ class DPTrainerMixin(Evaluation):
         """The claim for everything released into this output directory so far."""
         return self.session.guarantee
 
-    def _tell(self, name: str, *facts) -> None:
+    def _tell(self, name: str, *facts: Any) -> None:
         """Call the method of this name of every callback that has one."""
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, name):
@@ -93,7 +94,9 @@ class DPTrainerMixin(Evaluation):
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint=None, *, from_start: bool = False, **kwargs):
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *, from_start: bool = False, **kwargs: Any
+    ) -> TrainOutput:
         """Preflight, then train; see :meth:`transformers.Trainer.train`. The returned training loss is NaN: it is
         private.
 
@@ -103,8 +106,11 @@ class DPTrainerMixin(Evaluation):
             from_start: go on with a run that left no checkpoint: the weights begin anew, and what was released stays
                 counted.
         """
-        last = resume_from_checkpoint is True
-        checkpoint = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
+        checkpoint: str | None
+        if resume_from_checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        else:
+            checkpoint = resume_from_checkpoint or None
         checks = [
             partial(check_evaluation, self.measured, self.eval_dataset),
             partial(try_optimizer, partial(copied_optimizer, self)),
@@ -118,12 +124,12 @@ class DPTrainerMixin(Evaluation):
     def get_train_dataloader(self) -> LogicalBatches:
         return self.session.batches()
 
-    def num_examples(self, dataloader) -> int:
+    def num_examples(self, dataloader: Any) -> int:
         if isinstance(dataloader, LogicalBatches):
             return round(self.session.plan.expected_batch_size * self.session.plan.steps)
-        return super().num_examples(dataloader)
+        return int(super().num_examples(dataloader))
 
-    def training_step(self, model, inputs: LogicalBatch, num_items_in_batch=None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: LogicalBatch, num_items_in_batch: Any = None) -> Tensor:
         """One step of the session. Returns zero: the loss is private."""
         if self.model is not self.session.model:
             raise GuaranteeError(
@@ -135,7 +141,7 @@ class DPTrainerMixin(Evaluation):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Beside PEFT's adapter, save what trains in place, which PEFT leaves out, and how much was released."""
         self.session.check_frozen()
         super()._save(output_dir, state_dict)
@@ -147,7 +153,7 @@ class DPTrainerMixin(Evaluation):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing: a step's chance is fresh, resumed or not."""
 
-    def push_to_hub(self, *args, **kwargs):
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises GuaranteeError: it would upload the whole output folder, what is private included."""
         raise GuaranteeError(
             "push_to_hub uploads the whole output folder, private/ included: save the finished weights "
@@ -159,19 +165,19 @@ class DPTrainerMixin(Evaluation):
         self.session.take_up_finished()
         self._load_from_checkpoint(checkpoint)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.session.load_checkpoint(resume_from_checkpoint)
 
     # -- what would tell of the data ----------------------------------------------------------------------------------
 
-    def floating_point_ops(self, inputs) -> int:
+    def floating_point_ops(self, inputs: Any) -> int:
         """Zero: the count would give away the true batch sizes."""
         return 0
 
-    def _get_num_items_in_batch(self, *args) -> None: ...
+    def _get_num_items_in_batch(self, *args: Any) -> None: ...
 
-    def _get_grad_norm(self, model, grad_norm=None) -> None: ...
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None: ...
 
 
 class DPTrainer(DPTrainerMixin, Trainer):
@@ -185,7 +191,9 @@ class _StopWhenSpent(TrainerCallback):
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
         if not self._session.goes_on():
             control.should_training_stop = True
         return control

@@ -7,6 +7,7 @@ are faster together; a GPU wants as much as its memory holds.
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -33,26 +34,33 @@ class Budget(NamedTuple):
     overhead: float = OVERHEAD
 
 
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What a micro-batch of equal examples may take.
+
+    Attributes:
+        tokens: of each example.
+        most: how many examples it may hold at all.
+        memory: bytes.
+        draw: tokens that a logical batch is expected to have: a larger budget would seldom be filled.
+    """
+
+    tokens: int
+    most: int
+    memory: int
+    draw: float = LARGEST
+
+
 def fastest_budget(
-    losses: Callable[[int], Tensor],
-    accumulate: Callable[[Tensor], None],
-    *,
-    model: nn.Module,
-    tokens: int,
-    most: int,
-    memory: int,
-    draw: float = LARGEST,
+    losses: Callable[[int], Tensor], accumulate: Callable[[Tensor], object], model: nn.Module, room: Room
 ) -> Budget:
     """The smallest token budget that is within 5 % of the fastest that fits.
 
     One example is tried first, whatever it takes. What it keeps tells how many fit ``memory``: no more are tried.
 
     Args:
-        losses: ``losses(n)``, ``(n,)``, of n equal examples of ``tokens`` tokens.
+        losses: ``losses(n)``, ``(n,)``, of n equal examples.
         accumulate: what a step does with them.
-        most: how many examples a micro-batch may hold at all.
-        memory: bytes that a micro-batch may take.
-        draw: tokens that a logical batch is expected to have: a larger budget would seldom be filled.
 
     Raises:
         torch.OutOfMemoryError: a single example does not fit.
@@ -74,11 +82,13 @@ def fastest_budget(
             times.append(seconds)
         return min(times) / n, kept
 
-    started, tried, idle = time.perf_counter(), {}, 0
+    tokens, most = room.tokens, room.most
+    started, idle = time.perf_counter(), 0
+    tried: dict[int, float] = {}
     _, kept = passed(1)  # what only a first pass does is not timed
     smallest = max(SMALLEST, tokens)
     for budget in (smallest << k for k in range(max(1, (LARGEST // smallest).bit_length()))):
-        fitting = max(1, int(memory / (BACKWARD * max(kept, 1))))
+        fitting = max(1, int(room.memory / (BACKWARD * max(kept, 1))))
         if tried and fitting * tokens < budget:
             break
         budget = min(budget, fitting * tokens)
@@ -89,7 +99,7 @@ def fastest_budget(
         except torch.OutOfMemoryError:
             break
         idle = 0 if tried[budget] <= WORTH * best else idle + 1
-        full = budget >= draw or n == most
+        full = budget >= room.draw or n == most
         if full or idle == DOUBLINGS or time.perf_counter() - started > SECONDS:
             break
     if not tried:  # one example fits, and no more were tried with success

@@ -1,6 +1,7 @@
 """Whose a row is: unit ids by value, and their number beside the declared one."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from dpft.errors import RecipeError
 from dpft.values import kind, missing
@@ -8,7 +9,7 @@ from dpft.values import kind, missing
 ID_TYPES = (str, int, bytes)
 
 
-def unit_ids(values: Iterable, column: str, where: str = "The data's") -> list:
+def unit_ids(values: Iterable[Any], column: str, where: str = "The data's") -> list[Any]:
     """Checked ids, one for each row; equal ids are one unit.
 
     Ids are texts, whole numbers or bytes, all of one kind: the text 007 is not 7, and whether "7" is 7 nobody knows.

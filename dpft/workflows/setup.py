@@ -1,14 +1,23 @@
 """What a recipe names, loaded: data, task, model, subset, account and trainer."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpft.errors import RecipeError, first_line
 from dpft.privacy.noise import Randomness
 from dpft.recipe import ModelTable, Recipe, expand
 from dpft.training.data import load, load_public
 from dpft.training.positions import fit
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainerCallback
+
+    from dpft.ledger import Dataset
+    from dpft.privacy.plan import Plan
+    from dpft.training.trainer import DPTrainer
 
 
 @dataclass
@@ -42,7 +51,7 @@ def set_up(recipe: Recipe, *, with_validation: bool = True) -> Setup:
     return Setup(recipe, model, task, train, validation)
 
 
-def load_model(recipe: Recipe):
+def load_model(recipe: Recipe) -> tuple[Any, Any]:
     """The task and the untouched model, whose new layers are initialised from ``run.seed``.
 
     Raises:
@@ -73,7 +82,7 @@ def load_model(recipe: Recipe):
     return task, model
 
 
-def _quantization(table: ModelTable) -> dict:
+def _quantization(table: ModelTable) -> dict[str, Any]:
     """What ``from_pretrained`` is told; 4-bit layers multiply in the recipe's type, so that the preflight can prove
     them."""
     if table.quantize is None:
@@ -88,9 +97,10 @@ def _quantization(table: ModelTable) -> dict:
     return {"quantization_config": config}
 
 
-def without_dropout(model) -> None:
+def without_dropout(model: "nn.Module") -> None:
     """Set every dropout probability of the model's layers to zero; its configuration keeps what it says."""
-    for module in model.modules():
+    layers: Iterable[Any] = model.modules()
+    for module in layers:
         if type(module).__name__.startswith("Dropout"):
             module.p = 0.0
         for name, value in list(vars(module).items()):
@@ -98,7 +108,14 @@ def without_dropout(model) -> None:
                 setattr(module, name, 0.0)
 
 
-def make_trainer(setup: Setup, output: Path, *, randomness: Randomness | None = None, callbacks=(), plan=None):
+def make_trainer(
+    setup: Setup,
+    output: Path,
+    *,
+    randomness: Randomness | None = None,
+    callbacks: "Sequence[TrainerCallback]" = (),
+    plan: "Plan | None" = None,
+) -> "DPTrainer":
     """A :class:`dpft.DPTrainer` for the recipe."""
     from transformers import TrainingArguments
 
@@ -147,7 +164,7 @@ def make_trainer(setup: Setup, output: Path, *, randomness: Randomness | None = 
     return trainer
 
 
-def open_account(recipe: Recipe):
+def open_account(recipe: Recipe) -> "Dataset | None":
     """The recipe's data set in its ledger; None if it names none."""
     if recipe.ledger.dataset is None:
         return None

@@ -1,8 +1,10 @@
 """``dpft train``: from a recipe to a folder that can be signed, published in part, and re-read
 (:mod:`dpft.runs.folder` names its files)."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpft.errors import BudgetError, RecipeError
 from dpft.privacy.noise import Randomness
@@ -12,13 +14,16 @@ from dpft.runs.folder import RunFolder
 from dpft.workflows.record import write, write_private
 from dpft.workflows.setup import Setup, load_model, make_trainer, set_up
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
-def train(
+
+def train(  # noqa: PLR0913  (each is what a user types, by its name)
     recipe: Recipe,
     output: Path | str,
     *,
     randomness: Randomness | None = None,
-    callbacks=(),
+    callbacks: "Sequence[TrainerCallback]" = (),
     resume: bool = False,
     evaluate: bool = True,
     setup: Setup | None = None,
@@ -73,7 +78,7 @@ def train(
                 )
             trainer.load(str(checkpoint))  # all was released, and then it was killed before it had saved that
         else:
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint), from_start=resume)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), from_start=resume)
     except KeyboardInterrupt:
         if session.releases.charged == before:  # not one step: the weights may not even be those of the checkpoint
             raise

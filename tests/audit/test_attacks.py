@@ -2,6 +2,7 @@
 
 import pytest
 
+from dpft.audit.canaries import Planting
 from dpft.audit.exposure import audit_exposure
 from dpft.audit.exposure import describe as describe_exposure
 from dpft.audit.game import audit_run
@@ -19,9 +20,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attacks")
     tables = language_in(folder / "language")
     tables["privacy"] |= {"steps": 120, "batch_size": 30, "epsilon": None, "noise_multiplier": 0.0, "clip_norm": 1e9}
-    audit_run(Recipe.parse(tables), folder / "plain", canaries=20, kind="secret", repetitions=2)
+    audit_run(Recipe.parse(tables), folder / "plain", Planting(canaries=20, kind="secret", repetitions=2))
     tables["privacy"] |= {"epsilon": 1.0, "noise_multiplier": None, "clip_norm": 1.0, "steps": 30}
-    audit_run(Recipe.parse(tables), folder / "private", canaries=20, kind="secret")
+    audit_run(Recipe.parse(tables), folder / "private", Planting(canaries=20, kind="secret"))
     return folder / "plain", folder / "private", tables
 
 

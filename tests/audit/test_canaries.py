@@ -6,7 +6,7 @@ import stat
 import numpy as np
 import pytest
 
-from dpft.audit.canaries import Canaries, Canary, columns, features, make
+from dpft.audit.canaries import Canaries, Canary, Planting, columns, features, make
 from dpft.errors import RecipeError
 from dpft.privacy.noise import SeededRandomness
 from dpft.recipe import Recipe
@@ -18,7 +18,8 @@ from dpft.workflows.setup import load_model
 def planted(tables, kind, number=20, **options):
     recipe = Recipe.parse(tables)
     rows, validation = load(recipe)
-    return recipe, rows, make(kind, number, recipe, load_model(recipe)[0], public=validation, **options)
+    planting = Planting(canaries=number, kind=kind, **options)
+    return recipe, rows, make(planting, recipe, load_model(recipe)[0], validation)
 
 
 def test_every_coin_decides_for_its_canary(language):
@@ -50,7 +51,7 @@ def test_a_canary_is_nobody_s_unit(recipe, unit):
     recipe["data"].pop("validation")
     found = Recipe.parse(recipe)
     rows, _ = load(found)
-    canaries = make("random-tokens", 10, found, load_model(found)[0], repetitions=2)
+    canaries = make(Planting(canaries=10, kind="random-tokens", repetitions=2), found, load_model(found)[0])
     whole = canaries.planted(rows, found)
     owners = list(whole[unit])
     mine = set(owners) - set(rows[unit])
@@ -110,11 +111,11 @@ def test_prompts_and_responses(language):
     import datasets
 
     rows = datasets.Dataset.from_dict({"question": ["kab kac"] * 3, "answer": ["kad"] * 3})
-    canaries = make("secret", 10, recipe, task)
+    canaries = make(Planting(canaries=10, kind="secret"), recipe, task)
     row = columns(canaries.canaries[0], recipe)
     assert row["question"].endswith("is") and canaries.canaries[0].secret in row["answer"]
     assert len(canaries.planted(rows, recipe)) == 3 + canaries.included.sum()
-    random = columns(make("random-tokens", 10, recipe, task).canaries[0], recipe)
+    random = columns(make(Planting(canaries=10, kind="random-tokens"), recipe, task).canaries[0], recipe)
     assert len(random["question"].split()) == 4 and len(random["answer"].split()) == 12
 
 

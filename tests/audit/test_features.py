@@ -6,7 +6,8 @@ import torch
 import transformers
 
 import dpft
-from dpft.audit.features import audit_training, mislabelled, random_inputs
+from dpft.audit.features import Training, audit_training, mislabelled, random_inputs
+from dpft.audit.report import Claim
 from dpft.tasks import LabelledTask
 
 LABELS = 10
@@ -64,7 +65,7 @@ def test_a_plain_loop_is_seen_through_and_a_private_trainer_is_not_accused(pictu
             optimizer.step()
         return trained
 
-    leaky = audit_training(plain, pictures, canaries, task, before, delta=1e-3, claimed=0.5)
+    leaky = audit_training(Training(plain, task, before), pictures, canaries, Claim(1e-3, 0.5))
     assert leaky.verdict == "VIOLATION" and leaky.auc > 0.85
 
     def private(features):
@@ -76,6 +77,6 @@ def test_a_plain_loop_is_seen_through_and_a_private_trainer_is_not_accused(pictu
         dpft.DPTrainer(model=trained, args=arguments, train_dataset=features, plan=plan, task=task).train()
         return trained
 
-    safe = audit_training(private, pictures, canaries, task, before, delta=1e-3, claimed=0.5)
+    safe = audit_training(Training(private, task, before), pictures, canaries, Claim(1e-3, 0.5))
     assert safe.verdict != "VIOLATION" and safe.auc < leaky.auc
     assert np.isfinite(safe.epsilon_lower_bound) and safe.canary == "features"

@@ -62,7 +62,7 @@ def main() -> None:
     notes.amend(epsilon=9.0)
     letters = ledger.create("letters", epsilon=4, delta=1e-5)
     plan = Plan(noise_multiplier=2.0, sample_rate=0.05, steps=100, delta=1e-5, units=1000)
-    run = letters.open(plan, purpose="left open")
+    run = letters.open(plan)
     run.charge(5)
     run.charge(5)
     train(recipe(run={"save_steps": 1}), OUT / "interrupted", callbacks=[Interrupt()])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpft.errors import LedgerError
-from dpft.ledger import Ledger
+from dpft.ledger import About, Ledger
 from dpft.ledger.fingerprint import Fingerprint
 from dpft.ledger.values import canonical_value
 from dpft.privacy.plan import Plan
@@ -73,7 +73,7 @@ def test_the_same_data_get_no_second_account(tmp_path, edit):
     first = ledger.create("notes", epsilon=5.0, delta=1e-4, rows=notes())
     with pytest.raises(LedgerError, match="the data set 'notes' already"):
         ledger.create("copy", epsilon=5.0, delta=1e-4, rows=HARMLESS[edit](notes()))
-    assert first.open(PLAN, rows=HARMLESS[edit](notes())).overlap is None
+    assert first.open(PLAN, About(HARMLESS[edit](notes()))).overlap is None
 
 
 @pytest.mark.parametrize(
@@ -144,10 +144,10 @@ def test_accounts_of_the_first_version_are_compared_as_they_were(tmp_path):
     assert set(old) == {"rows", "digest", "sketch"} and old["rows"] == 1000
     policy = dict(epsilon=5.0, delta=1e-4, unit="example", adjacency="add-or-remove-one", expires=None, spenders=[])
     ledger._append("notes", "dataset", lambda book: {"policy": policy, "fingerprint": old})
-    assert ledger.dataset("notes").open(PLAN, rows=notes()[::-1]).overlap is None
+    assert ledger.dataset("notes").open(PLAN, About(notes()[::-1])).overlap is None
     with pytest.raises(LedgerError, match="the data set 'notes' already"):
         ledger.create("copy", epsilon=5.0, delta=1e-4, rows=notes())
-    assert 0.6 <= ledger.dataset("notes").open(PLAN, rows=notes()[:800]).overlap <= 0.9
+    assert 0.6 <= ledger.dataset("notes").open(PLAN, About(notes()[:800])).overlap <= 0.9
     ledger.create("part", epsilon=5.0, delta=1e-4, rows=notes()[:800])
     assert ledger.shared("part")[0][0] == "notes"
 

@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime, timedelta
 import pytest
 
 from dpft.errors import BudgetError, GuaranteeError, LedgerError, PlanError
-from dpft.ledger import Ledger, Run
+from dpft.ledger import About, Ledger, Run
 from dpft.ledger import ledger as ledger_module
 from dpft.ledger.verify import verify
 from dpft.privacy import composition
@@ -24,7 +24,7 @@ def notes(ledger):
 
 
 def test_a_run_is_charged_before_and_settled_after(ledger, notes, url):
-    run = notes.open(PLAN, purpose="first", model="smollm2")
+    run = notes.open(PLAN, About(purpose="first", model="smollm2"))
     assert notes.spent() == 0 and not notes.curve()  # to open costs nothing and leaves nothing
     run.charge(40)
     others = Ledger(url).dataset("notes")
@@ -218,16 +218,16 @@ def test_data_are_recognised_by_their_rows(ledger, rows, monkeypatch):
     with pytest.raises(LedgerError, match="the data set 'notes' already"):
         ledger.create("copy", epsilon=5.0, delta=1e-4, rows=rows[::-1])
     changed = rows[:150] + [{"text": "new", "patient": str(i)} for i in range(50)]
-    run = notes.open(PLAN, rows=changed)
+    run = notes.open(PLAN, About(changed))
     assert 0.4 < run.overlap < 0.8  # 150 of 250
     run.charge(1)
     assert [note["about"] for note in notes.record.notes] == ["data_changed"]
     with pytest.raises(LedgerError, match="nothing in common"):
-        notes.open(PLAN, rows=[{"text": f"other {i}"} for i in range(50)])
+        notes.open(PLAN, About([{"text": f"other {i}"} for i in range(50)]))
     more = ledger.create("more", epsilon=5.0, delta=1e-4, rows=changed)
     assert ledger.shared("more")[0][0] == "notes"
     with pytest.raises(LedgerError, match="are the data set 'notes', not 'more'"):
-        more.open(PLAN, rows=rows)
+        more.open(PLAN, About(rows))
     monkeypatch.setattr(
         "dpft.ledger.fingerprint.overlap", lambda *_: 1.0
     )  # an estimate, which a few new rows may not change

@@ -14,7 +14,7 @@ from dpft.privacy.events import Event, to_dp_event
 from dpft.privacy.rounding import rounded_up
 from dpft.report import write_card
 from dpft.report.meaning import meaning
-from dpft.report.plots import line
+from dpft.report.plots import Labels, line
 from dpft.runs import RunFolder
 
 OLD = Path(__file__).parent / "run-0.1.0"
@@ -77,8 +77,8 @@ def test_a_card_is_the_same_each_time(folder):
 
 
 def test_a_plot_has_a_name_for_those_who_cannot_see_it():
-    svg = line([0, 1, 2], [0.0, 1.0, 1.5], title="ε spent", x_label="step", y_label="ε", mark=(2, 1.5, "ε = 1.5"))
-    odd = line([0, 1], [0.0, 1.0], title='"><script>$a^$\\d</script>', x_label="step", y_label="ε", mark=(1, 1.0, "x"))
+    svg = line([0, 1, 2], [0.0, 1.0, 1.5], Labels("ε spent", "step", "ε"), mark=(2, 1.5, "ε = 1.5"))
+    odd = line([0, 1], [0.0, 1.0], Labels('"><script>$a^$\\d</script>', "step", "ε"), mark=(1, 1.0, "x"))
     assert "<script>" not in odd and "&quot;&gt;&lt;script&gt;$a^$\\d" in odd
     assert svg.startswith("<svg") and 'role="img"' in svg and 'aria-label="ε spent"' in svg
 

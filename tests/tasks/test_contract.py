@@ -18,7 +18,7 @@ from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import preflight
 from dpft.recipe import Recipe
 from dpft.tasks import LabelledTask, Size, Task, registry
-from dpft.training.batches import Examples, LogicalBatches
+from dpft.training.batches import Examples, Limits, LogicalBatches
 from dpft.values import COLUMNS
 from dpft.workflows.setup import load_model
 from dpft.workflows.train import train
@@ -195,8 +195,8 @@ def test_a_step_s_chance_is_drawn_anew_in_every_step_and_once_for_the_preflight(
         losses = lambda features: task.losses(made.model, task.collate(features))
         assert preflight(engine, losses, examples.spread(), longest=examples.longest).isolated
         assert len(task.drawn) == len(examples.spread_places()) + 1
-        options = dict(steps=2, token_budget=64, max_examples=engine.max_examples)
-        for batch in LogicalBatches(examples, task, plan.sampler(engine.randomness), **options):
+        limits = Limits(64, engine.max_examples)
+        for batch in LogicalBatches(examples, task, plan.sampler(engine.randomness), steps=2, limits=limits):
             for inputs, units in batch:
                 engine.accumulate(task.losses(made.model, inputs), units)
             engine.release()

@@ -375,6 +375,6 @@ def test_a_canary_is_planted_in_columns_of_every_kind(tmp_path):
 
     made = recipe(tmp_path)
     rows, _ = load(made)
-    planted = canaries.make("random-tokens", 10, made, task()).planted(rows, made)
+    planted = canaries.make(canaries.Planting(canaries=10, kind="random-tokens"), made, task()).planted(rows, made)
     assert len(planted) > len(rows)
     assert len(task().collate(list(Examples.encode(planted, task()).features))["labels"]) == len(planted)

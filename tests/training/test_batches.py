@@ -15,7 +15,7 @@ from dpft.privacy.noise import SecureRandomness, SeededRandomness
 from dpft.privacy.sampling import PoissonSampler
 from dpft.tasks import Encoded, LabelledTask
 from dpft.tasks.losses import pad_features
-from dpft.training.batches import Examples, LogicalBatches, check_units, cut
+from dpft.training.batches import Examples, Limits, LogicalBatches, check_units, cut
 
 TASK = LabelledTask(lambda features: pad_features(features, 0, token_labels=True))
 
@@ -86,7 +86,7 @@ def test_units_are_grouped_by_their_column():
 
 def drawn_batches(unit, sampler, *, steps, token_budget, most):
     return LogicalBatches(
-        encode(unit), TASK, sampler, steps=steps, token_budget=token_budget, max_examples=lambda tokens: most
+        encode(unit), TASK, sampler, steps=steps, limits=Limits(token_budget, max_examples=lambda tokens: most)
     )
 
 
@@ -161,7 +161,7 @@ def clipped_sum(rows, plan, task):
     model = torch.nn.Linear(8, 1, bias=False)
     examples = Examples.encode(rows, task, plan.unit)
     sampler = PoissonSampler(1.0, plan.examples_per_unit, SeededRandomness(0))
-    batches = LogicalBatches(examples, task, sampler, steps=1, token_budget=3, max_examples=lambda tokens: 3)
+    batches = LogicalBatches(examples, task, sampler, steps=1, limits=Limits(3, lambda tokens: 3))
     with Engine(model, plan, Silent()) as engine:
         for batch, units in batches.draw():
             engine.accumulate(model(batch["x"]).squeeze(1), units)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dpft.audit.canaries import Planting
 from dpft.audit.game import audit_run
 from dpft.ledger import Ledger
 from dpft.recipe import Recipe
@@ -145,7 +146,7 @@ def test_neighbours_leave_the_same_audit(tmp_path, language, monkeypatch, fixed_
         (tmp_path / name / "validation.csv").write_bytes((folder / "validation.csv").read_bytes())
         monkeypatch.chdir(tmp_path / name)
         fixed_names()
-        audit_run(made(language, {}), "run", canaries=20)
+        audit_run(made(language, {}), "run", Planting(canaries=20))
         found.append(files(tmp_path / name / "run"))
     assert found[0].keys() == found[1].keys() and "audit.json" in found[0]
     shown = {"audit.json", "card.md", "card.html", "weights/README.md"}

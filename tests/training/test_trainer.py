@@ -25,7 +25,7 @@ from dpft.subset import Subset
 from dpft.tasks import LabelledTask
 from dpft.tasks.losses import class_losses
 from dpft.training.arguments import FORBIDDEN
-from dpft.training.batches import Examples, LogicalBatches
+from dpft.training.batches import Examples, Limits, LogicalBatches
 from dpft.training.trainer import DPTrainer, DPTrainerMixin
 from dpft.workflows.setup import without_dropout
 
@@ -97,7 +97,7 @@ def test_a_hand_written_loop_gives_the_same_weights_bit_for_bit(make, tmp_path):
     examples = Examples.encode(other.train_dataset, task, plan.unit)
     with Engine(model, plan, source) as engine:
         batches = LogicalBatches(
-            examples, task, plan.sampler(source), steps=plan.steps, token_budget=1024, max_examples=engine.max_examples
+            examples, task, plan.sampler(source), steps=plan.steps, limits=Limits(1024, engine.max_examples)
         )
         for batch in batches:
             model.train()

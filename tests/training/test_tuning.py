@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dpft.training import heap, tuning
-from dpft.training.tuning import SavedBytes, fastest_budget, workspace
+from dpft.training.tuning import Room, SavedBytes, fastest_budget, workspace
 
 GIB = 1 << 30
 
@@ -30,8 +30,8 @@ class Machine:
         return self.found(tokens, **limits).tokens
 
     def found(self, tokens, most=1 << 20, memory=GIB, **limits):
-        limits |= dict(model=self.model, tokens=tokens, most=most, memory=memory)
-        return fastest_budget(self.losses, self.accumulate, **limits)
+        room = Room(tokens=tokens, most=most, memory=memory, **limits)
+        return fastest_budget(self.losses, self.accumulate, self.model, room)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class AdaptiveClip(DpSgd):
         """z_Δ (Theorem 1); 0 without noise."""
         if self.noise_multiplier == 0:
             return 0.0
-        return (self.noise_multiplier**-2 - (2 * self.tally_noise) ** -2) ** -0.5
+        return float((self.noise_multiplier**-2 - (2 * self.tally_noise) ** -2) ** -0.5)
 
     def tally(self, norms: "Tensor", clip: Clip) -> "Tensor":
         """``(U,)``: 1/2 for each unit whose gradient was not clipped, -1/2 for others."""

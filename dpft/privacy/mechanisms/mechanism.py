@@ -13,11 +13,11 @@ in a checkpoint. What noise is made from is *secret* (:class:`~dpft.privacy.nois
 
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, overload
 
 from dpft.errors import PlanError
 from dpft.privacy import accounting, calibration, clipping, composition
@@ -43,20 +43,27 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Rounds(Sequence):
-    """``count`` rounds of ``size`` steps each."""
+class Rounds(Sequence[int]):
+    """``number`` rounds of ``size`` steps each."""
 
     size: int
-    count: int
+    number: int
 
     def __len__(self) -> int:
-        return self.count
+        return self.number
 
-    def __getitem__(self, place):
-        chosen = range(self.count)[place]  # IndexError beyond the last
-        return [self.size] * len(chosen) if isinstance(place, slice) else self.size
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[int]: ...
+
+    def __getitem__(self, place: int | slice) -> int | list[int]:
+        chosen = range(self.number)[place]  # IndexError beyond the last
+        return self.size if isinstance(chosen, int) else [self.size] * len(chosen)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Mechanism(ABC):
     """What a run may release. Subclasses are frozen dataclasses with keyword-only fields.
 
@@ -68,6 +75,8 @@ class Mechanism(ABC):
         sample_rate: q, the probability with which each unit enters each release.
         steps: T, the number of releases.
         clip: what bounds one unit's part, as the run begins.
+        examples_per_unit: how many of a unit's examples one release uses at most.
+        unit_gradient: whether a unit's part is the ``"sum"`` or the ``"mean"`` of its examples' parts.
 
     Guarantee:
         ``steps`` releases, each with fresh chance and under the clip that :meth:`next_clip` gave before it, are
@@ -77,10 +86,26 @@ class Mechanism(ABC):
     name: ClassVar[str]
     releases: ClassVar[Literal["gradients", "rows"]] = "gradients"
     adapts: ClassVar[bool] = False
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-    clip: Clip
+
+    if TYPE_CHECKING:  # fields of the subclasses, or constants
+
+        @property
+        def noise_multiplier(self) -> float: ...
+
+        @property
+        def sample_rate(self) -> float: ...
+
+        @property
+        def steps(self) -> int: ...
+
+        @property
+        def clip(self) -> Clip: ...
+
+        @property
+        def examples_per_unit(self) -> int: ...
+
+        @property
+        def unit_gradient(self) -> str: ...
 
     # -- what is charged -----------------------------------------------------------------------------------------
 
@@ -113,6 +138,10 @@ class Mechanism(ABC):
     def mu(self) -> float:
         """μ of one release to an attacker who knows who was drawn: 1/σ (Dong et al. 2022, Theorem 2.7)."""
         return 1 / self.noise_multiplier
+
+    def changed(self, **facts: Any) -> Self:
+        """The same with these facts in place of its own."""
+        return replace(self, **facts)
 
     def calibrated(self, epsilon: float, delta: float, adjacency: Adjacency = "add-or-remove-one") -> Self:
         """The same with the least noise whose ε is at most ``epsilon``, to 0.1 % of ε where ε is below 100.
@@ -181,13 +210,13 @@ class Mechanism(ABC):
     def example(cls) -> Self:
         """A small one with noise, for documents and for the tests that every mechanism must pass."""
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """All its facts as JSON has them."""
         facts = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"mechanism": self.name, **facts, "clip": clipping.to_dict(self.clip)}
 
     @staticmethod
-    def from_dict(facts: dict) -> "Mechanism":
+    def from_dict(facts: Mapping[str, Any]) -> "Mechanism":
         """The mechanism of which :meth:`to_dict` made ``facts``.
 
         Raises:
@@ -212,7 +241,7 @@ def mechanisms() -> dict[str, type[Mechanism]]:
     return dict(sorted(found.items()))
 
 
-def made(mechanism: str | Mechanism, **facts) -> Mechanism:
+def made(mechanism: str | Mechanism, **facts: Any) -> Mechanism:
     """The mechanism called so, with these facts; or this one, with these facts changed.
 
     Raises:
@@ -220,7 +249,7 @@ def made(mechanism: str | Mechanism, **facts) -> Mechanism:
         TypeError: it has no such fact, or lacks one.
     """
     if isinstance(mechanism, Mechanism):
-        return replace(mechanism, **facts) if facts else mechanism
+        return mechanism.changed(**facts) if facts else mechanism
     if mechanism not in mechanisms():
         raise PlanError(f"There is no mechanism {mechanism!r}: choose one of {', '.join(mechanisms())}.")
     return mechanisms()[mechanism](**facts)

@@ -15,12 +15,12 @@ The sum is float64 and gets N(0, (σ·sensitivity)² I) once, before any roundin
 public number of units; the true number is private.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
 
 from dpft.errors import GuaranteeError
-from dpft.privacy.clipping import Clip, FlatClip
+from dpft.privacy.clipping import FlatClip
 from dpft.privacy.events import Event
 from dpft.privacy.mechanisms.mechanism import Mechanism, Words, require
 from dpft.privacy.rounding import rounded_down
@@ -70,7 +70,7 @@ class Statistics(Mechanism):
 
     noise_multiplier: float
     steps: int = 1
-    clip: Clip = field(default_factory=FlatClip)
+    clip: FlatClip = field(default_factory=FlatClip)
 
     def __post_init__(self) -> None:
         require(
@@ -109,7 +109,7 @@ class Statistics(Mechanism):
     # -- statistics ----------------------------------------------------------------------------------------------
 
     def mean(
-        self, rows: "Tensor", units: Sequence | None, *, number: int, randomness: "Randomness | None" = None
+        self, rows: "Tensor", units: Sequence[object] | None, *, number: int, randomness: "Randomness | None" = None
     ) -> Statistic:
         """The mean of feature rows.
 
@@ -130,7 +130,7 @@ class Statistics(Mechanism):
         return self._released(total, self.clip.sensitivity, number, randomness)
 
     def second_moment(
-        self, rows: "Tensor", units: Sequence | None, *, number: int, randomness: "Randomness | None" = None
+        self, rows: "Tensor", units: Sequence[object] | None, *, number: int, randomness: "Randomness | None" = None
     ) -> Statistic:
         """The mean of xxᵀ, which is the covariance of rows whose mean is zero; arguments and errors are those of
         :meth:`mean`.
@@ -153,7 +153,7 @@ class Statistics(Mechanism):
         self,
         rows: "Tensor",
         labels: "Tensor",
-        units: Sequence | None,
+        units: Sequence[object] | None,
         *,
         classes: int,
         number: int,
@@ -183,7 +183,7 @@ class Statistics(Mechanism):
     def class_counts(
         self,
         labels: "Tensor",
-        units: Sequence | None,
+        units: Sequence[object] | None,
         *,
         classes: int,
         number: int,
@@ -231,7 +231,7 @@ class Statistics(Mechanism):
         return Statistic(total / number, *self.events(1))
 
 
-def _weights(units: Sequence | None, rows: int) -> "Tensor":
+def _weights(units: Sequence[object] | None, rows: int) -> "Tensor":
     """``(n, 1)`` float64: one over the number of rows of each row's unit, so that weighted rows of a unit sum to their
     mean."""
     import torch
@@ -239,7 +239,7 @@ def _weights(units: Sequence | None, rows: int) -> "Tensor":
     ids = list(range(rows)) if units is None else unit_ids(units)
     if len(ids) != rows:
         raise GuaranteeError(f"{len(ids)} units were given for {rows} rows: give one unit for each row.")
-    numbers: dict = {}
+    numbers: dict[Hashable, int] = {}
     places = torch.tensor([numbers.setdefault(one, len(numbers)) for one in ids], dtype=torch.long)
     return 1 / torch.bincount(places).to(torch.float64)[places].unsqueeze(1)
 

@@ -88,7 +88,7 @@ def params(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
             "technique": s.technique,
             "norm_alone": {0: "", inf: "always"}.get(s.longest_by_norm, f"up to {s.longest_by_norm} tokens"),
         }
-        for s in engine.capture.slots
+        for s in engine.capture.trainables
     ]
     total = sum(p.numel() for p in setup.model.parameters())
     summary = {

@@ -20,20 +20,20 @@ def deterministic(capture: Capture):
     """
     was_training = capture.model.training
     capture.model.train()
-    saved = [slot.parameter.detach().clone() for slot in capture.slots]
+    saved = [trainable.parameter.detach().clone() for trainable in capture.trainables]
     buffers = {name: buffer.clone() for name, buffer in capture.model.named_buffers()}
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
-            for slot in capture.slots:
-                moved = torch.randn(slot.parameter.shape, generator=generator, dtype=torch.float32)
-                slot.parameter += 0.01 * moved.to(slot.parameter)
+            for trainable in capture.trainables:
+                moved = torch.randn(trainable.parameter.shape, generator=generator, dtype=torch.float32)
+                trainable.parameter += 0.01 * moved.to(trainable.parameter)
         yield
     finally:
         with torch.no_grad():
-            for slot, value in zip(capture.slots, saved, strict=True):
-                slot.parameter.copy_(value)
-                slot.parameter.grad = None
+            for trainable, value in zip(capture.trainables, saved, strict=True):
+                trainable.parameter.copy_(value)
+                trainable.parameter.grad = None
             for name, buffer in capture.model.named_buffers():
                 if name in buffers and buffers[name].shape == buffer.shape:
                     buffer.copy_(buffers[name])
@@ -74,7 +74,7 @@ class NoRandomness(TorchDispatchMode):
     """Every random operation of PyTorch, numpy and Python comes to a constant (:mod:`dpft.gradients.stand_ins`).
 
     Attributes:
-        taken: whether one was seen. A functional site that takes chances is marked, because differentiating it again
+        taken: whether one was seen. A functional hooked that takes chances is marked, because differentiating it again
             would draw others.
 
     Raises:
@@ -119,8 +119,8 @@ class NoRandomness(TorchDispatchMode):
 
     def _take(self, chance: bool = True) -> None:
         self.taken = self.taken or chance
-        for site in self._capture.inside if chance else ():
-            site.random = True
+        for hooked in self._capture.running if chance else ():
+            hooked.random = True
 
     @classmethod
     @contextmanager

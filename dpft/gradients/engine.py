@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dpft.errors import BudgetError, GuaranteeError, SubsetError
+from dpft.gradients.batch_gradients import BatchGradients
 from dpft.gradients.capture import Capture
-from dpft.gradients.gradients import Gradients
 from dpft.gradients.groups import Layout
 from dpft.gradients.guard import Guard
 from dpft.gradients.precision import summing_device
@@ -79,7 +79,7 @@ class Engine:
         self.plan = plan
         self.randomness = randomness or SecureRandomness()
         self.capture = Capture(model)
-        if not self.capture.slots:
+        if not self.capture.trainables:
             raise SubsetError(
                 "No parameter of the model requires a gradient: select a subset before making the engine."
             )
@@ -94,7 +94,7 @@ class Engine:
         self._nonfinite: Tensor | int = 0
         self._unproven = 0  # releases before a preflight had proven the gradients
         self._before_release, self._world = before_release, world or Alone()
-        self._guard = Guard(model, [slot.parameter for slot in self.capture.slots])
+        self._guard = Guard(model, [trainable.parameter for trainable in self.capture.trainables])
         self._chance = StepChance(self.randomness)
         self._clip_by(plan.clip)
         self._noise: NoiseStream | None = None
@@ -134,7 +134,9 @@ class Engine:
             return 1
         whole_units = self.plan.examples_per_unit > 1  # their examples' gradients are added up, so they must be made
         made = sum(
-            slot.parameter.numel() for slot in self.capture.slots if whole_units or tokens > slot.longest_by_norm
+            trainable.parameter.numel()
+            for trainable in self.capture.trainables
+            if whole_units or tokens > trainable.longest_by_norm
         )
         return max(1, self.workspace_bytes // max(4 * made, 1))
 
@@ -144,10 +146,10 @@ class Engine:
         return self._clip
 
     def _clip_by(self, clip: Clip) -> None:
-        sizes = {slot.name: slot.parameter.numel() for slot in self.capture.slots}
+        sizes = {trainable.name: trainable.parameter.numel() for trainable in self.capture.trainables}
         self._clip, self._rule = clip, clip.over(sizes)
         groups = self._rule.groups
-        self._layout = None if groups is None else Layout(self.capture.slots, groups)
+        self._layout = None if groups is None else Layout(self.capture.trainables, groups)
 
     @property
     def released_numbers(self) -> dict:
@@ -233,7 +235,7 @@ class Engine:
             if self._before_release is not None:
                 self._world.first(lambda: self._before_release(self.steps_released + 1))
             self.steps_released += 1  # it was charged, so it counts whatever happens from here on
-            self._unproven += not self.capture.settled
+            self._unproven += not self.capture.forms_known
             self._close_open_unit()
             gradients, clip = self._noisy_gradients(), self._next_clip()
             self._guard.release(gradients)
@@ -254,7 +256,11 @@ class Engine:
                 total[start : start + len(noise)].add_(noise, alpha=noise_std)
                 start += len(noise)
         total /= self.plan.expected_batch_size
-        return {p: slot.view(total).to(p.dtype).to(p.device) for slot in self.capture.slots for p in [slot.parameter]}
+        return {
+            p: trainable.view(total).to(p.dtype).to(p.device)
+            for trainable in self.capture.trainables
+            for p in [trainable.parameter]
+        }
 
     def _next_clip(self) -> Clip:
         """The clip of the next step, from this step's noisy tally; it is released with the gradient."""
@@ -326,9 +332,9 @@ class Engine:
     def _add_units(self, rows: Tensor, counts: Tensor) -> None:
         """Add ``(U, P)`` whole unit gradients, each summed over ``counts`` ``(U,)`` examples."""
         mean = self.plan.unit_gradient == "mean" and bool((counts != 1).any())
-        self._add(Gradients(rows / counts.unsqueeze(1) if mean else rows))
+        self._add(BatchGradients(rows / counts.unsqueeze(1) if mean else rows))
 
-    def _add(self, gradients: Gradients) -> None:
+    def _add(self, gradients: BatchGradients) -> None:
         """Clip whole unit gradients and add them up."""
         norms = gradients.norms() if self._layout is None else self._layout.norms(gradients)
         finite = torch.isfinite(norms) if self._layout is None else torch.isfinite(norms).all(1)
@@ -336,7 +342,7 @@ class Engine:
         # there it synchronises.
         if (norms.is_cuda and not gradients.large) or not finite.all():
             # A factor of zero would not do: 0 · inf is NaN, which would poison the sum and reveal the unit.
-            gradients.forget(~finite)
+            gradients.zero_examples(~finite)
             self._nonfinite += (~finite).sum()
             norms = torch.where(finite if self._layout is None else finite.unsqueeze(1), norms, 1.0)
         tally = self.plan.mechanism.tally(norms, self.clip)
@@ -352,7 +358,7 @@ class Engine:
         """``(P,)``, the clipped gradients added so far. In float32 a unit that leaves could move it by more than the
         clip."""
         if self._total is None:
-            device = summing_device(self.capture.slots[0].parameter.device)
+            device = summing_device(self.capture.trainables[0].parameter.device)
             self._total = torch.zeros(self.capture.size, dtype=torch.float64, device=device)
         return self._total
 

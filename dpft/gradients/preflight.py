@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from dpft.errors import ExactnessError, GuaranteeError, IsolationError, first_line
+from dpft.gradients.batch_gradients import row_norms
 from dpft.gradients.capture import HALF, Capture
+from dpft.gradients.capture_map import TrainableParameter
 from dpft.gradients.determinism import NoRandomness, deterministic, in_precision
 from dpft.gradients.engine import Engine
-from dpft.gradients.gradients import row_norms
 from dpft.gradients.precision import full_precision
 from dpft.gradients.side_effects import leaves_no_data, without_side_effects
-from dpft.gradients.sites import Slot
 from dpft.gradients.stand_ins import DRAWS
 
 TOLERANCE = 1e-4  # relative error that float32 arithmetic explains
@@ -97,10 +97,10 @@ def preflight(
         if chance.taken:  # what one set of stand-ins could hide by chance, two do not
             with NoRandomness.of(capture, DRAWS[1]):
                 _isolated(capture, precise, examples, longest)
-        capture.settled = True
+        capture.forms_known = True
     techniques: dict[str, int] = {}
-    for slot in capture.slots:
-        techniques[slot.technique] = techniques.get(slot.technique, 0) + slot.parameter.numel()
+    for trainable in capture.trainables:
+        techniques[trainable.technique] = techniques.get(trainable.technique, 0) + trainable.parameter.numel()
     return Preflight(True, True, error, capture.size, techniques, len(examples), capture.one_by_one)
 
 
@@ -164,7 +164,7 @@ def _exact(capture: Capture, losses: Callable, precise: Callable, examples: list
 def _isolation(capture: Capture, losses: Callable, examples: list) -> tuple[float, Tensor, dict]:
     """How far an example's loss or gradient beside the others is from the one alone, by plain autograd.
 
-    Gradients are compared in one random combination, in which each example has about the same weight: what a coupling
+    BatchGradients are compared in one random combination, in which each example has about the same weight: what a coupling
     changes in any of them changes it too.
 
     Returns:
@@ -255,9 +255,9 @@ def _exactness(
     """
     every = list(range(len(examples)))
     batches = [every, every[1::-1], [0, 0], [0]]
-    capture.settled = False
+    capture.forms_known = False
     while True:
-        failed, before, worst, error = None, capture.state(), capture.slots[0], 0.0
+        failed, before, worst, error = None, capture.state(), capture.trainables[0], 0.0
         try:
             for batch in batches:
                 chosen, weights = [examples[i] for i in batch], _weights(norms[batch])
@@ -266,23 +266,23 @@ def _exactness(
                     with capture.paused():
                         plain = losses(chosen)
                         references[tuple(batch)] = _gradient(capture, plain @ weights.to(plain))
-                slot, wrong = _difference(capture, made, references[tuple(batch)])
+                trainable, wrong = _difference(capture, made, references[tuple(batch)])
                 for found in (wrong, error_of_norms):
                     if not found <= error:  # a NaN error is an error
-                        worst, error = slot, found
+                        worst, error = trainable, found
         except Exception as problem:  # a model may raise anything when its layers are tapped or differentiated again
             if capture.one_by_one or (isinstance(problem, GuaranteeError) and not isinstance(problem, ExactnessError)):
                 raise
             failed = problem
         finally:
-            for slot in capture.slots:
-                slot.parameter.grad = None
-        chancy = next((site for site in capture.sites if site.random), None)
-        unseen = next((site for site in capture.sites if len(site.sizes) < 2), None)
+            for trainable in capture.trainables:
+                trainable.parameter.grad = None
+        chancy = next((hooked for hooked in capture.hooked_modules if hooked.random), None)
+        unseen = next((hooked for hooked in capture.hooked_modules if len(hooked.sizes) < 2), None)
         if chancy is not None:
             capture.go_one_by_one(f"{chancy.name} ({type(chancy.module).__name__}) draws random numbers")
         elif isinstance(failed, ExactnessError):
-            capture.lift(failed.slots, failed.reason)
+            capture.lift(failed.trainables, failed.reason)
         elif failed is not None:
             capture.go_one_by_one(f"the model cannot run while tapped ({first_line(failed)})")
         elif unseen is not None:
@@ -313,24 +313,24 @@ def _combined(capture: Capture, losses: Tensor, weights: Tensor) -> tuple[Tensor
 
 def _gradient(capture: Capture, loss: Tensor) -> Tensor:
     """``(P,)``: one plain backward pass, through a graph that others may share; to be called while paused."""
-    for slot in capture.slots:
-        slot.parameter.grad = None
+    for trainable in capture.trainables:
+        trainable.parameter.grad = None
     if loss.requires_grad:
         loss.backward(retain_graph=True)
     flat = torch.zeros(capture.size, dtype=torch.float32, device=loss.device)
-    capture.take(flat)
+    capture.collect_grads(flat)
     return flat
 
 
-def _difference(capture: Capture, made: Tensor, expected: Tensor) -> tuple[Slot, float]:
-    """The slot with the largest relative error of a ``(P,)`` gradient, and that error."""
-    worst, largest = capture.slots[0], 0.0
+def _difference(capture: Capture, made: Tensor, expected: Tensor) -> tuple[TrainableParameter, float]:
+    """The trainable with the largest relative error of a ``(P,)`` gradient, and that error."""
+    worst, largest = capture.trainables[0], 0.0
     floor = FLOOR * expected.norm()
-    for slot in capture.slots:
-        wanted = expected[slot.slice]
-        error = float((made[slot.slice] - wanted).norm() / torch.maximum(wanted.norm(), floor).clamp_min(1e-30))
+    for trainable in capture.trainables:
+        wanted = expected[trainable.slice]
+        error = float((made[trainable.slice] - wanted).norm() / torch.maximum(wanted.norm(), floor).clamp_min(1e-30))
         if not error <= largest:  # a NaN error is an error
-            worst, largest = slot, error
+            worst, largest = trainable, error
     return worst, largest
 
 

@@ -61,7 +61,7 @@ def test_position_embeddings_are_captured_at_the_module_around_them(case, plan):
             engine.accumulate(made.losses(made.examples))
         engine.discard()
         assert preflight(engine, made.losses, made.examples).techniques == {"functional": 512}
-        assert [type(site.module).__name__ for site in engine.capture.sites] == ["BertEmbeddings"]
+        assert [type(hooked.module).__name__ for hooked in engine.capture.hooked_modules] == ["BertEmbeddings"]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -72,7 +72,7 @@ def test_prompts_that_are_made_once_for_the_batch_go_one_by_one(family, case, pl
     with Engine(made.model, plan()) as engine:
         found = preflight(engine, made.losses, made.examples)
         assert found.techniques == {"per example": 48} and "prompt_encoder" in found.one_by_one
-        assert engine.max_examples(9) == 1 and not engine.capture.sites
+        assert engine.max_examples(9) == 1 and not engine.capture.hooked_modules
 
 
 class Shared(nn.Module):
@@ -106,7 +106,12 @@ def test_a_vector_shared_by_layers_adds_up_its_uses(plan):
 
     with Engine(model, plan()) as engine:
         found = preflight(engine, losses, examples)
-        assert {site.name for site in engine.capture.sites} == {"first", "first.inner", "second", "second.inner"}
+        assert {hooked.name for hooked in engine.capture.hooked_modules} == {
+            "first",
+            "first.inner",
+            "second",
+            "second.inner",
+        }
     assert found.techniques == {"functional": 4, "rule": 40} and found.max_relative_error < 1e-5
 
 
@@ -252,8 +257,8 @@ def test_a_wrong_technique_is_replaced_by_a_right_one(case, plan, monkeypatch):
     made.model = Subset("head").apply(made.model)
     record = Capture._record
 
-    def wrong(self, site, grad_output, *call):
-        record(self, site, grad_output * 1.001, *call)
+    def wrong(self, hooked, grad_output, *call):
+        record(self, hooked, grad_output * 1.001, *call)
 
     monkeypatch.setattr(Capture, "_record", wrong)
     with Engine(made.model, plan()) as engine:
@@ -267,13 +272,13 @@ def test_a_wrong_technique_shows_though_a_fresh_adapter_has_no_gradient_there(ca
     made.model = Subset("lora(targets='query', last_blocks=1)").apply(made.model)
     record = Capture._record
 
-    def wrong(self, site, grad_output, *call):
-        record(self, site, grad_output * (1.01 if "lora_A" in site.name else 1.0), *call)
+    def wrong(self, hooked, grad_output, *call):
+        record(self, hooked, grad_output * (1.01 if "lora_A" in hooked.name else 1.0), *call)
 
     monkeypatch.setattr(Capture, "_record", wrong)
     with Engine(made.model, plan()) as engine:
         found = preflight(engine, made.losses, made.examples)
-        assert not any("lora_A" in site.name for site in engine.capture.sites), found.techniques
+        assert not any("lora_A" in hooked.name for hooked in engine.capture.hooked_modules), found.techniques
 
 
 class Noisy(nn.Module):
@@ -374,7 +379,7 @@ def test_a_model_that_needs_a_pass_for_each_example_needs_it_when_it_goes_on(cas
     with Engine(made.model, plan()) as engine:
         assert engine.max_examples(8) > 1
         engine.capture.load_state({**engine.capture.state(), "one_by_one": "a layer was wrong"})
-        assert engine.max_examples(8) == 1 and not engine.capture.sites
+        assert engine.max_examples(8) == 1 and not engine.capture.hooked_modules
 
 
 def test_a_loss_that_a_longer_neighbour_moves_by_a_hundredth_is_refused(case, plan):

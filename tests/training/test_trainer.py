@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from dpft.errors import BudgetError, GuaranteeError, IsolationError
+from dpft.gradients.batch_gradients import BatchGradients
 from dpft.gradients.engine import Engine
-from dpft.gradients.gradients import Gradients
 from dpft.gradients.preflight import preflight
 from dpft.privacy.noise import SeededRandomness
 from dpft.subset import Subset
@@ -166,14 +166,14 @@ def test_what_a_failed_trial_added_up_is_never_released(make, monkeypatch):
     trainer = make()
 
     def fails(losses, accumulate, **_):
-        add_to = Gradients.add_to
+        add_to = BatchGradients.add_to
 
         def half(*arguments):
             add_to(*arguments)
             raise torch.OutOfMemoryError
 
         with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-            patch.setattr(Gradients, "add_to", half)
+            patch.setattr(BatchGradients, "add_to", half)
             accumulate(losses(3))
         assert trainer.session.engine._total is None
         raise Reached

@@ -13,7 +13,7 @@ from dpft.gradients.rules.registry import Rule, registered
 from dpft.gradients.rules.sparse import is_sparse_linear, sparse_linear
 
 # These rules may return a gradient unmade, which a registered rule may not.
-UNMADE: dict[type[nn.Module], Rule] = {
+IMPLICIT: dict[type[nn.Module], Rule] = {
     nn.Linear: linear.linear,
     Conv1D: linear.conv1d,
     nn.Embedding: embedding.embedding,
@@ -24,4 +24,4 @@ def rule_for(layer: nn.Module) -> Rule | None:
     """The rule of exactly this class; a subclass may compute something else and gets none."""
     if is_sparse_linear(layer):  # its class is made for the one layer, so no registry can hold it
         return sparse_linear
-    return UNMADE.get(type(layer)) or registered(type(layer))
+    return IMPLICIT.get(type(layer)) or registered(type(layer))

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dpft.errors import IsolationError
+from dpft.gradients.rules.implicit import ImplicitGradient, materialize
 from dpft.gradients.rules.registry import register
-from dpft.gradients.rules.unmade import Unmade, made
 
 
 @dataclass(frozen=True)
-class Rows(Unmade):
+class Rows(ImplicitGradient):
     """Per-example gradients of a table ``(height, n)``, zero but for some rows.
 
     Attributes:
@@ -41,10 +41,10 @@ class Rows(Unmade):
         return torch.Size((self.examples, self.height, self.rows.shape[1]))
 
     @property
-    def pays(self) -> bool:
+    def norm_is_cheaper(self) -> bool:
         return True
 
-    def made(self) -> Tensor:
+    def materialize(self) -> Tensor:
         table = self.rows.new_zeros(self.examples * self.height, self.rows.shape[1])
         return table.index_copy_(0, self.places, self.rows).view(self.shape)
 
@@ -58,7 +58,7 @@ class Rows(Unmade):
         places = (self.places % self.height).to(total.device)
         total.index_add_(0, places, self.rows.to(total) * factors[self._example().to(total.device)].unsqueeze(1))
 
-    def without(self, examples: Tensor) -> "Rows":
+    def with_zeroed(self, examples: Tensor) -> "Rows":
         rows = self.rows.masked_fill(examples[self._example()].unsqueeze(1), 0)
         return Rows(self.places, rows, self.examples, self.height)
 
@@ -102,4 +102,4 @@ def embedding(layer: nn.Embedding, activations: list[Tensor], grad_output: Tenso
 
 @register(nn.Embedding)
 def _embedding_for_opacus(layer: nn.Embedding, activations: list[Tensor], grad_output: Tensor) -> dict:
-    return {parameter: made(g) for parameter, g in embedding(layer, activations, grad_output).items()}
+    return {parameter: materialize(g) for parameter, g in embedding(layer, activations, grad_output).items()}

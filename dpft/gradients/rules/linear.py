@@ -16,8 +16,8 @@ from dpft.gradients.precision import (
     precise,
     precise_bmm,
 )
+from dpft.gradients.rules.implicit import ImplicitGradient, materialize
 from dpft.gradients.rules.registry import register
-from dpft.gradients.rules.unmade import Unmade, made
 
 # Making a gradient (m, n), taking its norm and adding it up moves about 3 numbers of each weight through memory, while
 # the norm alone costs 2 T² (m + n) operations. Memory is taken to move one number in the time of so many operations: an
@@ -28,7 +28,7 @@ ROUNDING = 2.0**-21  # of sums of products in float32, relative to the sum of th
 
 
 @dataclass(frozen=True)
-class Product(Unmade):
+class Product(ImplicitGradient):
     """Per-example gradients ``left[i].T @ right[i]`` of a weight ``(m, n)``, from ``(B, T, m)`` and ``(B, T, n)``.
 
     The factors may be half precision, as their layer computed them; what is made of them is at least float32.
@@ -52,17 +52,17 @@ class Product(Unmade):
         return self.left.shape[1]
 
     @property
-    def pays(self) -> bool:
+    def norm_is_cheaper(self) -> bool:
         return self.tokens <= longest_by_norm(*self.shape[1:])
 
-    def made(self) -> Tensor:
+    def materialize(self) -> Tensor:
         return precise_bmm(self.left.mT, self.right)
 
     def write(self, destination: Tensor) -> None:
         if self.left.dtype == destination.dtype:
             torch.bmm(self.left.mT, self.right, out=destination)
         else:
-            destination.copy_(self.made())
+            destination.copy_(self.materialize())
 
     def squares(self) -> Tensor:
         """``Σ_ts (left_t · left_s)(right_t · right_s)`` (Li, Tramèr, Liang, Hashimoto 2022, section 4).
@@ -104,7 +104,7 @@ class Product(Unmade):
                 part = slice(start, start + rows)
                 total[part].add_(product[part].to(total.device), alpha=factor)
 
-    def without(self, examples: Tensor) -> "Product":
+    def with_zeroed(self, examples: Tensor) -> "Product":
         lost = examples.view(-1, 1, 1)
         return Product(self.left.masked_fill(lost, 0), self.right.masked_fill(lost, 0))
 
@@ -150,4 +150,4 @@ def _gradients(layer: nn.Module, grad_output: Tensor, product: Callable[[], Prod
 
 @register(Conv1D)
 def _conv1d_for_opacus(layer: Conv1D, activations: list[Tensor], grad_output: Tensor) -> dict[nn.Parameter, Tensor]:
-    return {parameter: made(g) for parameter, g in conv1d(layer, activations, grad_output).items()}
+    return {parameter: materialize(g) for parameter, g in conv1d(layer, activations, grad_output).items()}

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from dpft.gradients.precision import full_precision, precise
 from dpft.gradients.rules.embedding import Rows
+from dpft.gradients.rules.implicit import ImplicitGradient
 from dpft.gradients.rules.linear import ROUNDING, Product
-from dpft.gradients.rules.unmade import Unmade
 
 
 @dataclass(frozen=True)
-class Tied(Unmade):
+class Tied(ImplicitGradient):
     """Per-example gradients of a table ``(m, n)``: the rows of the words read, and the product of the head's
     matrices."""
 
@@ -24,11 +24,11 @@ class Tied(Unmade):
         return self.product.shape
 
     @property
-    def pays(self) -> bool:
-        return self.product.pays
+    def norm_is_cheaper(self) -> bool:
+        return self.product.norm_is_cheaper
 
-    def made(self) -> Tensor:
-        return self.rows.made() + self.product.made()
+    def materialize(self) -> Tensor:
+        return self.rows.materialize() + self.product.materialize()
 
     def squares(self) -> Tensor:
         """``‖R + P‖² = ‖R‖² + 2 Σ_kt (R_k · right_t) left_t[row_k] + ‖P‖²``, rounded up as the product's own is."""
@@ -51,17 +51,17 @@ class Tied(Unmade):
         self.rows.add_to(total, factors)
         self.product.add_to(total, factors)
 
-    def without(self, examples: Tensor) -> "Tied":
-        return Tied(self.rows.without(examples), self.product.without(examples))
+    def with_zeroed(self, examples: Tensor) -> "Tied":
+        return Tied(self.rows.with_zeroed(examples), self.product.with_zeroed(examples))
 
 
-def add(first: Unmade, second: Unmade) -> Unmade:
+def add(first: ImplicitGradient, second: ImplicitGradient) -> ImplicitGradient:
     """The sum of two uses of one weight."""
-    sums: dict[type, Unmade] = {}
+    sums: dict[type, ImplicitGradient] = {}
     for part in (*_parts(first), *_parts(second)):
         sums[type(part)] = sums[type(part)] + part if type(part) in sums else part
     return Tied(sums[Rows], sums[Product]) if len(sums) == 2 else next(iter(sums.values()))
 
 
-def _parts(gradient: Unmade) -> tuple[Unmade, ...]:
+def _parts(gradient: ImplicitGradient) -> tuple[ImplicitGradient, ...]:
     return (gradient.rows, gradient.product) if isinstance(gradient, Tied) else (gradient,)

@@ -10,23 +10,23 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
-from dpft.gradients.rules import UNMADE, rule_for
+from dpft.gradients.rules import IMPLICIT, rule_for
 from dpft.gradients.rules.linear import longest_by_norm
 
-MAX_LIFTS = 2
+MAX_LEVEL = 2
 LARGE = 1 << 16  # scalars from which a parameter's gradients are kept out of the flat workspace
 RULE, FUNCTIONAL, PER_EXAMPLE = "rule", "functional", "per example"
 
 
 @dataclass
-class Slot:
+class TrainableParameter:
     """Where one trainable parameter lives among all P trainable scalars, and at which modules its uses are captured."""
 
     name: str
     parameter: nn.Parameter
     start: int
-    places: list[nn.Module]
-    lifts: int = 0  # how often the places were exchanged for the modules around them
+    modules: list[nn.Module]
+    level: int = 0  # how often the places were exchanged for the modules around them
     technique: str = RULE
 
     @cached_property
@@ -37,9 +37,9 @@ class Slot:
     def longest_by_norm(self) -> float:
         """The most tokens for which its per-example gradients need not be made; 0 where they must be, infinity for
         embeddings."""
-        kinds = [type(place) for place in self.places]
+        kinds = [type(place) for place in self.modules]
         linear = sum(kind is not nn.Embedding for kind in kinds)
-        unmade = self.large and self.technique == RULE and all(kind in UNMADE for kind in kinds) and linear <= 1
+        unmade = self.large and self.technique == RULE and all(kind in IMPLICIT for kind in kinds) and linear <= 1
         if not unmade or self.parameter.dim() != 2:
             return 0
         return longest_by_norm(*self.parameter.shape) if linear else inf
@@ -59,8 +59,8 @@ class Slot:
 
 
 @dataclass
-class Site:
-    """A tapped module and the slots that it serves.
+class HookedModule:
+    """A tapped module and the trainables that it serves.
 
     ``batched`` tells which of a call's tensors have the batch as leading dimension, by the call's form. A tensor whose
     length merely equals B in one call is found out by a call with another B, so until the preflight has settled it the
@@ -69,7 +69,7 @@ class Site:
 
     name: str
     module: nn.Module
-    slots: list[Slot]
+    trainables: list[TrainableParameter]
     hidden: Callable | None = None  # the forward, set on the instance, that the tap hides
     batched: dict[str, list[bool]] = field(default_factory=dict)
     sizes: set[int] = field(default_factory=set)  # the batch sizes B that it has served
@@ -77,9 +77,9 @@ class Site:
 
     @cached_property
     def rule(self) -> Callable | None:
-        """The closed form, if there is one for this very class and all slots are the layer's own."""
+        """The closed form, if there is one for this very class and all trainables are the layer's own."""
         own = {id(parameter) for parameter in parameters_at(self.module)}
-        return rule_for(self.module) if all(id(slot.parameter) in own for slot in self.slots) else None
+        return rule_for(self.module) if all(id(trainable.parameter) in own for trainable in self.trainables) else None
 
     @cached_property
     def takes_half(self) -> bool:
@@ -91,29 +91,30 @@ class Site:
         """Whether a gradient here follows from the layer's input; a linear layer's bias has that of the output
         alone."""
         linear = type(self.module) in (nn.Linear, Conv1D)
-        return not linear or any(slot.parameter is not self.module.bias for slot in self.slots)
+        return not linear or any(trainable.parameter is not self.module.bias for trainable in self.trainables)
 
 
-class Arrangement:
-    """The slots and sites of a model: at first each parameter at its own layer, then where the preflight lifts it.
+class CaptureMap:
+    """What trains in a model and the modules that are hooked: at first each parameter at its own layer, then
+    where the preflight lifts it.
 
     Attributes:
-        slots: one :class:`Slot` per trainable parameter, tied parameters once.
-        sites: the modules to tap.
+        trainables: one :class:`TrainableParameter` per trainable parameter, tied parameters once.
+        hooked_modules: the modules to tap.
         size: P, the number of trainable scalars.
-        narrow: of these the first so many, which belong to parameters that are not large.
+        small_size: of these the first so many, which belong to parameters that are not large.
         caches: buffers that a forward pass may make, because they come out the same for all examples.
         one_by_one: why nothing is tapped and each example has a backward pass of its own; None if it need not be.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.slots: list[Slot] = []
-        self.sites: list[Site] = []
-        self.size = self.narrow = 0
+        self.trainables: list[TrainableParameter] = []
+        self.hooked_modules: list[HookedModule] = []
+        self.size = self.small_size = 0
         self.one_by_one: str | None = None
         self.caches: set[str] = set()
-        self.settled = False  # whether the preflight has seen every form of call
+        self.forms_known = False  # whether the preflight has seen every form of call
         self._parents: dict[int, list[nn.Module]] = {}
         owners: dict[int, list[nn.Module]] = {}
         for module in model.modules():
@@ -125,13 +126,13 @@ class Arrangement:
             if parameter.requires_grad:
                 # What layers share is often listed at the whole model as well; a use there would be found by rows().
                 places = [place for place in self._callable(owners[id(parameter)]) if not self._too_far(place)]
-                self.slots.append(Slot(name, parameter, 0, places))
+                self.trainables.append(TrainableParameter(name, parameter, 0, places))
                 if not places:
                     self.one_by_one = f"{name}: only the whole model uses it"
-        for slot in sorted(self.slots, key=lambda slot: slot.large):
-            slot.start = self.size
-            self.size += slot.parameter.numel()
-            self.narrow += 0 if slot.large else slot.parameter.numel()
+        for trainable in sorted(self.trainables, key=lambda trainable: trainable.large):
+            trainable.start = self.size
+            self.size += trainable.parameter.numel()
+            self.small_size += 0 if trainable.large else trainable.parameter.numel()
         self.arrange()
 
     def _callable(self, modules: list[nn.Module]) -> list[nn.Module]:
@@ -146,19 +147,21 @@ class Arrangement:
         return list({id(module): module for module in found}.values())
 
     def arrange(self) -> None:
-        """Group the slots by place; called again whenever the places change."""
-        served: dict[int, tuple[nn.Module, list[Slot]]] = {}
-        for slot in self.slots:
-            for place in slot.places:
-                served.setdefault(id(place), (place, []))[1].append(slot)
+        """Group the trainables by place; called again whenever the places change."""
+        served: dict[int, tuple[nn.Module, list[TrainableParameter]]] = {}
+        for trainable in self.trainables:
+            for place in trainable.modules:
+                served.setdefault(id(place), (place, []))[1].append(trainable)
         names = {id(module): name for name, module in self.model.named_modules()}
-        self.sites = [] if self.one_by_one else [Site(names[key], *pair) for key, pair in served.items()]
-        for slot in self.slots:
-            slot.technique = PER_EXAMPLE if self.one_by_one else RULE
-        for site in self.sites:
-            if site.rule is None:
-                for slot in site.slots:
-                    slot.technique = FUNCTIONAL
+        self.hooked_modules = (
+            [] if self.one_by_one else [HookedModule(names[key], *pair) for key, pair in served.items()]
+        )
+        for trainable in self.trainables:
+            trainable.technique = PER_EXAMPLE if self.one_by_one else RULE
+        for hooked in self.hooked_modules:
+            if hooked.rule is None:
+                for trainable in hooked.trainables:
+                    trainable.technique = FUNCTIONAL
 
     def _too_far(self, module: nn.Module) -> bool:
         """Whether the module is the whole model or holds its list of blocks: to differentiate it again would double the
@@ -166,13 +169,15 @@ class Arrangement:
         whole = module is self.model and next(module.children(), None) is not None
         return whole or any(isinstance(m, nn.ModuleList) and len(m) > 1 for m in module.modules())
 
-    def lift(self, slots: list[Slot], reason: str) -> None:
-        """Capture these slots at the modules around their places; where that is too far, everything one by one."""
-        for slot in slots:
-            around = self._callable([parent for place in slot.places for parent in self._parents.get(id(place), [])])
-            if not around or any(map(self._too_far, around)) or slot.lifts == MAX_LIFTS:
+    def lift(self, trainables: list[TrainableParameter], reason: str) -> None:
+        """Capture these trainables at the modules around their places; where that is too far, everything one by one."""
+        for trainable in trainables:
+            around = self._callable(
+                [parent for place in trainable.modules for parent in self._parents.get(id(place), [])]
+            )
+            if not around or any(map(self._too_far, around)) or trainable.level == MAX_LEVEL:
                 return self.go_one_by_one(reason)
-            slot.places, slot.lifts = around, slot.lifts + 1
+            trainable.modules, trainable.level = around, trainable.level + 1
         self.arrange()
 
     def go_one_by_one(self, reason: str) -> None:
@@ -185,20 +190,20 @@ class Arrangement:
         return {
             "one_by_one": self.one_by_one,
             "caches": sorted(self.caches),
-            "lifts": {slot.name: slot.lifts for slot in self.slots if slot.lifts},
-            "batched": {site.name: dict(site.batched) for site in self.sites},
+            "level": {trainable.name: trainable.level for trainable in self.trainables if trainable.level},
+            "batched": {hooked.name: dict(hooked.batched) for hooked in self.hooked_modules},
         }
 
     def load_state(self, state: dict) -> None:
-        for slot in self.slots:
-            for _ in range(state["lifts"].get(slot.name, 0)):
-                self.lift([slot], "")
+        for trainable in self.trainables:
+            for _ in range(state["level"].get(trainable.name, 0)):
+                self.lift([trainable], "")
         if state["one_by_one"]:
             self.go_one_by_one(state["one_by_one"])
-        for site in self.sites:
-            site.batched = state["batched"].get(site.name, {})
+        for hooked in self.hooked_modules:
+            hooked.batched = state["batched"].get(hooked.name, {})
         self.caches = set(state["caches"])
-        self.settled = True
+        self.forms_known = True
 
 
 def parameters_at(layer: nn.Module) -> list[nn.Parameter]:

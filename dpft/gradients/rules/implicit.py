@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Unmade(ABC):
+class ImplicitGradient(ABC):
     """The gradients ``(B, m, n)`` of one weight for each of B examples, in a form that is smaller than they are."""
 
     @property
@@ -16,16 +16,16 @@ class Unmade(ABC):
 
     @property
     @abstractmethod
-    def pays(self) -> bool:
+    def norm_is_cheaper(self) -> bool:
         """Whether the norms alone are cheaper than making the gradients."""
 
     @abstractmethod
-    def made(self) -> Tensor:
+    def materialize(self) -> Tensor:
         """``(B, m, n)``"""
 
     def write(self, destination: Tensor) -> None:
         """Make them at ``destination`` ``(B, m, n)``."""
-        destination.copy_(self.made())
+        destination.copy_(self.materialize())
 
     @abstractmethod
     def squares(self) -> Tensor:
@@ -37,17 +37,17 @@ class Unmade(ABC):
         alone."""
 
     @abstractmethod
-    def without(self, examples: Tensor) -> "Unmade":
+    def with_zeroed(self, examples: Tensor) -> "ImplicitGradient":
         """The same with zeros for the examples ``(B,)`` that are true."""
 
 
-def made(gradient: Tensor | Unmade) -> Tensor:
-    return gradient.made() if isinstance(gradient, Unmade) else gradient
+def materialize(gradient: Tensor | ImplicitGradient) -> Tensor:
+    return gradient.materialize() if isinstance(gradient, ImplicitGradient) else gradient
 
 
-def write(gradient: Tensor | Unmade, destination: Tensor) -> None:
+def write(gradient: Tensor | ImplicitGradient, destination: Tensor) -> None:
     """Make it in its place ``(B, *shape)``."""
-    if isinstance(gradient, Unmade):
+    if isinstance(gradient, ImplicitGradient):
         gradient.write(destination)
     else:
         destination.copy_(gradient)

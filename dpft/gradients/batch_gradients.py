@@ -1,7 +1,7 @@
 """The per-example gradients of one backward pass, made only as far as they must be.
 
-Gradients of small parameters go to one flat workspace ``(B, narrow)``, so that norms are one reduction and the clipped
-sum one matrix-vector product. A large weight of a linear layer stays a product of two matrices where its norm alone is
+Gradients of small parameters go to one flat workspace ``(B, n)``, so that norms are one reduction and the clipped sum
+one matrix-vector product. A large weight of a linear layer stays a product of two matrices where its norm alone is
 cheaper (:mod:`dpft.gradients.rules.linear`), an embedding's is the rows of the tokens that occur
 (:mod:`dpft.gradients.rules.embedding`), a head's that is tied to it is both (:mod:`dpft.gradients.rules.tied`); any
 other large gradient is a tensor ``(B, *shape)`` of its own.
@@ -10,68 +10,69 @@ other large gradient is a tensor ``(B, *shape)`` of its own.
 import torch
 from torch import Tensor
 
+from dpft.gradients.capture_map import TrainableParameter
 from dpft.gradients.precision import add_rows, full_precision
+from dpft.gradients.rules.implicit import ImplicitGradient, materialize, write
 from dpft.gradients.rules.tied import add
-from dpft.gradients.rules.unmade import Unmade, made, write
-from dpft.gradients.sites import Slot
 
 BLOCK = 4096
 
 
-class Gradients:
+class BatchGradients:
     """What one backward pass gave for each of B examples.
 
     Args:
-        narrow: ``(B, n)``, the gradients of the parameters whose slots lie in the first n of P places.
+        small_parameters: ``(B, n)``, the gradients of the parameters that lie in the first n of P places.
     """
 
-    def __init__(self, narrow: Tensor) -> None:
-        self.narrow, self.examples = narrow, len(narrow)
+    def __init__(self, small_parameters: Tensor) -> None:
+        self.small_parameters, self.examples = small_parameters, len(small_parameters)
         self.large: dict[int, Large] = {}
         self._written: set[int] = set()
 
-    def add(self, slot: Slot, gradient: Tensor | Unmade) -> None:
+    def add(self, trainable: TrainableParameter, gradient: Tensor | ImplicitGradient) -> None:
         """Add one use of a parameter: uses accumulate, so that shared and tied parameters are whole before the norm."""
-        if slot.large:
-            before = self.large.get(slot.start)
-            self.large[slot.start] = Large(slot, gradient if before is None else _sum(before.gradient, gradient))
+        if trainable.large:
+            before = self.large.get(trainable.start)
+            whole = gradient if before is None else _sum(before.gradient, gradient)
+            self.large[trainable.start] = Large(trainable, whole)
             return
-        destination = slot.view(self.narrow)
-        if slot.start in self._written:
-            destination.add_(made(gradient))
+        destination = trainable.view(self.small_parameters)
+        if trainable.start in self._written:
+            destination.add_(materialize(gradient))
         else:  # the workspace holds what an earlier pass left
-            self._written.add(slot.start)
+            self._written.add(trainable.start)
             write(gradient, destination)
 
-    def complete(self, slots: list[Slot]) -> None:
+    def complete(self, trainables: list[TrainableParameter]) -> None:
         """Zero the places of parameters that the losses do not depend on."""
-        for slot in slots:
-            if not slot.large and slot.start not in self._written:
-                slot.view(self.narrow).zero_()
+        for trainable in trainables:
+            if not trainable.large and trainable.start not in self._written:
+                trainable.view(self.small_parameters).zero_()
 
     def rows(self, size: int) -> Tensor:
         """``(B, P)``, every gradient made."""
-        if self.narrow.shape[1] == size:
-            return self.narrow
-        rows = self.narrow.new_zeros(self.examples, size)
-        rows[:, : self.narrow.shape[1]] = self.narrow
+        if self.small_parameters.shape[1] == size:
+            return self.small_parameters
+        rows = self.small_parameters.new_zeros(self.examples, size)
+        rows[:, : self.small_parameters.shape[1]] = self.small_parameters
         for one in self.large.values():
-            one.slot.view(rows).copy_(made(one.gradient))
+            one.trainable.view(rows).copy_(materialize(one.gradient))
         return rows
 
     def norms(self) -> Tensor:
         """``(B,)`` norms of the whole gradients, below the true ones by a relative 1e-6 at most."""
-        norms = row_norms(self.narrow)
+        norms = row_norms(self.small_parameters)
         if not self.large:
             return norms
         return torch.stack([norms.square(), *(one.squares() for one in self.large.values())]).sum(0).sqrt()
 
-    def forget(self, lost: Tensor) -> None:
+    def zero_examples(self, lost: Tensor) -> None:
         """Zero the gradients of the examples ``(B,)`` that are true, whatever they hold."""
-        self.narrow.masked_fill_(lost.unsqueeze(1), 0)
+        self.small_parameters.masked_fill_(lost.unsqueeze(1), 0)
         for one in self.large.values():
-            if isinstance(one.gradient, Unmade):
-                one.gradient = one.gradient.without(lost)
+            if isinstance(one.gradient, ImplicitGradient):
+                one.gradient = one.gradient.with_zeroed(lost)
             else:
                 one.gradient[lost] = 0
 
@@ -80,7 +81,7 @@ class Gradients:
         alone."""
         factors = factors.to(total)
         with full_precision():
-            add_rows(total[: self.narrow.shape[1]], self.narrow, factors)
+            add_rows(total[: self.small_parameters.shape[1]], self.small_parameters, factors)
             for one in self.large.values():
                 one.add_to(total, factors)
 
@@ -91,11 +92,11 @@ class Large:
     Norms are taken while the gradient is at hand, in the cache; only where another use is to come, they wait for it.
     """
 
-    def __init__(self, slot: Slot, gradient: Tensor | Unmade) -> None:
-        if isinstance(gradient, Unmade) and not gradient.pays:
-            gradient = gradient.made()
-        self.slot, self.gradient = slot, gradient
-        self._squares = None if len(slot.places) > 1 else self._taken()
+    def __init__(self, trainable: TrainableParameter, gradient: Tensor | ImplicitGradient) -> None:
+        if isinstance(gradient, ImplicitGradient) and not gradient.norm_is_cheaper:
+            gradient = gradient.materialize()
+        self.trainable, self.gradient = trainable, gradient
+        self._squares = None if len(trainable.modules) > 1 else self._taken()
 
     def squares(self) -> Tensor:
         if self._squares is None:
@@ -104,13 +105,13 @@ class Large:
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
         """``total`` ``(P,)`` float64 ``+= Σ_i factors[i] · g_i`` in this parameter's places."""
-        if isinstance(self.gradient, Unmade):
-            self.gradient.add_to(self.slot.view(total), factors)
+        if isinstance(self.gradient, ImplicitGradient):
+            self.gradient.add_to(self.trainable.view(total), factors)
         else:
-            add_rows(total[self.slot.slice], self.gradient.flatten(1), factors)
+            add_rows(total[self.trainable.slice], self.gradient.flatten(1), factors)
 
     def _taken(self) -> Tensor:
-        if isinstance(self.gradient, Unmade):
+        if isinstance(self.gradient, ImplicitGradient):
             return self.gradient.squares()
         return row_norms(self.gradient.flatten(1)).square()
 
@@ -128,7 +129,7 @@ def row_norms(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.cat(parts, 1), dim=1)
 
 
-def _sum(first: Tensor | Unmade, second: Tensor | Unmade) -> Tensor | Unmade:
-    if isinstance(first, Unmade) and isinstance(second, Unmade):
+def _sum(first: Tensor | ImplicitGradient, second: Tensor | ImplicitGradient) -> Tensor | ImplicitGradient:
+    if isinstance(first, ImplicitGradient) and isinstance(second, ImplicitGradient):
         return add(first, second)
-    return made(first) + made(second)
+    return materialize(first) + materialize(second)

@@ -1,11 +1,16 @@
-"""The per-example gradients of one backward pass, made only as far as they must be.
+"""The per-example gradients of one backward pass, materialised only where that is needed.
 
-Gradients of small parameters go to one flat workspace ``(B, n)``, so that norms are one reduction and the clipped sum
-one matrix-vector product. A large weight of a linear layer stays a product of two matrices where its norm alone is
-cheaper (:mod:`dpft.gradients.rules.linear`), an embedding's is the rows of the tokens that occur
-(:mod:`dpft.gradients.rules.embedding`), a head's that is tied to it is both (:mod:`dpft.gradients.rules.tied`); any
-other large gradient is a tensor ``(B, *shape)`` of its own.
+Gradients of small parameters share one flat workspace ``(B, n)``. Their norms are one reduction, and their clipped sum
+is one matrix-vector product. A large parameter's gradient has a form of its own:
+
+- a linear layer's weight stays a product of two matrices where that makes its norm cheaper
+  (:mod:`dpft.gradients.rules.linear`)
+- an embedding's table is the rows of the tokens that occur (:mod:`dpft.gradients.rules.embedding`)
+- a table that is tied to a head is both (:mod:`dpft.gradients.rules.tied`)
+- any other is a tensor ``(B, *shape)``
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -15,112 +20,114 @@ from dpft.gradients.precision import add_rows, full_precision
 from dpft.gradients.rules.implicit import ImplicitGradient, materialize, write
 from dpft.gradients.rules.tied import add
 
-BLOCK = 4096
+BLOCK = 4096  # numbers whose squares float32 adds up without losing digits
 
 
 class BatchGradients:
-    """What one backward pass gave for each of B examples.
+    """The gradients of B examples, from one backward pass.
 
     Args:
-        small_parameters: ``(B, n)``, the gradients of the parameters that lie in the first n of P places.
+        small_parameters: ``(B, n)``, the gradients of all small parameters. These are the first n of P scalars.
     """
 
     def __init__(self, small_parameters: Tensor) -> None:
         self.small_parameters, self.examples = small_parameters, len(small_parameters)
-        self.large: dict[int, Large] = {}
+        self.large: dict[int, LargeGradient] = {}  # by the parameter's start
         self._written: set[int] = set()
 
     def add(self, trainable: TrainableParameter, gradient: Tensor | ImplicitGradient) -> None:
-        """Add one use of a parameter: uses accumulate, so that shared and tied parameters are whole before the norm."""
+        """Add the gradient of one use of a parameter.
+
+        Several uses are summed, so that the gradient of a shared or tied parameter is complete before its norm.
+        """
         if trainable.large:
             before = self.large.get(trainable.start)
             whole = gradient if before is None else _sum(before.gradient, gradient)
-            self.large[trainable.start] = Large(trainable, whole)
+            self.large[trainable.start] = LargeGradient(trainable, whole)
             return
         destination = trainable.view(self.small_parameters)
         if trainable.start in self._written:
             destination.add_(materialize(gradient))
-        else:  # the workspace holds what an earlier pass left
+        else:  # the workspace still holds the previous pass
             self._written.add(trainable.start)
             write(gradient, destination)
 
-    def complete(self, trainables: list[TrainableParameter]) -> None:
-        """Zero the places of parameters that the losses do not depend on."""
+    def complete(self, trainables: Iterable[TrainableParameter]) -> None:
+        """Zero the gradients of small parameters that the losses do not depend on."""
         for trainable in trainables:
             if not trainable.large and trainable.start not in self._written:
                 trainable.view(self.small_parameters).zero_()
 
     def rows(self, size: int) -> Tensor:
-        """``(B, P)``, every gradient made."""
+        """All gradients as one matrix ``(B, P)``, every one materialised."""
         if self.small_parameters.shape[1] == size:
             return self.small_parameters
         rows = self.small_parameters.new_zeros(self.examples, size)
         rows[:, : self.small_parameters.shape[1]] = self.small_parameters
-        for one in self.large.values():
-            one.trainable.view(rows).copy_(materialize(one.gradient))
+        for large in self.large.values():
+            large.trainable.view(rows).copy_(materialize(large.gradient))
         return rows
 
     def norms(self) -> Tensor:
-        """``(B,)`` norms of the whole gradients, below the true ones by a relative 1e-6 at most."""
+        """``(B,)`` norms of the whole gradients. They are at most a relative 1e-6 below the true ones."""
         norms = row_norms(self.small_parameters)
         if not self.large:
             return norms
-        return torch.stack([norms.square(), *(one.squares() for one in self.large.values())]).sum(0).sqrt()
+        return torch.stack([norms.square(), *(large.squared_norms() for large in self.large.values())]).sum(0).sqrt()
 
-    def zero_examples(self, lost: Tensor) -> None:
-        """Zero the gradients of the examples ``(B,)`` that are true, whatever they hold."""
-        self.small_parameters.masked_fill_(lost.unsqueeze(1), 0)
-        for one in self.large.values():
-            if isinstance(one.gradient, ImplicitGradient):
-                one.gradient = one.gradient.with_zeroed(lost)
+    def zero_examples(self, zeroed: Tensor) -> None:
+        """Zero the gradients of the examples where ``zeroed`` ``(B,)`` is true, even NaN and infinite ones."""
+        self.small_parameters.masked_fill_(zeroed.unsqueeze(1), 0)
+        for large in self.large.values():
+            if isinstance(large.gradient, ImplicitGradient):
+                large.gradient = large.gradient.with_zeroed(zeroed)
             else:
-                one.gradient[lost] = 0
+                large.gradient[zeroed] = 0
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
-        """``total`` ``(P,)`` float64 ``+= Σ_i factors[i] · g_i``; what is added of an example is rounded by itself
-        alone."""
+        """``total`` ``(P,)`` float64 ``+= Σ_i factors[i] · g_i``. Rounding of one example depends on no other."""
         factors = factors.to(total)
         with full_precision():
             add_rows(total[: self.small_parameters.shape[1]], self.small_parameters, factors)
-            for one in self.large.values():
-                one.add_to(total, factors)
+            for large in self.large.values():
+                large.add_to(total, factors)
 
 
-class Large:
+class LargeGradient:
     """One large parameter's gradients, and their squared norms ``(B,)``.
 
-    Norms are taken while the gradient is at hand, in the cache; only where another use is to come, they wait for it.
+    A norm is computed at once, while the gradient is in the cache. With several uses it waits until all are summed.
     """
 
     def __init__(self, trainable: TrainableParameter, gradient: Tensor | ImplicitGradient) -> None:
         if isinstance(gradient, ImplicitGradient) and not gradient.norm_is_cheaper:
             gradient = gradient.materialize()
         self.trainable, self.gradient = trainable, gradient
-        self._squares = None if len(trainable.modules) > 1 else self._taken()
+        self._squared_norms = None if len(trainable.modules) > 1 else self._computed_norms()
 
-    def squares(self) -> Tensor:
-        if self._squares is None:
-            self._squares = self._taken()
-        return self._squares
+    def squared_norms(self) -> Tensor:
+        if self._squared_norms is None:
+            self._squared_norms = self._computed_norms()
+        return self._squared_norms
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
-        """``total`` ``(P,)`` float64 ``+= Σ_i factors[i] · g_i`` in this parameter's places."""
+        """``total`` ``(P,)`` float64 ``+= Σ_i factors[i] · g_i`` at this parameter's scalars."""
         if isinstance(self.gradient, ImplicitGradient):
             self.gradient.add_to(self.trainable.view(total), factors)
         else:
             add_rows(total[self.trainable.slice], self.gradient.flatten(1), factors)
 
-    def _taken(self) -> Tensor:
+    def _computed_norms(self) -> Tensor:
         if isinstance(self.gradient, ImplicitGradient):
-            return self.gradient.squares()
+            return self.gradient.squared_norms()
         return row_norms(self.gradient.flatten(1)).square()
 
 
 def row_norms(rows: Tensor) -> Tensor:
-    """``(B, n)`` to ``(B,)`` norms, taken block by block.
+    """``(B, n)`` to ``(B,)`` norms, computed block by block.
 
-    In one go PyTorch adds float32 squares one after another on CPUs: of 38 million numbers it gave 0.26 % less than the
-    norm (torch 2.13), and a unit whose norm is too small is clipped too little.
+    On a CPU PyTorch adds float32 squares one after another. Over 38 million numbers that lost 0.26 % of the norm
+    (torch 2.13). A norm that is too small clips its unit too little.
     """
     whole = rows.shape[1] - rows.shape[1] % BLOCK
     parts = [torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)]

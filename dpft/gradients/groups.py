@@ -29,7 +29,7 @@ class Layout:
         for place, group in self._runs(gradients):
             squares[:, group] += row_norms(gradients.small_parameters[:, place]).square()
         for start, one in gradients.large.items():
-            squares[:, self._group[start]] += one.squares()
+            squares[:, self._group[start]] += one.squared_norms()
         return squares.sqrt()
 
     def add_to(self, total: Tensor, gradients: BatchGradients, factors: Tensor) -> None:

@@ -5,7 +5,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpft.errors import BudgetError, LedgerError
-from dpft.gradients.determinism import evaluating
 from dpft.gradients.engine import Engine
-from dpft.gradients.fingerprint import fingerprint
+from dpft.gradients.evaluating import evaluating
+from dpft.gradients.findings import Findings
 from dpft.gradients.preflight import Preflight, preflight
-from dpft.gradients.side_effects import FrozenState
+from dpft.gradients.preflight.fingerprint import fingerprint
+from dpft.gradients.preflight.side_effects import FrozenState
 from dpft.ledger import Dataset
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.privacy.plan import Plan
@@ -356,22 +357,22 @@ class Session:
             known = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             known = {}
-        if key is not None and known.get("key") == key:
-            self.engine.capture.load_state(known["state"])
-            return Preflight(**known["found"])
+        if key is not None and known.get("key") == key and "findings" in known:  # an older dpft kept them otherwise
+            findings = Findings.from_dict(known["findings"])
+            self.engine.capture.adopt(findings)
+            return findings.report
         losses = lambda features, **how: self.losses(self.collated(features), **how)
         precise = partial(losses, autocast=False) if mixed else None
-        found = preflight(self.engine, losses, self.examples.spread(), precise, self.examples.longest)
+        report = preflight(self.engine, losses, self.examples.spread(), precise, self.examples.longest)
+        findings = self.engine.capture.findings
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps({"key": key, "state": self.engine.capture.state(), "found": asdict(found)}), encoding="utf-8"
-        )
-        return found
+        path.write_text(json.dumps({"key": key, "findings": findings.to_dict()}), encoding="utf-8")
+        return report
 
     def check_frozen(self) -> None:
         """Raises an error of :mod:`dpft.errors`: something changed while training that does not train."""
         if self._frozen is not None:
-            self._frozen.check(self.engine.capture.caches)
+            self._frozen.check(self.engine.capture.findings.caches)
 
     def _spent_engine(self) -> Engine:
         """An engine that has released what this folder's runs have."""

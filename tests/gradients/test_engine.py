@@ -218,7 +218,7 @@ def test_a_draw_made_in_many_parts_covers_every_parameter(bert, plan, monkeypatc
     monkeypatch.setattr(noise, "_CHUNK", 100)
     with Engine(bert.model, plan(), SeededRandomness(5)) as engine:
         engine.release()
-        size, trainables = engine.capture.size, engine.capture.trainables
+        size, trainables = engine.capture.map.size, engine.capture.map.trainables
     released = torch.zeros(size)
     for trainable in trainables:
         trainable.view(released).copy_(trainable.parameter.grad)

@@ -77,7 +77,7 @@ def test_the_clipped_sum_is_that_of_brute_force_on_both_sides_of_the_switch(toke
         unmade = tokens * (2 if kind == "used twice" else 1) <= SWITCH
         engine.capture.gradients(model(x))
         gradients = engine.capture.gradients(model(x))
-        start = next(trainable.start for trainable in engine.capture.trainables if trainable.name == "first.weight")
+        start = next(trainable.start for trainable in engine.capture.map.trainables if trainable.name == "first.weight")
         assert isinstance(gradients.large[start].gradient, Product) == unmade
         torch.testing.assert_close(gradients.norms(), norms, rtol=2e-5, atol=0)
         engine.accumulate(model(x))
@@ -117,7 +117,7 @@ def test_an_embedding_is_clipped_by_its_rows(use, words, tokens):
     wanted = brute_force(model, losses(), clip)
     with Engine(model, plan(clip=FlatClip(clip))) as engine:
         gradients = engine.capture.gradients(losses())
-        trainable = next(trainable for trainable in engine.capture.trainables if trainable.name == "table.weight")
+        trainable = next(trainable for trainable in engine.capture.map.trainables if trainable.name == "table.weight")
         assert isinstance(gradients.large[trainable.start].gradient, Rows) == (use != "tied")
         assert isinstance(gradients.large[trainable.start].gradient, Tied) == (
             use == "tied" and tokens <= longest_by_norm(30, M)
@@ -164,7 +164,7 @@ def test_terms_that_cancel_never_hide_a_norm():
         right[:, 1] *= -1 - 10.0**-exponent
         product = Product(left, right)
         truth = Product(left.double(), right.double()).materialize().flatten(1).norm(dim=1)
-        assert (product.squares().double().sqrt() >= truth * (1 - 1e-6)).all()
+        assert (product.squared_norms().double().sqrt() >= truth * (1 - 1e-6)).all()
 
 
 @pytest.mark.parametrize("large", [True, False])

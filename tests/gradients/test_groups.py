@@ -131,7 +131,7 @@ def test_a_unit_moves_the_sum_by_the_clip_and_no_more(shares, large, monkeypatch
     sums = []
     for chosen in ([0, 1, 2, 3, 4], [0, 1, 2, 3]):
         with Engine(copy.deepcopy(model), plan(clip)) as engine:
-            losses = engine.capture.model(ids[chosen])
+            losses = engine.capture.map.model(ids[chosen])
             engine.accumulate(losses * torch.tensor([1.0, 1.0, 0.1, 1e-3, 1e4])[chosen])
             sums.append(engine._sum().clone())
     moved = float((sums[0] - sums[1]).norm())

@@ -58,8 +58,8 @@ def test_norms_and_sums_are_not_rounded_by_tf32(allowed, monkeypatch):
             unmade = [large for large in gradients.large.values() if isinstance(large.gradient, Product)]
             with Watch() as watch:
                 for large in unmade:
-                    large.gradient.squares()
-                gradients.add_to(torch.zeros(engine.capture.size), torch.ones(4))
+                    large.gradient.squared_norms()
+                gradients.add_to(torch.zeros(engine.capture.map.size), torch.ones(4))
         assert len(unmade) == (tokens == 2)
         assert watch.seen == [("ieee", "ieee")] * (2 + 2 * len(unmade))
     assert torch.get_float32_matmul_precision() == allowed
@@ -96,7 +96,7 @@ def test_half_precision_factors_lose_nothing_more(dtype):
     assert (rounded.double() - truth).norm() > 1e-4 * truth.norm()  # the test could fail
     torch.testing.assert_close(product.materialize().double(), truth, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(precise_bmm(product.left.mT, product.right), product.materialize())
-    torch.testing.assert_close(product.squares().sqrt().double(), norms, rtol=3e-5, atol=0)
+    torch.testing.assert_close(product.squared_norms().sqrt().double(), norms, rtol=3e-5, atol=0)
     written, total = torch.empty(3, 8, 6), torch.zeros(8, 6)
     product.write(written)
     assert torch.equal(written, product.materialize())

@@ -1,6 +1,7 @@
 """Exact on every family and subset, or refused by name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from dpft.errors import ExactnessError, GuaranteeError, IsolationError
 from dpft.gradients import capture
 from dpft.gradients.capture import Capture
 from dpft.gradients.engine import Engine
-from dpft.gradients.fingerprint import fingerprint
+from dpft.gradients.findings import Findings
 from dpft.gradients.preflight import preflight
+from dpft.gradients.preflight.fingerprint import fingerprint
 from dpft.privacy.clipping import FlatClip
 from dpft.subset import Subset
 from dpft.tasks.losses import class_losses, pad_features, token_losses
@@ -61,7 +63,7 @@ def test_position_embeddings_are_captured_at_the_module_around_them(case, plan):
             engine.accumulate(made.losses(made.examples))
         engine.discard()
         assert preflight(engine, made.losses, made.examples).techniques == {"functional": 512}
-        assert [type(hooked.module).__name__ for hooked in engine.capture.hooked_modules] == ["BertEmbeddings"]
+        assert [type(hooked.module).__name__ for hooked in engine.capture.map.hooked_modules] == ["BertEmbeddings"]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -72,7 +74,7 @@ def test_prompts_that_are_made_once_for_the_batch_go_one_by_one(family, case, pl
     with Engine(made.model, plan()) as engine:
         found = preflight(engine, made.losses, made.examples)
         assert found.techniques == {"per example": 48} and "prompt_encoder" in found.one_by_one
-        assert engine.max_examples(9) == 1 and not engine.capture.hooked_modules
+        assert engine.max_examples(9) == 1 and not engine.capture.map.hooked_modules
 
 
 class Shared(nn.Module):
@@ -106,7 +108,7 @@ def test_a_vector_shared_by_layers_adds_up_its_uses(plan):
 
     with Engine(model, plan()) as engine:
         found = preflight(engine, losses, examples)
-        assert {hooked.name for hooked in engine.capture.hooked_modules} == {
+        assert {hooked.name for hooked in engine.capture.map.hooked_modules} == {
             "first",
             "first.inner",
             "second",
@@ -278,7 +280,7 @@ def test_a_wrong_technique_shows_though_a_fresh_adapter_has_no_gradient_there(ca
     monkeypatch.setattr(Capture, "_record", wrong)
     with Engine(made.model, plan()) as engine:
         found = preflight(engine, made.losses, made.examples)
-        assert not any("lora_A" in hooked.name for hooked in engine.capture.hooked_modules), found.techniques
+        assert not any("lora_A" in hooked.name for hooked in engine.capture.map.hooked_modules), found.techniques
 
 
 class Noisy(nn.Module):
@@ -362,11 +364,13 @@ def test_what_was_found_is_taken_up_again(case, plan):
     second.model = Subset("layers('*token_type*') + ia3").apply(second.model).eval()
     with Engine(first.model, plan()) as engine:
         preflight(engine, first.losses, first.examples)
-        state = json.loads(json.dumps(engine.capture.state()))
+        kept = json.dumps(engine.capture.findings.to_dict())
+        assert engine.capture.forms_known and json.loads(kept) == engine.capture.findings.to_dict()
         expected = engine.capture.rows(first.losses(first.examples)).clone()
     assert fingerprint(first.model) == fingerprint(second.model)
     with Engine(second.model, plan()) as engine:
-        engine.capture.load_state(state)
+        engine.capture.adopt(Findings.from_dict(json.loads(kept)))
+        assert engine.capture.forms_known
         torch.testing.assert_close(engine.capture.rows(second.losses(second.examples)), expected)
     assert fingerprint(first.model, first.losses) is None  # code that no version tells apart
     second.model.config.hidden_dropout_prob = 0.7
@@ -377,9 +381,13 @@ def test_a_model_that_needs_a_pass_for_each_example_needs_it_when_it_goes_on(cas
     made = case("bert")
     made.model = Subset("head").apply(made.model)
     with Engine(made.model, plan()) as engine:
+        preflight(engine, made.losses, made.examples)
+        findings = engine.capture.findings
+    choices = replace(findings.choices, one_by_one="a layer was wrong")
+    with Engine(made.model, plan()) as engine:
         assert engine.max_examples(8) > 1
-        engine.capture.load_state({**engine.capture.state(), "one_by_one": "a layer was wrong"})
-        assert engine.max_examples(8) == 1 and not engine.capture.hooked_modules
+        engine.capture.adopt(replace(findings, choices=choices))
+        assert engine.max_examples(8) == 1 and not engine.capture.map.hooked_modules
 
 
 def test_a_loss_that_a_longer_neighbour_moves_by_a_hundredth_is_refused(case, plan):

@@ -118,7 +118,7 @@ def test_ten_thousand_units_of_a_real_shape_differ_by_their_own_clipped_gradient
         order = np.random.default_rng(0).integers(0, 100, 10_000)
         sums = []
         for some in (order, order[1:]):
-            total = torch.zeros(engine.capture.size, dtype=torch.float64)
+            total = torch.zeros(engine.capture.map.size, dtype=torch.float64)
             for start in range(0, len(some), 64):
                 part = torch.from_numpy(some[start : start + 64])
                 BatchGradients(rows[part].clone()).add_to(total, factors[part])

@@ -300,7 +300,7 @@ def test_a_resumed_run_takes_up_the_preflight_of_the_same_model_alone(make, tmp_
     done = []
     monkeypatch.setattr(session, "preflight", lambda *a: done.append(1) or preflight(*a))
     with monkeypatch.context() as patch:  # as if the tests' own collation were a package's
-        patch.setattr("dpft.gradients.fingerprint._versioned", lambda part: True)
+        patch.setattr("dpft.gradients.preflight.fingerprint._versioned", lambda part: True)
         of_one_model(make, tmp_path / "versioned", done)
     of_changing_code(make, tmp_path / "changing", monkeypatch)
 

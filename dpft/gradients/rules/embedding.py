@@ -48,7 +48,7 @@ class Rows(ImplicitGradient):
         table = self.rows.new_zeros(self.examples * self.height, self.rows.shape[1])
         return table.index_copy_(0, self.places, self.rows).view(self.shape)
 
-    def squares(self) -> Tensor:
+    def squared_norms(self) -> Tensor:
         # Over many rows float32 would lose digits.
         squares = torch.linalg.vector_norm(self.rows, dim=1)
         squares = (squares if squares.device.type == "mps" else squares.double()).square()  # which has no wider type

@@ -28,7 +28,7 @@ class ImplicitGradient(ABC):
         destination.copy_(self.materialize())
 
     @abstractmethod
-    def squares(self) -> Tensor:
+    def squared_norms(self) -> Tensor:
         """``(B,)`` squared norms."""
 
     @abstractmethod

@@ -64,7 +64,7 @@ class Product(ImplicitGradient):
         else:
             destination.copy_(self.materialize())
 
-    def squares(self) -> Tensor:
+    def squared_norms(self) -> Tensor:
         """``Σ_ts (left_t · left_s)(right_t · right_s)`` (Li, Tramèr, Liang, Hashimoto 2022, section 4).
 
         Terms that cancel could leave a number below the true one, and a norm that is too small clips too little: what

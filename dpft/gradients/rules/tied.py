@@ -30,11 +30,11 @@ class Tied(ImplicitGradient):
     def materialize(self) -> Tensor:
         return self.rows.materialize() + self.product.materialize()
 
-    def squares(self) -> Tensor:
+    def squared_norms(self) -> Tensor:
         """``‖R + P‖² = ‖R‖² + 2 Σ_kt (R_k · right_t) left_t[row_k] + ‖P‖²``, rounded up as the product's own is."""
-        rows, bound = self.rows.squares(), self.product.bound()
+        rows, bound = self.rows.squared_norms(), self.product.bound()
         rounding = ROUNDING * (rows + 2 * rows.sqrt() * bound)
-        return (rows + 2 * self._inner_products() + self.product.squares()).clamp_min(0) + rounding
+        return (rows + 2 * self._inner_products() + self.product.squared_norms()).clamp_min(0) + rounding
 
     def _inner_products(self) -> Tensor:
         """``(B,)``, of each example's rows with its product."""

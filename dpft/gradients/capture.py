@@ -73,14 +73,14 @@ class Capture:
         self._attached = True
         for hooked in self.map.hooked_modules:
             hooked.own_forward = vars(hooked.module).get("forward")
-            hooked.module.forward = self._hooked_forward(hooked)  # type: ignore[method-assign]
+            hooked.module.forward = self._hooked_forward(hooked)
 
     def detach(self) -> None:
         if self._attached:
             for hooked in self.map.hooked_modules:
                 del hooked.module.forward  # the class's own forward shows again
                 if hooked.own_forward is not None:
-                    hooked.module.forward = hooked.own_forward  # type: ignore[method-assign]
+                    hooked.module.forward = hooked.own_forward
         self._attached = False
         self._workspace = None
 
@@ -150,7 +150,9 @@ class Capture:
 
         return hooked_forward
 
-    def _rule_input(self, hooked: HookedModule, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def _rule_input(
+        self, hooked: HookedModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
         """The one tensor that the layer was called with, as far as its rule needs it."""
         tensors = list(args)
         if len(args) != 1 or kwargs:
@@ -250,7 +252,7 @@ class Capture:
 
     def _functional(
         self, hooked: HookedModule, grad_output: Tensor, tensors: tuple[Tensor, ...], call: "_Call"
-    ) -> dict[nn.Parameter, Tensor]:
+    ) -> dict[Tensor, Tensor]:
         """Differentiate ``<module(x_i), dy_i>`` for each example i. Tensors without a batch dimension are constants."""
         assert self._gradients is not None
         examples = self._gradients.examples
@@ -304,7 +306,7 @@ class _Call:
     places: list[int]  # where the tensors were among the leaves
 
     @classmethod
-    def of(cls, args: tuple, kwargs: dict[str, Any]) -> tuple["_Call", list[Tensor]]:
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple["_Call", list[Tensor]]:
         leaves, structure = tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -314,7 +316,7 @@ class _Call:
     def form(self) -> str:
         return f"{self.structure} {self.places}"
 
-    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's ``args`` and ``kwargs`` with these tensors."""
         leaves = list(self.others)
         for place, tensor in zip(self.places, tensors, strict=True):

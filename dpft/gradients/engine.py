@@ -10,6 +10,7 @@ At step t, with the sampled units u, the released gradient is (Abadi et al. 2016
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,14 +101,14 @@ class Engine:
         self._noise: NoiseStream | None = None
         self._total: Tensor | None = None
         self._tally: Tensor | float = 0.0  # what the mechanism counts of the units added so far; private
-        self._closed: set = set()
-        self._open: tuple[object, Tensor, int] | None = None  # the last unit, which the next micro-batch may continue
+        self._closed: set[Any] = set()
+        self._open: tuple[Any, Tensor, Tensor] | None = None  # the last unit, which the next micro-batch may continue
 
     def __enter__(self) -> "Engine":
         self.attach()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
     def attach(self) -> None:
@@ -151,14 +152,14 @@ class Engine:
         self._layout = None if groups is None else Layout(self.capture.map.trainables, groups)
 
     @property
-    def released_numbers(self) -> dict:
+    def released_numbers(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the weights: the clip, if the mechanism moves it.
 
         Nothing here tells anything about the noise.
         """
         return {"clip": clipping.to_dict(self.clip)} if self.plan.mechanism.adapts else {}
 
-    def take_up(self, released_numbers: dict) -> None:
+    def take_up(self, released_numbers: dict[str, Any]) -> None:
         """Continue from a checkpoint's :attr:`released_numbers`.
 
         Raises:
@@ -181,7 +182,7 @@ class Engine:
 
     # -- one logical step ----------------------------------------------------------------------------------------
 
-    def accumulate(self, losses: Tensor, units: Sequence | None = None) -> None:
+    def accumulate(self, losses: Tensor, units: Sequence[Any] | None = None) -> None:
         """Back-propagate one micro-batch and add its clipped unit gradients to the sum of this logical step.
 
         If it fails, the whole logical step is dropped: give all of it again.
@@ -210,7 +211,7 @@ class Engine:
             self.discard()  # a part may have been added already, and another try would add it again
             raise
 
-    def _accumulate(self, losses: Tensor, units: list | None) -> None:
+    def _accumulate(self, losses: Tensor, units: list[Any] | None) -> None:
         gradients = self.capture.gradients(losses)
         if units is None:
             return self._add(gradients)
@@ -233,8 +234,8 @@ class Engine:
                     f"All {self.plan.steps:,} planned steps have been released, and one more would exceed the stated "
                     "epsilon: make a plan with more steps."
                 )
-            if self._before_release is not None:
-                self._world.first(lambda: self._before_release(self.steps_released + 1))
+            if (before_release := self._before_release) is not None:
+                self._world.first(lambda: before_release(self.steps_released + 1))
             self.steps_released += 1  # it was charged, so it counts whatever happens next
             self._unproven += self.capture.findings is None
             self._close_open_unit()
@@ -295,7 +296,7 @@ class Engine:
 
     # -- units ---------------------------------------------------------------------------------------------------
 
-    def _accumulate_units(self, rows: Tensor, units: list) -> None:
+    def _accumulate_units(self, rows: Tensor, units: list[Any]) -> None:
         order = list(dict.fromkeys(units))
         place = {unit: i for i, unit in enumerate(order)}
         index = torch.tensor([place[unit] for unit in units], device=rows.device)
@@ -319,7 +320,7 @@ class Engine:
             self._closed.add(unit)
             self._add_units(row.unsqueeze(0), count.unsqueeze(0))
 
-    def _refuse_returned(self, units: list) -> None:
+    def _refuse_returned(self, units: list[Any]) -> None:
         returned = self._closed.intersection(units)
         if returned:
             raise GuaranteeError(
@@ -361,7 +362,7 @@ class Engine:
 
     # -- defences ------------------------------------------------------------------------------------------------
 
-    def _checked(self, losses: Tensor, units: Sequence | None) -> list | None:
+    def _checked(self, losses: Tensor, units: Sequence[Any] | None) -> list[Any] | None:
         """The micro-batch's unit identifiers, once all checks have passed."""
         if not self._guard.attached:
             raise GuaranteeError(

@@ -11,7 +11,7 @@ from dpft.gradients.precision import add_rows, full_precision
 
 
 class Layout:
-    """Where each group's parameters lie.
+    """The position of each group's parameters among all scalars.
 
     Args:
         trainables: the trainable parameters.
@@ -19,12 +19,12 @@ class Layout:
     """
 
     def __init__(self, trainables: Sequence[TrainableParameter], groups: Sequence[int]) -> None:
-        self._slots = sorted(zip(trainables, groups, strict=True), key=lambda pair: pair[0].start)
+        self._trainables = sorted(zip(trainables, groups, strict=True), key=lambda pair: pair[0].start)
         self._count = max(groups) + 1
-        self._group = {trainable.start: group for trainable, group in self._slots}
+        self._group = {trainable.start: group for trainable, group in self._trainables}
 
     def norms(self, gradients: BatchGradients) -> Tensor:
-        """``(B, G)``, the norm of each group's part of each gradient, below the true one by a relative 1e-6 at most."""
+        """``(B, G)``, norms of each group's part of each gradient, at most a relative 1e-6 below the true ones."""
         squares = gradients.small_parameters.new_zeros(gradients.examples, self._count)
         for place, group in self._runs(gradients):
             squares[:, group] += row_norms(gradients.small_parameters[:, place]).square()
@@ -33,8 +33,10 @@ class Layout:
         return squares.sqrt()
 
     def add_to(self, total: Tensor, gradients: BatchGradients, factors: Tensor) -> None:
-        """``total`` ``(P,)`` float64 ``+= Σ_i factors[i, group] · g_i`` for ``(B, G)`` factors, each example rounded by
-        itself alone."""
+        """``total`` ``(P,)`` float64 ``+= Σ_i factors[i, group] · g_i`` for ``(B, G)`` factors.
+
+        Rounding of one example depends on no other.
+        """
         factors = factors.to(total)
         with full_precision():
             for place, group in self._runs(gradients):
@@ -43,17 +45,19 @@ class Layout:
                 one.add_to(total, factors[:, self._group[start]])
 
     def _runs(self, gradients: BatchGradients) -> list[tuple[slice, int]]:
-        """Neighbours of one group as one slice of what the flat workspace holds: small parameters, or all where each
-        was made."""
+        """Slices of the flat workspace, each with its group; neighbours of one group are one slice.
+
+        The workspace holds the small parameters, or all if every gradient is materialised.
+        """
         return self._whole if gradients.small_parameters.shape[1] == self._whole[-1][0].stop else self._small
 
     @cached_property
     def _whole(self) -> list[tuple[slice, int]]:
-        return _joined(self._slots)
+        return _joined(self._trainables)
 
     @cached_property
     def _small(self) -> list[tuple[slice, int]]:
-        return _joined([(trainable, group) for trainable, group in self._slots if not trainable.large])
+        return _joined([(trainable, group) for trainable, group in self._trainables if not trainable.large])
 
 
 def _joined(trainables: list[tuple[TrainableParameter, int]]) -> list[tuple[slice, int]]:

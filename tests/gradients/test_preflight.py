@@ -595,7 +595,7 @@ def test_one_example_proves_nothing(case, plan):
 
 
 def test_a_parameter_used_outside_its_layer_is_found(plan):
-    """T4: a use that the tap does not see would be lost."""
+    """T4: a use that no hook sees would be lost."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 3)})
     examples = [(torch.randn(4), i) for i in range(3)]

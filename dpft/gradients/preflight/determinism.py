@@ -29,7 +29,7 @@ def deterministic(capture: Capture) -> Iterator[None]:
         with torch.no_grad():
             for trainable in trainables:
                 moved = torch.randn(trainable.parameter.shape, generator=generator, dtype=torch.float32)
-                trainable.parameter += 0.01 * moved.to(trainable.parameter)
+                trainable.parameter.add_(0.01 * moved.to(trainable.parameter))
         yield
     finally:
         with torch.no_grad():
@@ -73,7 +73,9 @@ class NoRandomness(TorchDispatchMode):
         self._capture, self._draw = capture, draw
         self.seen = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)

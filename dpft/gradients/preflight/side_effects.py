@@ -165,7 +165,7 @@ class _ModuleState:
             buffer.copy_(value)
 
 
-def _contents(module: nn.Module) -> dict[str, list | dict | set]:
+def _contents(module: nn.Module) -> dict[str, Any]:
     return {name: value.copy() for name, value in vars(module).items() if isinstance(value, (dict, list, set))}
 
 

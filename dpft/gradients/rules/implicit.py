@@ -1,4 +1,4 @@
-"""Per-example gradients that need not be made to be clipped and added up."""
+"""Per-example gradients that can be clipped and summed without being materialised."""
 
 from abc import ABC, abstractmethod
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class ImplicitGradient(ABC):
-    """The gradients ``(B, m, n)`` of one weight for each of B examples, in a form that is smaller than they are."""
+    """The gradients ``(B, m, n)`` of one weight for each of B examples, in a smaller form."""
 
     @property
     @abstractmethod
@@ -17,28 +17,30 @@ class ImplicitGradient(ABC):
     @property
     @abstractmethod
     def norm_is_cheaper(self) -> bool:
-        """Whether the norms alone are cheaper than making the gradients."""
+        """Whether computing the norms alone is cheaper than materialising the gradients."""
 
     @abstractmethod
     def materialize(self) -> Tensor:
         """``(B, m, n)``"""
 
     def write(self, destination: Tensor) -> None:
-        """Make them at ``destination`` ``(B, m, n)``."""
+        """Materialise them in ``destination`` ``(B, m, n)``."""
         destination.copy_(self.materialize())
 
     @abstractmethod
     def squared_norms(self) -> Tensor:
-        """``(B,)`` squared norms."""
+        """``(B,)``"""
 
     @abstractmethod
     def add_to(self, total: Tensor, factors: Tensor) -> None:
-        """``total`` ``(m, n)`` ``+= Σ_i factors[i] · g_i``; both are float64, and each example is rounded by itself
-        alone."""
+        """``total`` ``(m, n)`` ``+= Σ_i factors[i] · g_i``.
+
+        Both are float64. Rounding of one example depends on no other.
+        """
 
     @abstractmethod
     def with_zeroed(self, examples: Tensor) -> "ImplicitGradient":
-        """The same with zeros for the examples ``(B,)`` that are true."""
+        """The same with zeros for the examples where ``examples`` ``(B,)`` is true."""
 
 
 def materialize(gradient: Tensor | ImplicitGradient) -> Tensor:
@@ -46,7 +48,7 @@ def materialize(gradient: Tensor | ImplicitGradient) -> Tensor:
 
 
 def write(gradient: Tensor | ImplicitGradient, destination: Tensor) -> None:
-    """Make it in its place ``(B, *shape)``."""
+    """Materialise it in ``destination`` ``(B, *shape)``."""
     if isinstance(gradient, ImplicitGradient):
         gradient.write(destination)
     else:

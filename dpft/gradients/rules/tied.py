@@ -1,6 +1,9 @@
-"""One table that is both an embedding and a linear layer, as most language models tie their head to their words."""
+"""One table that is both an embedding and a linear layer: most language models tie their head to their words."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add as plus
 
 import torch
 from torch import Tensor
@@ -13,8 +16,7 @@ from dpft.gradients.rules.linear import ROUNDING, Product
 
 @dataclass(frozen=True)
 class Tied(ImplicitGradient):
-    """Per-example gradients of a table ``(m, n)``: the rows of the words read, and the product of the head's
-    matrices."""
+    """Per-example gradients of a table ``(m, n)``: rows of the embedding, plus a product of the head's matrices."""
 
     rows: Rows
     product: Product
@@ -31,7 +33,7 @@ class Tied(ImplicitGradient):
         return self.rows.materialize() + self.product.materialize()
 
     def squared_norms(self) -> Tensor:
-        """``‖R + P‖² = ‖R‖² + 2 Σ_kt (R_k · right_t) left_t[row_k] + ‖P‖²``, rounded up as the product's own is."""
+        """``‖R + P‖² = ‖R‖² + 2 Σ_kt (R_k · right_t) left_t[row_k] + ‖P‖²``, rounded up as that of the product is."""
         rows, bound = self.rows.squared_norms(), self.product.bound()
         rounding = ROUNDING * (rows + 2 * rows.sqrt() * bound)
         return (rows + 2 * self._inner_products() + self.product.squared_norms()).clamp_min(0) + rounding
@@ -39,7 +41,7 @@ class Tied(ImplicitGradient):
     def _inner_products(self) -> Tensor:
         """``(B,)``, of each example's rows with its product."""
         counts = torch.bincount(self.rows.places // self.rows.height, minlength=self.rows.examples).tolist()
-        places, rows = self.rows.places.split(counts), self.rows.rows.split(counts)  # places are in order
+        places, rows = self.rows.places.split(counts), self.rows.rows.split(counts)  # places ascend
         with full_precision():
             found = [
                 (precise(left[:, place % self.rows.height]) * (precise(right) @ row.T)).sum()
@@ -57,11 +59,13 @@ class Tied(ImplicitGradient):
 
 def add(first: ImplicitGradient, second: ImplicitGradient) -> ImplicitGradient:
     """The sum of two uses of one weight."""
-    sums: dict[type, ImplicitGradient] = {}
-    for part in (*_parts(first), *_parts(second)):
-        sums[type(part)] = sums[type(part)] + part if type(part) in sums else part
-    return Tied(sums[Rows], sums[Product]) if len(sums) == 2 else next(iter(sums.values()))
+    parts = (*_parts(first), *_parts(second))
+    rows = [part for part in parts if isinstance(part, Rows)]
+    products = [part for part in parts if isinstance(part, Product)]
+    if not rows or not products:
+        return reduce(plus, rows or products)
+    return Tied(reduce(plus, rows), reduce(plus, products))
 
 
-def _parts(gradient: ImplicitGradient) -> tuple[ImplicitGradient, ...]:
+def _parts(gradient: ImplicitGradient) -> Sequence[ImplicitGradient]:
     return (gradient.rows, gradient.product) if isinstance(gradient, Tied) else (gradient,)

@@ -171,7 +171,8 @@ class Session:
         if charged and not checkpoint and not from_start:
             raise BudgetError(
                 f"{self.folder} holds a run that has released {charged:,} steps, and starting over would spend its "
-                "budget again unseen: resume_from_checkpoint, or choose another output_dir."
+                "budget again unseen: go on from a checkpoint (resume_from_checkpoint of a trainer, checkpoint of "
+                "Session.open), go on with new weights (from_start=True), or choose another folder."
             )
         self.releases.check()
         self.engine = self._spent_engine()

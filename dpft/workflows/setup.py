@@ -123,7 +123,7 @@ def make_trainer(setup: Setup, output: Path, *, randomness: Randomness | None = 
     try:
         arguments = TrainingArguments(**settings)
     except (ValueError, TypeError) as error:
-        raise RecipeError(f"The recipe's optimizer cannot be made ({first_line(error)}): mend [optimizer].") from error
+        raise RecipeError(f"The recipe's optimizer cannot be made ({first_line(error)}): fix [optimizer].") from error
     trainer = DPTrainer(
         model=setup.model,
         args=arguments,

@@ -359,13 +359,14 @@ class Session:
         except (OSError, ValueError):
             known = {}
         if key is not None and known.get("key") == key and "findings" in known:  # an older dpft kept them otherwise
-            findings = Findings.from_dict(known["findings"])
-            self.engine.capture.adopt(findings)
-            return findings.report
+            adopted = Findings.from_dict(known["findings"])
+            self.engine.capture.adopt(adopted)
+            return adopted.report
         losses = lambda features, **how: self.losses(self.collated(features), **how)
         precise = partial(losses, autocast=False) if mixed else None
         report = preflight(self.engine, losses, self.examples.spread(), precise, self.examples.longest)
         findings = self.engine.capture.findings
+        assert findings is not None  # the preflight has ended
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"key": key, "findings": findings.to_dict()}), encoding="utf-8")
         return report
@@ -373,7 +374,8 @@ class Session:
     def check_frozen(self) -> None:
         """Raises an error of :mod:`dpft.errors`: something changed while training that does not train."""
         if self._frozen is not None:
-            self._frozen.check(self.engine.capture.findings.caches)
+            findings = self.engine.capture.findings
+            self._frozen.check(() if findings is None else findings.caches)
 
     def _spent_engine(self) -> Engine:
         """An engine that has released what this folder's runs have."""

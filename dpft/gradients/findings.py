@@ -1,8 +1,8 @@
 """What a preflight found, as plain values that JSON can keep."""
 
-from collections.abc import Mapping
+import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,19 @@ class Findings:
     caches: list[str]
     report: Preflight
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def save(self, path: Path, key: str | None) -> None:
+        """Write them to a file for :meth:`load`; ``key`` is the fingerprint of all that they depend on."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"key": key, "findings": asdict(self)}), encoding="utf-8")
 
     @classmethod
-    def from_dict(cls, kept: Mapping[str, Any]) -> "Findings":
-        return cls(CaptureChoices(**kept["choices"]), kept["caches"], Preflight(**kept["report"]))
+    def load(cls, path: Path, key: str | None) -> "Findings | None":
+        """The findings that were saved under this key; None if there are none, or if an older dpft wrote the file."""
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if key is None or kept.get("key") != key or "findings" not in kept:
+            return None
+        found = kept["findings"]
+        return cls(CaptureChoices(**found["choices"]), found["caches"], Preflight(**found["report"]))

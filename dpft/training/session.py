@@ -354,21 +354,15 @@ class Session:
         path = RunFolder(self.folder).preflight_file  # its errors are numbers made from the data
         mixed = self.options.autocast is not None
         key = fingerprint(self.model, self.task, mixed, int(self.examples.lengths.max()))
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            known = {}
-        if key is not None and known.get("key") == key and "findings" in known:  # an older dpft kept them otherwise
-            adopted = Findings.from_dict(known["findings"])
-            self.engine.capture.adopt(adopted)
-            return adopted.report
+        if (known := Findings.load(path, key)) is not None:
+            self.engine.capture.adopt(known)
+            return known.report
         losses = lambda features, **how: self.losses(self.collated(features), **how)
         precise = partial(losses, autocast=False) if mixed else None
         report = preflight(self.engine, losses, self.examples.spread(), precise, self.examples.longest)
         findings = self.engine.capture.findings
         assert findings is not None  # the preflight has ended
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"key": key, "findings": findings.to_dict()}), encoding="utf-8")
+        findings.save(path, key)
         return report
 
     def check_frozen(self) -> None:

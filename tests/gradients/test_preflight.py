@@ -356,7 +356,7 @@ def test_a_subset_that_the_loss_ignores_is_refused(case, plan):
         preflight(engine, made.losses, made.examples)
 
 
-def test_what_was_found_is_taken_up_again(case, plan):
+def test_what_was_found_is_taken_up_again(case, plan, tmp_path):
     """A resumed run need not prove the same model twice."""
     first = case("bert")
     first.model = Subset("layers('*token_type*') + ia3").apply(first.model).eval()
@@ -364,15 +364,21 @@ def test_what_was_found_is_taken_up_again(case, plan):
     second.model = Subset("layers('*token_type*') + ia3").apply(second.model).eval()
     with Engine(first.model, plan()) as engine:
         preflight(engine, first.losses, first.examples)
-        kept = json.dumps(engine.capture.findings.to_dict())
-        assert engine.capture.forms_known and json.loads(kept) == engine.capture.findings.to_dict()
+        found, path = engine.capture.findings, tmp_path / "private" / "preflight.json"
+        found.save(path, fingerprint(first.model))
+        assert engine.capture.forms_known
         expected = engine.capture.rows(first.losses(first.examples)).clone()
     assert fingerprint(first.model) == fingerprint(second.model)
     with Engine(second.model, plan()) as engine:
-        engine.capture.adopt(Findings.from_dict(json.loads(kept)))
+        known = Findings.load(path, fingerprint(second.model))
+        assert known == found
+        engine.capture.adopt(known)
         assert engine.capture.forms_known
         torch.testing.assert_close(engine.capture.rows(second.losses(second.examples)), expected)
     assert fingerprint(first.model, first.losses) is None  # code that no version tells apart
+    assert Findings.load(path, None) is Findings.load(path, "another") is Findings.load(tmp_path / "none", "") is None
+    path.write_text(json.dumps({"key": "old", "state": {}, "found": {}}))  # as dpft 0.2.0 wrote it
+    assert Findings.load(path, "old") is None
     second.model.config.hidden_dropout_prob = 0.7
     assert fingerprint(first.model) != fingerprint(second.model)
 

@@ -155,8 +155,8 @@ class CaptureMap:
     def lift(self, trainables: Sequence[TrainableParameter], reason: str) -> None:
         """Capture these parameters at the modules around their present ones. Where that is too far, go one by one."""
         for trainable in trainables:
-            inside = [parent for module in trainable.modules for parent in self._parents.get(id(module), [])]
-            around = self._callable(inside)
+            parents = [parent for module in trainable.modules for parent in self._parents.get(id(module), [])]
+            around = self._callable(parents)
             if not around or any(map(self._too_far, around)) or trainable.level == MAX_LEVEL:
                 return self.go_one_by_one(reason)
             trainable.modules, trainable.level = around, trainable.level + 1

@@ -155,7 +155,7 @@ def of_dpft(make: Callable[[], Made], reference: Rows) -> tuple[float, str]:
         with Steady():
             for batch in batches:
                 for row in engine.capture.rows(losses(batch)):
-                    rows.append({slot.name: slot.view(row).clone() for slot in engine.capture.slots})
+                    rows.append({p.name: p.view(row).clone() for p in engine.capture.map.trainables})
     error, where = relative_error(rows, reference)
     return error, where if error > TOLERANCE else ", ".join(found.techniques)
 

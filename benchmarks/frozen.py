@@ -60,7 +60,7 @@ def of_dpft(count: int, epochs: int) -> dict:
     with Engine(model, plan) as engine:
         engine.accumulate(task.losses(model, some))
         total = engine._sum()
-        sums = {slot.name: slot.view(total).clone() for slot in engine.capture.slots}
+        sums = {p.name: p.view(total).clone() for p in engine.capture.map.trainables}
     since = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         settings = dict(output_dir=folder, report_to=[], disable_tqdm=True, save_strategy="no", logging_strategy="no")

@@ -212,7 +212,7 @@ class OfDPFT(System):
     def clipped_sum(self) -> dict:
         self.micro_batch()
         total = self.engine._sum()
-        found = {slot.name: slot.view(total).clone() for slot in self.engine.capture.slots}
+        found = {p.name: p.view(total).clone() for p in self.engine.capture.map.trainables}
         self.engine.discard()
         return found
 

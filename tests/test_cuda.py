@@ -126,8 +126,8 @@ def test_tf32_does_not_reach_norms_and_sums(plan):
     try:
         rounded = torch.bmm(product.left.mT, product.right)
         assert (rounded - truth).norm() > 1e-4 * truth.norm()  # the test could fail
-        torch.testing.assert_close(product.squares().sqrt().double(), norms, rtol=2e-4, atol=0)
-        assert (product.squares().sqrt() >= norms * (1 - 1e-6)).all()
+        torch.testing.assert_close(product.squared_norms().sqrt().double(), norms, rtol=2e-4, atol=0)
+        assert (product.squared_norms().sqrt() >= norms * (1 - 1e-6)).all()
         total = torch.zeros(512, 256, device=CUDA)
         product.add_to(total, 1 / norms.float())
         torch.testing.assert_close(total.double(), (truth / norms.view(-1, 1, 1)).sum(0), rtol=1e-4, atol=1e-5)

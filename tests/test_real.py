@@ -94,7 +94,8 @@ def test_lora_on_a_quantized_or_bf16_base_is_exact_and_trains(model, tmp_path):
     folder = train(made, tmp_path / "run")
     run = json.loads((folder / "run.json").read_text())
     assert run["released_steps"] == 2 and (folder / "weights" / "adapter_model.safetensors").exists()
-    assert json.loads((folder / "private" / "preflight.json").read_text())["found"]["max_relative_error"] < 1e-4
+    kept = json.loads((folder / "private" / "preflight.json").read_text())
+    assert kept["findings"]["report"]["max_relative_error"] < 1e-4
 
 
 @needs_data

@@ -171,7 +171,7 @@ def audit_command(
             try:
                 code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
             except OSError as error:
-                raise RecipeError(f"The command {words[0]} cannot be run ({error.strerror}): mend its name.") from error
+                raise RecipeError(f"The command {words[0]} cannot be run ({error.strerror}): fix its name.") from error
     finally:
         data.unlink(missing_ok=True)
     if code:

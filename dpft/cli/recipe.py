@@ -88,15 +88,15 @@ def params(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
             "technique": s.technique,
             "norm_alone": {0: "", inf: "always"}.get(s.longest_by_norm, f"up to {s.longest_by_norm} tokens"),
         }
-        for s in engine.capture.slots
+        for s in engine.capture.map.trainables
     ]
     total = sum(p.numel() for p in setup.model.parameters())
     summary = {
         "subset": setup.recipe.subset,
-        "trainable_parameters": engine.capture.size,
+        "trainable_parameters": engine.capture.map.size,
         "all_parameters": total,
-        "share": engine.capture.size / total,
-        "one_by_one": engine.capture.one_by_one,
+        "share": engine.capture.map.size / total,
+        "one_by_one": engine.capture.map.one_by_one,
     }
     if as_json:
         click.echo(json.dumps({**summary, "parameters": rows}, indent=2))
@@ -106,8 +106,8 @@ def params(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
         f"\n{summary['trainable_parameters']:,} of {total:,} parameters train ({summary['share']:.3%}): "
         f"{setup.recipe.subset}"
     )
-    if engine.capture.one_by_one:
-        click.echo(f"Each example has a backward pass of its own, because of {engine.capture.one_by_one}.")
+    if engine.capture.map.one_by_one:
+        click.echo(f"Each example has a backward pass of its own, because of {engine.capture.map.one_by_one}.")
 
 
 @click.command()

@@ -1,16 +1,18 @@
-"""float32 where a unit's bound depends on it, and float64 where units are added up, whatever the model computes in.
+"""At least float32 where a unit's bound depends on it, and float64 for sums over units, whatever the model computes in.
 
-A unit's norm and its part of the sum are often computed by different products. If one of them were rounded to bfloat16
-or TF32, which keep 8 and 11 bits, the unit could exceed the clip's bound by more than float32 ever lets it.
+A unit's norm and its part of the sum are often computed by different products. bfloat16 and TF32 keep 8 and 11 bits. If
+one of the products were rounded to them, the unit could exceed the clip's bound by more than float32 allows.
 
-A sum in float32 is rounded in another way with and without a unit, which can move it by more than the clip
-(Casacuberta, Shoemate, Vadhan, Wagaman 2022). So a unit's clipped gradient is rounded by itself alone, and all are
-added in float64: n units of a clip C then differ from their true sum by less than 2**-53 · n² · C, a millionth of C for
-a million units.
+A float32 sum rounds differently with and without a unit, which can move it by more than the clip (Casacuberta,
+Shoemate, Vadhan, Wagaman 2022). So the rounding of a unit's clipped gradient depends on no other unit, and all are
+added in float64. The sum of n units of clip C then differs from the true sum by less than 2**-53 · n² · C. For a
+million units that is a millionth of C.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +23,14 @@ def at_least_float32(tensor: Tensor) -> torch.dtype:
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """The same values in at least float32; whole numbers stay what they are."""
+    """The same values in at least float32. Integers stay integers."""
     return tensor.to(at_least_float32(tensor)) if tensor.is_floating_point() else tensor
 
 
 def precise_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """``(B, m, k)`` times ``(B, k, n)``: products of half-precision numbers, exact and added up in float32."""
+    """``(B, m, k)`` times ``(B, k, n)``. Products of half-precision numbers are exact and summed in float32."""
     if a.is_cuda and at_least_float32(a) != a.dtype and _bmm_widens():
-        return torch.bmm(a, b, out_dtype=torch.float32)  # copies nothing
+        return torch.bmm(a, b, out_dtype=torch.float32)  # without a copy
     return torch.bmm(precise(a), precise(b))
 
 
@@ -37,12 +39,12 @@ def _bmm_widens() -> bool:
     return hasattr(torch.ops.aten.bmm, "dtype")  # PyTorch 2.8
 
 
-TOGETHER = 1 << 18  # numbers widened to float64 at a time on a processor, in whose cache they stay
-DEVICE_TOGETHER = 1 << 26
+TOGETHER = 1 << 18  # numbers converted to float64 at a time on a CPU, so that they stay in its cache
+DEVICE_TOGETHER = 1 << 26  # the same on another device
 
 
 def summing_device(device: torch.device) -> torch.device:
-    """Where sums lie: beside the model, or on the processor where the model's device has no float64."""
+    """The device of sums: that of the model, or the CPU if the model's device has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -60,15 +62,15 @@ def add_rows(total: Tensor, rows: Tensor, factors: Tensor) -> None:
 
 
 @contextmanager
-def full_precision():
-    """Matrix products of float32 in float32, though TF32 or bfloat16 were allowed for them
+def full_precision() -> Iterator[None]:
+    """Compute float32 matrix products in float32, even where TF32 or bfloat16 is allowed for them
     (``TrainingArguments.tf32``)."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]  # PyTorch 2.9
+    every: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    backends = [backend for backend in every if hasattr(backend, "fp32_precision")]  # PyTorch 2.9
     allowed = [backend.fp32_precision for backend in backends]
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # a backend's own setting is in use, and this one is not to be mixed with it
+    except RuntimeError:  # a backend has a setting of its own, and PyTorch forbids to mix the two
         before = None
     try:
         if before is not None:

@@ -1,4 +1,4 @@
-"""Where a step's sum comes together: the only place that knows of ranks."""
+"""The sum of one step over all processes. No other file knows of ranks."""
 
 from collections.abc import Callable
 from typing import Protocol, TypeVar
@@ -9,21 +9,21 @@ T = TypeVar("T")
 
 
 class World(Protocol):
-    """The processes that make one step together.
+    """The processes that compute one step together.
 
     Attributes:
         rank: this process, from 0.
-        size: how many there are.
+        size: the number of processes.
     """
 
     rank: int
     size: int
 
     def sum_(self, total: Tensor) -> Tensor:
-        """The clipped sums of all ranks, added up in place on rank 0, where noise is added once."""
+        """Add up the clipped sums of all ranks in place on rank 0, which adds the noise."""
 
     def first(self, action: Callable[[], T]) -> T:
-        """Do on rank 0 alone what one voice does, such as charging, and tell its result to all."""
+        """Run on rank 0 alone what must happen once, such as charging, and give its result to all."""
 
 
 class Alone:
@@ -32,9 +32,9 @@ class Alone:
     rank, size = 0, 1
 
     def sum_(self, total: Tensor) -> Tensor:
-        """``total`` itself."""
+        """Returns ``total`` itself."""
         return total
 
     def first(self, action: Callable[[], T]) -> T:
-        """What ``action`` returns."""
+        """Returns what ``action`` returns."""
         return action()

@@ -72,7 +72,7 @@ class Key:
                 "made the ledger, or name its file in DPFT_LEDGER_KEY."
             ) from None
         except (OSError, ValueError) as error:
-            raise LedgerError(f"The signing key {path} cannot be read ({error}): mend the file.") from error
+            raise LedgerError(f"The signing key {path} cannot be read ({error}): fix the file.") from error
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -201,6 +201,6 @@ def _spoken(where: str) -> Iterator[None]:
     except sa.exc.SQLAlchemyError as error:
         reason = first_line(getattr(error, "orig", None) or error)
         raise LedgerError(
-            f"The ledger {where} cannot be used ({reason}), so nothing may be released on its account: mend that and "
+            f"The ledger {where} cannot be used ({reason}), so nothing may be released on its account: fix that and "
             "try again."
         ) from error

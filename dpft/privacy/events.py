@@ -82,7 +82,7 @@ class Event:
                 checks |= {"sensitivity": self.sensitivity is None}
         for name, possible in checks.items():
             if not possible:
-                raise PlanError(f"A release has {name} = {getattr(self, name)}, which none can have: mend it.")
+                raise PlanError(f"A release has {name} = {getattr(self, name)}, which none can have: fix it.")
 
     @property
     def figures(self) -> Gaussian | Stated:
@@ -137,7 +137,7 @@ class Event:
         if kind not in KEYS:
             raise PlanError(
                 f"A release is called {kind!r}, which is not what was executed by any version up to this one: update "
-                "dpft, or mend the record."
+                "dpft, or fix the record."
             )
         figures = {key: rest.pop(key) for key in sorted(KEYS[kind] & rest.keys())}
         if kind == GAUSSIAN:
@@ -145,10 +145,10 @@ class Event:
         count, name = rest.pop("count", 1), rest.pop("name", "")
         if rest or type(count) is not int or type(name) is not str:
             wrong = rest or {"count": count, "name": name}
-            raise PlanError(f"A release of kind {kind!r} has {wrong}, which no version writes: mend the record.")
+            raise PlanError(f"A release of kind {kind!r} has {wrong}, which no version writes: fix the record.")
         for key, value in figures.items():
             if type(value) not in (int, float):
-                raise PlanError(f"A release has {key} = {value!r}, which is no number: mend the record.")
+                raise PlanError(f"A release has {key} = {value!r}, which is no number: fix the record.")
         return cls(count, **figures, name=name)
 
     @property

@@ -22,7 +22,7 @@ FORBIDDEN = {
     "use_liger_kernel": (False, "it replaces layers after the preflight"),
     "neftune_noise_alpha": (None, "it hooks the embeddings after the preflight"),
     "full_determinism": (False, "it makes runs repeatable, and private noise must not be"),
-    "torch_compile": (False, "it bypasses the layers that the engine taps"),
+    "torch_compile": (False, "it bypasses the layers that the engine hooks"),
     "packing": (False, "packing puts several records into one example"),
     "padding_free": (False, "it joins the records of a batch into one sequence"),
     "push_to_hub": (False, "it uploads the whole output folder, private/ included; push the finished weights"),

@@ -5,7 +5,6 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpft.errors import BudgetError, GuaranteeError, LedgerError
-from dpft.gradients.determinism import evaluating
 from dpft.gradients.engine import Engine
-from dpft.gradients.fingerprint import fingerprint
+from dpft.gradients.evaluating import evaluating
+from dpft.gradients.findings import Findings
 from dpft.gradients.preflight import Preflight, preflight
-from dpft.gradients.side_effects import FrozenState
+from dpft.gradients.preflight.fingerprint import fingerprint
+from dpft.gradients.preflight.side_effects import FrozenState
 from dpft.ledger import About
 from dpft.privacy.noise import SecureRandomness
 from dpft.privacy.plan import Plan
@@ -144,7 +144,8 @@ class Session:
         if charged and not checkpoint and not from_start:
             raise BudgetError(
                 f"{self.folder} holds a run that has released {charged:,} steps, and starting over would spend its "
-                "budget again unseen: resume_from_checkpoint, or choose another output_dir."
+                "budget again unseen: go on from a checkpoint (resume_from_checkpoint of a trainer, checkpoint of "
+                "Session.open), go on with new weights (from_start=True), or choose another folder."
             )
         self.releases.check()
         self._engine = self._spent_engine()
@@ -346,26 +347,22 @@ class Session:
         path = RunFolder(self.folder).preflight_file  # its errors are numbers made from the data
         mixed = self.options.autocast is not None
         key = fingerprint(self.model, self.task, mixed, int(self.examples.lengths.max()))
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            known = {}
-        if key is not None and known.get("key") == key:
-            self.engine.capture.load_state(known["state"])
-            return Preflight(**known["found"])
+        if (known := Findings.load(path, key)) is not None:
+            self.engine.capture.adopt(known)
+            return known.report
         losses = lambda features, **how: self.losses(self.collated(features), **how)
         precise = partial(losses, autocast=False) if mixed else None
-        found = preflight(self.engine, losses, self.examples.spread(), precise, self.examples.longest)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps({"key": key, "state": self.engine.capture.state(), "found": asdict(found)}), encoding="utf-8"
-        )
-        return found
+        report = preflight(self.engine, losses, self.examples.spread(), precise, self.examples.longest)
+        findings = self.engine.capture.findings
+        assert findings is not None  # the preflight has ended
+        findings.save(path, key)
+        return report
 
     def check_frozen(self) -> None:
         """Raises an error of :mod:`dpft.errors`: something changed while training that does not train."""
         if self._frozen is not None:
-            self._frozen.check(self.engine.capture.caches)
+            findings = self.engine.capture.findings
+            self._frozen.check(() if findings is None else findings.caches)
 
     def _spent_engine(self) -> Engine:
         """An engine that has released what this folder's runs have."""

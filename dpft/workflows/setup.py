@@ -140,7 +140,7 @@ def make_trainer(
     try:
         arguments = TrainingArguments(**settings)
     except (ValueError, TypeError) as error:
-        raise RecipeError(f"The recipe's optimizer cannot be made ({first_line(error)}): mend [optimizer].") from error
+        raise RecipeError(f"The recipe's optimizer cannot be made ({first_line(error)}): fix [optimizer].") from error
     trainer = DPTrainer(
         model=setup.model,
         args=arguments,

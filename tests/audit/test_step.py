@@ -92,7 +92,7 @@ def test_an_empty_step_without_noise_is_a_violation(monkeypatch):
     def silent(self):
         empty = self._total is None
         release(self)
-        for parameter in self.capture.model.parameters():
+        for parameter in self.capture.map.model.parameters():
             if empty:
                 parameter.grad.zero_()
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers.integrations import neftune
 
 from dpft.errors import GuaranteeError, IsolationError
-from dpft.gradients.determinism import evaluating
 from dpft.gradients.engine import Engine
+from dpft.gradients.evaluating import evaluating
 from dpft.gradients.preflight import preflight
 from dpft.subset import Subset
 

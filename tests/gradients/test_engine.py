@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from dpft.errors import BudgetError, BypassError, GuaranteeError, SubsetError
+from dpft.gradients.batch_gradients import BatchGradients
 from dpft.gradients.engine import Engine
-from dpft.gradients.gradients import Gradients
 from dpft.gradients.preflight import preflight
 from dpft.privacy import noise
 from dpft.privacy.clipping import AutoClip, FlatClip
@@ -118,7 +118,7 @@ def test_the_clipped_sum_is_the_same_for_every_cut(bert, quiet):
 
 def test_a_step_that_fails_in_its_middle_is_forgotten(bert, quiet, monkeypatch):
     """What was added before it failed would count twice when the step is tried again."""
-    add_to = Gradients.add_to
+    add_to = BatchGradients.add_to
 
     def fails(*arguments):
         add_to(*arguments)
@@ -127,7 +127,7 @@ def test_a_step_that_fails_in_its_middle_is_forgotten(bert, quiet, monkeypatch):
     expected = brute_force(bert, [[0], [1], [2]], FlatClip(C), True)
     with Engine(bert.model, quiet()) as engine:
         with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-            patch.setattr(Gradients, "add_to", fails)
+            patch.setattr(BatchGradients, "add_to", fails)
             engine.accumulate(bert.losses(bert.examples))
         engine.accumulate(bert.losses(bert.examples))
         engine.release()
@@ -218,10 +218,10 @@ def test_a_draw_made_in_many_parts_covers_every_parameter(bert, plan, monkeypatc
     monkeypatch.setattr(noise, "_CHUNK", 100)
     with Engine(bert.model, plan(), SeededRandomness(5)) as engine:
         engine.release()
-        size, slots = engine.capture.size, engine.capture.slots
+        size, trainables = engine.capture.map.size, engine.capture.map.trainables
     released = torch.zeros(size)
-    for slot in slots:
-        slot.view(released).copy_(slot.parameter.grad)
+    for trainable in trainables:
+        trainable.view(released).copy_(trainable.parameter.grad)
     assert size > 300
     expected = SeededRandomness(5).gaussian(size) * plan().noise_std / plan().expected_batch_size
     torch.testing.assert_close(released, expected.float())

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import dpft.gradients.sites as sites
+import dpft.gradients.capture_map as capture_map
 from dpft.gradients.engine import Engine
 from dpft.gradients.rules.embedding import Rows
 from dpft.gradients.rules.linear import Product, longest_by_norm
@@ -24,7 +24,7 @@ SWITCH = longest_by_norm(M, N)
 
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch):
-    monkeypatch.setattr(sites, "LARGE", 64)
+    monkeypatch.setattr(capture_map, "LARGE", 64)
 
 
 def plan(**fields):
@@ -77,7 +77,7 @@ def test_the_clipped_sum_is_that_of_brute_force_on_both_sides_of_the_switch(toke
         unmade = tokens * (2 if kind == "used twice" else 1) <= SWITCH
         engine.capture.gradients(model(x))
         gradients = engine.capture.gradients(model(x))
-        start = next(slot.start for slot in engine.capture.slots if slot.name == "first.weight")
+        start = next(trainable.start for trainable in engine.capture.map.trainables if trainable.name == "first.weight")
         assert isinstance(gradients.large[start].gradient, Product) == unmade
         torch.testing.assert_close(gradients.norms(), norms, rtol=2e-5, atol=0)
         engine.accumulate(model(x))
@@ -117,12 +117,12 @@ def test_an_embedding_is_clipped_by_its_rows(use, words, tokens):
     wanted = brute_force(model, losses(), clip)
     with Engine(model, plan(clip=FlatClip(clip))) as engine:
         gradients = engine.capture.gradients(losses())
-        slot = next(slot for slot in engine.capture.slots if slot.name == "table.weight")
-        assert isinstance(gradients.large[slot.start].gradient, Rows) == (use != "tied")
-        assert isinstance(gradients.large[slot.start].gradient, Tied) == (
+        trainable = next(trainable for trainable in engine.capture.map.trainables if trainable.name == "table.weight")
+        assert isinstance(gradients.large[trainable.start].gradient, Rows) == (use != "tied")
+        assert isinstance(gradients.large[trainable.start].gradient, Tied) == (
             use == "tied" and tokens <= longest_by_norm(30, M)
         )
-        assert slot.longest_by_norm == (longest_by_norm(30, M) if use == "tied" else inf)
+        assert trainable.longest_by_norm == (longest_by_norm(30, M) if use == "tied" else inf)
         torch.testing.assert_close(gradients.norms(), norms, rtol=1e-5, atol=0)
         engine.accumulate(losses())
         engine.release()
@@ -163,14 +163,14 @@ def test_terms_that_cancel_never_hide_a_norm():
         right = torch.randn(64, 1, 70, generator=generator).repeat(1, 2, 1) * 1e3
         right[:, 1] *= -1 - 10.0**-exponent
         product = Product(left, right)
-        truth = Product(left.double(), right.double()).made().flatten(1).norm(dim=1)
-        assert (product.squares().double().sqrt() >= truth * (1 - 1e-6)).all()
+        truth = Product(left.double(), right.double()).materialize().flatten(1).norm(dim=1)
+        assert (product.squared_norms().double().sqrt() >= truth * (1 - 1e-6)).all()
 
 
 @pytest.mark.parametrize("large", [True, False])
 def test_a_long_gradient_is_clipped_by_its_true_norm(large, monkeypatch):
     """T6: in one go, float32 loses 0.01 % of the norm of six million numbers, and with it the bound."""
-    monkeypatch.setattr(sites, "LARGE", 64 if large else 1 << 40)
+    monkeypatch.setattr(capture_map, "LARGE", 64 if large else 1 << 40)
     torch.manual_seed(0)
     model = nn.Linear(3000, 2000, bias=False)
     x = torch.rand(1, 2 * longest_by_norm(2000, 3000), 3000) + 0.5

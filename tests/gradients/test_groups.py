@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import dpft.gradients.sites as sites
+import dpft.gradients.capture_map as capture_map
 from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import preflight
 from dpft.privacy.clipping import PerLayerClip
@@ -63,7 +63,7 @@ def check(model, wanted, clip):
 @pytest.mark.parametrize("use", ["tied", "twice", "apart"])
 def test_norms_without_gradients_are_taken_layer_by_layer(use, large, shares, monkeypatch):
     """T4: an embedding's rows, a linear layer's product, a tied head's both, and what lies in the workspace."""
-    monkeypatch.setattr(sites, "LARGE", large)
+    monkeypatch.setattr(capture_map, "LARGE", large)
     torch.manual_seed(0)
     model = Words(use)
     ids = torch.randint(1, 30, (4, 6))
@@ -125,13 +125,13 @@ def test_every_technique_is_clipped_by_layers(subset, shares, case):
 @pytest.mark.parametrize("large", [64, 1 << 16])
 def test_a_unit_moves_the_sum_by_the_clip_and_no_more(shares, large, monkeypatch):
     """T6: of a gradient that is long in every layer it is C, to float32."""
-    monkeypatch.setattr(sites, "LARGE", large)
+    monkeypatch.setattr(capture_map, "LARGE", large)
     torch.manual_seed(1)
     model, ids, clip = Words("apart"), torch.randint(1, 30, (5, 6)), PerLayerClip(0.3, shares)
     sums = []
     for chosen in ([0, 1, 2, 3, 4], [0, 1, 2, 3]):
         with Engine(copy.deepcopy(model), plan(clip)) as engine:
-            losses = engine.capture.model(ids[chosen])
+            losses = engine.capture.map.model(ids[chosen])
             engine.accumulate(losses * torch.tensor([1.0, 1.0, 0.1, 1e-3, 1e4])[chosen])
             sums.append(engine._sum().clone())
     moved = float((sums[0] - sums[1]).norm())
@@ -141,7 +141,7 @@ def test_a_unit_moves_the_sum_by_the_clip_and_no_more(shares, large, monkeypatch
 @pytest.mark.parametrize("large", [64, 1 << 16])
 def test_a_unit_that_is_not_finite_adds_nothing_to_any_layer(large, monkeypatch):
     """T12."""
-    monkeypatch.setattr(sites, "LARGE", large)
+    monkeypatch.setattr(capture_map, "LARGE", large)
     torch.manual_seed(2)
     model, ids, clip = Words("tied"), torch.randint(1, 30, (3, 6)), PerLayerClip(0.3)
     wanted = brute_force(model, lambda chosen: model(ids[chosen]), [[0], [1]], clip)
@@ -167,7 +167,7 @@ class Apart(nn.Module):
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_unit_that_is_finite_in_one_layer_alone_adds_nothing_to_it(large, lost, monkeypatch):
     """T12: a unit counts whole or not at all."""
-    monkeypatch.setattr(sites, "LARGE", large)
+    monkeypatch.setattr(capture_map, "LARGE", large)
     torch.manual_seed(3)
     model, inputs, clip = Apart(), [torch.randn(3, 12), torch.randn(3, 12)], PerLayerClip(0.3)
     wanted = brute_force(model, lambda chosen: model(*(x[chosen] for x in inputs)), [[0], [2]], clip)

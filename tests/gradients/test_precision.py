@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import dpft.gradients.sites as sites
+import dpft.gradients.capture_map as capture_map
 from dpft.gradients.engine import Engine
 from dpft.gradients.precision import full_precision, precise_bmm
 from dpft.gradients.rules import linear
@@ -45,7 +45,7 @@ class Watch(TorchDispatchMode):
 
 def test_norms_and_sums_are_not_rounded_by_tf32(allowed, monkeypatch):
     """T6: a norm and the gradient's part of the sum, each rounded in its own way, need not bound each other."""
-    monkeypatch.setattr(sites, "LARGE", 20)
+    monkeypatch.setattr(capture_map, "LARGE", 20)
     monkeypatch.setattr(
         linear, "OPERATIONS_PER_NUMBER", 1
     )  # so that with 2 tokens the norm alone is cheaper, with 9 not
@@ -58,8 +58,8 @@ def test_norms_and_sums_are_not_rounded_by_tf32(allowed, monkeypatch):
             unmade = [large for large in gradients.large.values() if isinstance(large.gradient, Product)]
             with Watch() as watch:
                 for large in unmade:
-                    large.gradient.squares()
-                gradients.add_to(torch.zeros(engine.capture.size), torch.ones(4))
+                    large.gradient.squared_norms()
+                gradients.add_to(torch.zeros(engine.capture.map.size), torch.ones(4))
         assert len(unmade) == (tokens == 2)
         assert watch.seen == [("ieee", "ieee")] * (2 + 2 * len(unmade))
     assert torch.get_float32_matmul_precision() == allowed
@@ -94,19 +94,19 @@ def test_half_precision_factors_lose_nothing_more(dtype):
     norms = truth.flatten(1).norm(dim=1)
     rounded = torch.bmm(product.left.mT, product.right)
     assert (rounded.double() - truth).norm() > 1e-4 * truth.norm()  # the test could fail
-    torch.testing.assert_close(product.made().double(), truth, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(precise_bmm(product.left.mT, product.right), product.made())
-    torch.testing.assert_close(product.squares().sqrt().double(), norms, rtol=3e-5, atol=0)
+    torch.testing.assert_close(product.materialize().double(), truth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(precise_bmm(product.left.mT, product.right), product.materialize())
+    torch.testing.assert_close(product.squared_norms().sqrt().double(), norms, rtol=3e-5, atol=0)
     written, total = torch.empty(3, 8, 6), torch.zeros(8, 6)
     product.write(written)
-    assert torch.equal(written, product.made())
+    assert torch.equal(written, product.materialize())
     product.add_to(total, 1 / norms.float())
     torch.testing.assert_close(total.double(), (truth / norms.view(-1, 1, 1)).sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_around_the_engine_does_not_reach_its_norms(monkeypatch):
     """T6: norms rounded to bfloat16 would not bound a sum in float32."""
-    monkeypatch.setattr(sites, "LARGE", 20)
+    monkeypatch.setattr(capture_map, "LARGE", 20)
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 2)), torch.randn(4, 3, 40)
     plan = Plan(noise_multiplier=0.0, sample_rate=1.0, steps=5, delta=1e-3, units=4, clip=FlatClip(1e-3))

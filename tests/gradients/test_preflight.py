@@ -1,6 +1,7 @@
 """Exact on every family and subset, or refused by name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from dpft.errors import ExactnessError, GuaranteeError, IsolationError
 from dpft.gradients import capture
 from dpft.gradients.capture import Capture
 from dpft.gradients.engine import Engine
-from dpft.gradients.fingerprint import fingerprint
+from dpft.gradients.findings import Findings
 from dpft.gradients.preflight import preflight
+from dpft.gradients.preflight.fingerprint import fingerprint
 from dpft.privacy.clipping import FlatClip
 from dpft.subset import Subset
 from dpft.tasks.losses import class_losses, pad_features, token_losses
@@ -61,7 +63,7 @@ def test_position_embeddings_are_captured_at_the_module_around_them(case, plan):
             engine.accumulate(made.losses(made.examples))
         engine.discard()
         assert preflight(engine, made.losses, made.examples).techniques == {"functional": 512}
-        assert [type(site.module).__name__ for site in engine.capture.sites] == ["BertEmbeddings"]
+        assert [type(hooked.module).__name__ for hooked in engine.capture.map.hooked_modules] == ["BertEmbeddings"]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -72,7 +74,7 @@ def test_prompts_that_are_made_once_for_the_batch_go_one_by_one(family, case, pl
     with Engine(made.model, plan()) as engine:
         found = preflight(engine, made.losses, made.examples)
         assert found.techniques == {"per example": 48} and "prompt_encoder" in found.one_by_one
-        assert engine.max_examples(9) == 1 and not engine.capture.sites
+        assert engine.max_examples(9) == 1 and not engine.capture.map.hooked_modules
 
 
 class Shared(nn.Module):
@@ -106,7 +108,12 @@ def test_a_vector_shared_by_layers_adds_up_its_uses(plan):
 
     with Engine(model, plan()) as engine:
         found = preflight(engine, losses, examples)
-        assert {site.name for site in engine.capture.sites} == {"first", "first.inner", "second", "second.inner"}
+        assert {hooked.name for hooked in engine.capture.map.hooked_modules} == {
+            "first",
+            "first.inner",
+            "second",
+            "second.inner",
+        }
     assert found.techniques == {"functional": 4, "rule": 40} and found.max_relative_error < 1e-5
 
 
@@ -252,8 +259,8 @@ def test_a_wrong_technique_is_replaced_by_a_right_one(case, plan, monkeypatch):
     made.model = Subset("head").apply(made.model)
     record = Capture._record
 
-    def wrong(self, site, grad_output, *call):
-        record(self, site, grad_output * 1.001, *call)
+    def wrong(self, hooked, grad_output, *call):
+        record(self, hooked, grad_output * 1.001, *call)
 
     monkeypatch.setattr(Capture, "_record", wrong)
     with Engine(made.model, plan()) as engine:
@@ -267,13 +274,13 @@ def test_a_wrong_technique_shows_though_a_fresh_adapter_has_no_gradient_there(ca
     made.model = Subset("lora(targets='query', last_blocks=1)").apply(made.model)
     record = Capture._record
 
-    def wrong(self, site, grad_output, *call):
-        record(self, site, grad_output * (1.01 if "lora_A" in site.name else 1.0), *call)
+    def wrong(self, hooked, grad_output, *call):
+        record(self, hooked, grad_output * (1.01 if "lora_A" in hooked.name else 1.0), *call)
 
     monkeypatch.setattr(Capture, "_record", wrong)
     with Engine(made.model, plan()) as engine:
         found = preflight(engine, made.losses, made.examples)
-        assert not any("lora_A" in site.name for site in engine.capture.sites), found.techniques
+        assert not any("lora_A" in hooked.name for hooked in engine.capture.map.hooked_modules), found.techniques
 
 
 class Noisy(nn.Module):
@@ -349,7 +356,7 @@ def test_a_subset_that_the_loss_ignores_is_refused(case, plan):
         preflight(engine, made.losses, made.examples)
 
 
-def test_what_was_found_is_taken_up_again(case, plan):
+def test_what_was_found_is_taken_up_again(case, plan, tmp_path):
     """A resumed run need not prove the same model twice."""
     first = case("bert")
     first.model = Subset("layers('*token_type*') + ia3").apply(first.model).eval()
@@ -357,13 +364,21 @@ def test_what_was_found_is_taken_up_again(case, plan):
     second.model = Subset("layers('*token_type*') + ia3").apply(second.model).eval()
     with Engine(first.model, plan()) as engine:
         preflight(engine, first.losses, first.examples)
-        state = json.loads(json.dumps(engine.capture.state()))
+        found, path = engine.capture.findings, tmp_path / "private" / "preflight.json"
+        found.save(path, fingerprint(first.model))
+        assert engine.capture.forms_known
         expected = engine.capture.rows(first.losses(first.examples)).clone()
     assert fingerprint(first.model) == fingerprint(second.model)
     with Engine(second.model, plan()) as engine:
-        engine.capture.load_state(state)
+        known = Findings.load(path, fingerprint(second.model))
+        assert known == found
+        engine.capture.adopt(known)
+        assert engine.capture.forms_known
         torch.testing.assert_close(engine.capture.rows(second.losses(second.examples)), expected)
     assert fingerprint(first.model, first.losses) is None  # code that no version tells apart
+    assert Findings.load(path, None) is Findings.load(path, "another") is Findings.load(tmp_path / "none", "") is None
+    path.write_text(json.dumps({"key": "old", "state": {}, "found": {}}))  # as dpft 0.2.0 wrote it
+    assert Findings.load(path, "old") is None
     second.model.config.hidden_dropout_prob = 0.7
     assert fingerprint(first.model) != fingerprint(second.model)
 
@@ -372,9 +387,13 @@ def test_a_model_that_needs_a_pass_for_each_example_needs_it_when_it_goes_on(cas
     made = case("bert")
     made.model = Subset("head").apply(made.model)
     with Engine(made.model, plan()) as engine:
+        preflight(engine, made.losses, made.examples)
+        findings = engine.capture.findings
+    choices = replace(findings.choices, one_by_one="a layer was wrong")
+    with Engine(made.model, plan()) as engine:
         assert engine.max_examples(8) > 1
-        engine.capture.load_state({**engine.capture.state(), "one_by_one": "a layer was wrong"})
-        assert engine.max_examples(8) == 1 and not engine.capture.sites
+        engine.capture.adopt(replace(findings, choices=choices))
+        assert engine.max_examples(8) == 1 and not engine.capture.map.hooked_modules
 
 
 def test_a_loss_that_a_longer_neighbour_moves_by_a_hundredth_is_refused(case, plan):
@@ -582,7 +601,7 @@ def test_one_example_proves_nothing(case, plan):
 
 
 def test_a_parameter_used_outside_its_layer_is_found(plan):
-    """T4: a use that the tap does not see would be lost."""
+    """T4: a use that no hook sees would be lost."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 3)})
     examples = [(torch.randn(4), i) for i in range(3)]

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpft.errors import IsolationError
 from dpft.gradients.rules import rule_for
-from dpft.gradients.rules.unmade import made
+from dpft.gradients.rules.implicit import materialize
 
 TOKENS = torch.tensor([[1, 2, 1, 0], [3, 3, 3, 3], [0, 4, 5, 6]])
 LAYERS = {
@@ -46,7 +46,7 @@ def test_rule_equals_a_backward_pass_for_each_example(name):
     for i in range(len(x)):
         gradients = torch.autograd.grad((layer(x[i : i + 1]) * cotangent[i : i + 1]).sum(), list(layer.parameters()))
         for parameter, expected in zip(layer.parameters(), gradients, strict=True):
-            torch.testing.assert_close(made(found[parameter])[i], expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(materialize(found[parameter])[i], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])

@@ -9,7 +9,7 @@ from torch import nn
 from dpft.errors import GuaranteeError, IsolationError
 from dpft.gradients.engine import Engine
 from dpft.gradients.preflight import preflight
-from dpft.gradients.side_effects import FrozenState
+from dpft.gradients.preflight.side_effects import FrozenState
 
 
 class Net(nn.Module):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from dpft.gradients.batch_gradients import BatchGradients
 from dpft.gradients.engine import Engine
-from dpft.gradients.gradients import Gradients
 from dpft.privacy.noise import SeededRandomness
 from dpft.privacy.plan import Plan
 
@@ -118,10 +118,10 @@ def test_ten_thousand_units_of_a_real_shape_differ_by_their_own_clipped_gradient
         order = np.random.default_rng(0).integers(0, 100, 10_000)
         sums = []
         for some in (order, order[1:]):
-            total = torch.zeros(engine.capture.size, dtype=torch.float64)
+            total = torch.zeros(engine.capture.map.size, dtype=torch.float64)
             for start in range(0, len(some), 64):
                 part = torch.from_numpy(some[start : start + 64])
-                Gradients(rows[part].clone()).add_to(total, factors[part])
+                BatchGradients(rows[part].clone()).add_to(total, factors[part])
             sums.append(total)
     moved = sums[0] - sums[1]
     assert float(moved.norm()) <= plan.clip.sensitivity * (1 + 1e-6)

@@ -144,7 +144,7 @@ def test_a_checkpoint_keeps_the_clip_and_nothing_that_noise_follows_from():
     with pytest.raises(GuaranteeError, match="holds no clip"):
         other.take_up({})
     with other:
-        other.accumulate(other.capture.model(torch.ones(1, 3)).squeeze(1))
+        other.accumulate(other.capture.map.model(torch.ones(1, 3)).squeeze(1))
         with pytest.raises(GuaranteeError, match="middle of a step"):
             other.take_up(kept)
         other.discard()

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 import dpft
 from dpft.errors import GuaranteeError, RecipeError
-from dpft.gradients.fingerprint import fingerprint
+from dpft.gradients.preflight.fingerprint import fingerprint
 from dpft.tasks import LabelledTask
 
 SMALL = dict(

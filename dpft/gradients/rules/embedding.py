@@ -1,6 +1,6 @@
-"""``nn.Embedding``: only the rows of tokens that occur have a gradient, so an example's is a few rows and not a table.
+"""``nn.Embedding``: only the rows of tokens that occur have a gradient, so an example's is a few rows and no table.
 
-The row of ``padding_idx`` stays zero as PyTorch leaves it (Opacus 1.6 fills it).
+The row of ``padding_idx`` stays zero, as in PyTorch. Opacus 1.6 fills it.
 """
 
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from dpft.errors import IsolationError
+from dpft.gradients.rules.implicit import ImplicitGradient, materialize
 from dpft.gradients.rules.registry import register
-from dpft.gradients.rules.unmade import Unmade, made
 
 
 @dataclass(frozen=True)
-class Rows(Unmade):
+class Rows(ImplicitGradient):
     """Per-example gradients of a table ``(height, n)``, zero but for some rows.
 
     Attributes:
-        places: ``(K,)``, example · height + row, each pair once: a row is whole before its norm is taken.
+        places: ``(K,)``, example · height + row. Each pair occurs once, so that a row is complete before its norm.
         rows: ``(K, n)``.
         examples: B.
         height: how many rows the table has.
@@ -41,24 +41,24 @@ class Rows(Unmade):
         return torch.Size((self.examples, self.height, self.rows.shape[1]))
 
     @property
-    def pays(self) -> bool:
+    def norm_is_cheaper(self) -> bool:
         return True
 
-    def made(self) -> Tensor:
+    def materialize(self) -> Tensor:
         table = self.rows.new_zeros(self.examples * self.height, self.rows.shape[1])
         return table.index_copy_(0, self.places, self.rows).view(self.shape)
 
-    def squares(self) -> Tensor:
-        # Over many rows float32 would lose digits.
+    def squared_norms(self) -> Tensor:
+        # A float32 sum over many rows would lose digits.
         squares = torch.linalg.vector_norm(self.rows, dim=1)
-        squares = (squares if squares.device.type == "mps" else squares.double()).square()  # which has no wider type
+        squares = (squares if squares.device.type == "mps" else squares.double()).square()  # no float64 there
         return squares.new_zeros(self.examples).index_add_(0, self._example(), squares).to(self.rows.dtype)
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
         places = (self.places % self.height).to(total.device)
         total.index_add_(0, places, self.rows.to(total) * factors[self._example().to(total.device)].unsqueeze(1))
 
-    def without(self, examples: Tensor) -> "Rows":
+    def with_zeroed(self, examples: Tensor) -> "Rows":
         rows = self.rows.masked_fill(examples[self._example()].unsqueeze(1), 0)
         return Rows(self.places, rows, self.examples, self.height)
 
@@ -72,12 +72,12 @@ class Rows(Unmade):
         return self.places // self.height
 
 
-def embedding(layer: nn.Embedding, activations: list[Tensor], grad_output: Tensor) -> dict[nn.Parameter, Rows]:
+def embedding(layer: nn.Embedding, activations: list[Tensor], grad_output: Tensor) -> dict[Tensor, Rows]:
     """Each token's output gradient ``(B, ..., n)`` belongs to its row.
 
     Raises:
-        IsolationError: the layer divides by how often a token occurs in the batch, or changes its table in its forward
-            pass.
+        IsolationError: the layer divides by how often a token occurs in the batch, or its forward pass changes its
+            table.
     """
     if layer.scale_grad_by_freq:
         raise IsolationError(
@@ -101,5 +101,5 @@ def embedding(layer: nn.Embedding, activations: list[Tensor], grad_output: Tenso
 
 
 @register(nn.Embedding)
-def _embedding_for_opacus(layer: nn.Embedding, activations: list[Tensor], grad_output: Tensor) -> dict:
-    return {parameter: made(g) for parameter, g in embedding(layer, activations, grad_output).items()}
+def _embedding_for_opacus(layer: nn.Embedding, activations: list[Tensor], grad_output: Tensor) -> dict[Tensor, Tensor]:
+    return {parameter: materialize(g) for parameter, g in embedding(layer, activations, grad_output).items()}

@@ -1,4 +1,4 @@
-"""``nn.LayerNorm``, by the formula of Opacus, and also for a layer without a bias."""
+"""``nn.LayerNorm``: the formula of Opacus, which also serves a layer without a bias here."""
 
 import torch
 from torch import Tensor, nn
@@ -7,10 +7,11 @@ from dpft.gradients.rules.registry import register
 
 
 @register(nn.LayerNorm)
-def layer_norm(layer: nn.LayerNorm, activations: list[Tensor], grad_output: Tensor) -> dict[nn.Parameter, Tensor]:
+def layer_norm(layer: nn.LayerNorm, activations: list[Tensor], grad_output: Tensor) -> dict[Tensor, Tensor]:
     """``y = w · x̂ + b``, so ``dw = Σ dy · x̂`` and ``db = Σ dy`` over all but the example and the weight's
     dimensions."""
-    x, gradients = activations[0], {}
+    x = activations[0]
+    gradients: dict[Tensor, Tensor] = {}
     if layer.weight.requires_grad:
         normal = torch.nn.functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
         gradients[layer.weight] = _summed(normal * grad_output, layer.weight)

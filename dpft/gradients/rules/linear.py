@@ -1,8 +1,11 @@
-"""Linear layers: the per-example gradient of a weight is a product of two known matrices, and need not be made to be
-used."""
+"""Linear layers: the per-example gradient of a weight is a product of two known matrices.
+
+Its norm and its part of the clipped sum follow from the two matrices, without materialising the product.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +19,22 @@ from dpft.gradients.precision import (
     precise,
     precise_bmm,
 )
+from dpft.gradients.rules.implicit import ImplicitGradient, materialize
 from dpft.gradients.rules.registry import register
-from dpft.gradients.rules.unmade import Unmade, made
 
-# Making a gradient (m, n), taking its norm and adding it up moves about 3 numbers of each weight through memory, while
-# the norm alone costs 2 T² (m + n) operations. Memory is taken to move one number in the time of so many operations: an
-# estimate, which changes speed alone; benchmarks/speed.py shows what comes of it on either side.
+# To materialise a gradient (m, n), compute its norm and sum it moves about 3 numbers of each weight through memory. The
+# norm alone costs 2 T² (m + n) operations. This is how many operations take as long as moving one number. It is an
+# estimate and changes speed alone; benchmarks/speed.py measures both sides of the switch.
 OPERATIONS_PER_NUMBER = 40
-FEW_TOKENS = 24  # below it a product in float64 costs less than to add up each example's by itself
-ROUNDING = 2.0**-21  # of sums of products in float32, relative to the sum of their absolute values
+FEW_TOKENS = 24  # below it, one product in float64 is cheaper than summing the examples one by one
+ROUNDING = 2.0**-21  # error of a float32 sum of products, relative to the sum of their absolute values
 
 
 @dataclass(frozen=True)
-class Product(Unmade):
+class Product(ImplicitGradient):
     """Per-example gradients ``left[i].T @ right[i]`` of a weight ``(m, n)``, from ``(B, T, m)`` and ``(B, T, n)``.
 
-    The factors may be half precision, as their layer computed them; what is made of them is at least float32.
+    The factors may have half precision, as their layer computed them. All results are at least float32.
     """
 
     left: Tensor
@@ -52,23 +55,23 @@ class Product(Unmade):
         return self.left.shape[1]
 
     @property
-    def pays(self) -> bool:
+    def norm_is_cheaper(self) -> bool:
         return self.tokens <= longest_by_norm(*self.shape[1:])
 
-    def made(self) -> Tensor:
+    def materialize(self) -> Tensor:
         return precise_bmm(self.left.mT, self.right)
 
     def write(self, destination: Tensor) -> None:
         if self.left.dtype == destination.dtype:
             torch.bmm(self.left.mT, self.right, out=destination)
         else:
-            destination.copy_(self.made())
+            destination.copy_(self.materialize())
 
-    def squares(self) -> Tensor:
+    def squared_norms(self) -> Tensor:
         """``Σ_ts (left_t · left_s)(right_t · right_s)`` (Li, Tramèr, Liang, Hashimoto 2022, section 4).
 
-        Terms that cancel could leave a number below the true one, and a norm that is too small clips too little: what
-        rounding may have taken, at most ``ROUNDING · (Σ_t ‖left_t‖ ‖right_t‖)²``, is added.
+        Cancellation could leave a number below the true one, and a norm that is too small clips too little. So the
+        most that rounding may have lost, ``ROUNDING · (Σ_t ‖left_t‖ ‖right_t‖)²``, is added.
         """
         if self.tokens == 1:  # Goodfellow 2015
             return precise(self.left).square().sum((1, 2)) * precise(self.right).square().sum((1, 2))
@@ -78,11 +81,12 @@ class Product(Unmade):
         return left.mul_(right).sum((1, 2)).clamp_min(0) + rounding
 
     def bound(self) -> Tensor:
-        """``(B,)``, ``Σ_t ‖left_t‖ ‖right_t‖``, which no norm exceeds."""
+        """``(B,)``, ``Σ_t ‖left_t‖ ‖right_t‖``: an upper bound of the norms."""
         return (precise(self.left).norm(dim=2) * precise(self.right).norm(dim=2)).sum(1)
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
-        """One matrix product for all examples would round each of them as the others are, unless it is in float64."""
+        """See :meth:`ImplicitGradient.add_to`. One product for all examples is used in float64 only: in float32 the
+        rounding of one example would depend on the others."""
         if self.tokens < FEW_TOKENS:
             left, right = self.left.to(total) * factors.view(-1, 1, 1), self.right.to(total)
             total.addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
@@ -104,7 +108,7 @@ class Product(Unmade):
                 part = slice(start, start + rows)
                 total[part].add_(product[part].to(total.device), alpha=factor)
 
-    def without(self, examples: Tensor) -> "Product":
+    def with_zeroed(self, examples: Tensor) -> "Product":
         lost = examples.view(-1, 1, 1)
         return Product(self.left.masked_fill(lost, 0), self.right.masked_fill(lost, 0))
 
@@ -124,22 +128,22 @@ def _with_tokens(x: Tensor) -> Tensor:
 
 
 def longest_by_norm(m: int, n: int) -> int:
-    """The most tokens for which the norm alone of an ``(m, n)`` weight is cheaper than its per-example gradient."""
+    """The most tokens for which the norm of an ``(m, n)`` weight is cheaper than its materialised gradient."""
     return int((3 * OPERATIONS_PER_NUMBER * m * n / (2 * (m + n))) ** 0.5)
 
 
-def linear(layer: nn.Linear, activations: list[Tensor], grad_output: Tensor) -> dict[nn.Parameter, Tensor | Product]:
+def linear(layer: nn.Linear, activations: list[Tensor], grad_output: Tensor) -> dict[Tensor, Tensor | Product]:
     """``y = x Wᵀ + b``, so ``dW = dyᵀ x`` and ``db = Σ dy`` over all but the example."""
     return _gradients(layer, grad_output, lambda: Product.of(grad_output, activations[0]))
 
 
-def conv1d(layer: Conv1D, activations: list[Tensor], grad_output: Tensor) -> dict[nn.Parameter, Tensor | Product]:
+def conv1d(layer: Conv1D, activations: list[Tensor], grad_output: Tensor) -> dict[Tensor, Tensor | Product]:
     """GPT-2's linear layer, whose weight is stored ``(in, out)``: ``y = x W + b``, so ``dW = xᵀ dy``."""
     return _gradients(layer, grad_output, lambda: Product.of(activations[0].to(grad_output.dtype), grad_output))
 
 
-def _gradients(layer: nn.Module, grad_output: Tensor, product: Callable[[], Product]) -> dict:
-    gradients: dict[nn.Parameter, Tensor | Product] = {}
+def _gradients(layer: Any, grad_output: Tensor, product: Callable[[], Product]) -> dict[Tensor, Tensor | Product]:
+    gradients: dict[Tensor, Tensor | Product] = {}
     weight, bias = layer.weight, layer.bias
     if weight.requires_grad:
         gradients[weight] = product()
@@ -149,5 +153,5 @@ def _gradients(layer: nn.Module, grad_output: Tensor, product: Callable[[], Prod
 
 
 @register(Conv1D)
-def _conv1d_for_opacus(layer: Conv1D, activations: list[Tensor], grad_output: Tensor) -> dict[nn.Parameter, Tensor]:
-    return {parameter: made(g) for parameter, g in conv1d(layer, activations, grad_output).items()}
+def _conv1d_for_opacus(layer: Conv1D, activations: list[Tensor], grad_output: Tensor) -> dict[Tensor, Tensor]:
+    return {parameter: materialize(g) for parameter, g in conv1d(layer, activations, grad_output).items()}

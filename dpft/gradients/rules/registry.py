@@ -1,7 +1,7 @@
-"""Rules by class of layer: the ones of this package, and Opacus's, which is imported for a layer that needs its rule.
+"""Rules by class of layer: those of this package, and those of Opacus.
 
-To import Opacus takes seconds: its accountants and optimizers come along, and with them most of scipy. Few layers need
-it.
+Opacus is imported only when a layer needs one of its rules. The import takes seconds, because it loads accountants,
+optimizers and most of scipy. Few layers need it.
 """
 
 import sys
@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Rule = Callable[[Any, list[Tensor], Tensor], dict[nn.Parameter, Any]]  # of (layer, [input], output gradient)
+Rule = Callable[[Any, list[Tensor], Tensor], dict[Tensor, Any]]  # of (layer, [input], output gradient)
 
 _RULES: dict[type[nn.Module], Rule] = {}
 
 
 def register(*kinds: type[nn.Module]) -> Callable[[Rule], Rule]:
-    """Decorate a rule with the classes of layers that it is for."""
+    """A decorator that registers a rule for these classes of layers."""
 
     def decorate(rule: Rule) -> Rule:
         _RULES.update(dict.fromkeys(kinds, rule))
@@ -27,10 +27,10 @@ def register(*kinds: type[nn.Module]) -> Callable[[Rule], Rule]:
 
 
 def registered(kind: type[nn.Module]) -> Rule | None:
-    """The rule of exactly this class, of this package or else of Opacus."""
+    """The rule of exactly this class, from this package or else from Opacus."""
     if kind in _RULES:
         return _RULES[kind]
-    # Opacus has rules for PyTorch's layers and its own. Whoever gave it another rule has imported it.
+    # Opacus has rules for PyTorch's layers and for its own. Code that gave it more rules has imported it.
     if "opacus" in sys.modules or kind.__module__.startswith("torch."):
         return opacus_rules().get(kind)
     return None
@@ -38,7 +38,7 @@ def registered(kind: type[nn.Module]) -> Rule | None:
 
 @cache
 def opacus_rules() -> dict[type[nn.Module], Rule]:
-    """Opacus's registry, to which the rules of this package are added, so that plain Opacus gains them."""
+    """Opacus's registry. The rules of this package are added to it, so that plain Opacus can use them."""
     from opacus.grad_sample import register_grad_sampler
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
 

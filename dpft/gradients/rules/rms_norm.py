@@ -1,7 +1,9 @@
 """RMS normalisation with a multiplicative weight, as Llama-like models and T5 define it."""
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -12,7 +14,7 @@ from dpft.gradients.rules.registry import register
 
 
 @register(LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, T5LayerNorm)
-def rms_norm(layer: nn.Module, activations: list[Tensor], grad_output: Tensor) -> dict[nn.Parameter, Tensor]:
+def rms_norm(layer: Any, activations: list[Tensor], grad_output: Tensor) -> dict[Tensor, Tensor]:
     """``y = w · x / rms(x)``, so ``dw = Σ dy · x / rms(x)`` over all but the example and the last dimension."""
     if not layer.weight.requires_grad:
         return {}

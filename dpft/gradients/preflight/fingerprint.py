@@ -1,17 +1,18 @@
-"""What a proof depends on, so that a run that is started again need not prove it again."""
+"""A hash of what a proof depends on. A run that is started again skips the proof if the hash is the same."""
 
 from hashlib import sha256
 from importlib.metadata import version
+from typing import Any
 
 from torch import nn
 
 VERSIONED = ("dpft", "torch", "transformers", "peft", "opacus", "accelerate", "tokenizers")
 
 
-def fingerprint(model: nn.Module, *settings) -> str | None:
-    """A hash of all that the checks depend on but the examples: layers, subset, dropout, task and library versions.
+def fingerprint(model: nn.Module, *settings: Any) -> str | None:
+    """A hash of layers, subset, dropout, task and library versions: all that the checks depend on but the examples.
 
-    None where code takes part that no version tells apart, such as a task of the user's own: it may have changed.
+    It is None if some code has no version, such as a task of the user's own: that may have changed.
     """
     parts = [part for s in settings for part in (s, *getattr(s, "__dict__", {}).values())]
     hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
@@ -30,13 +31,13 @@ def fingerprint(model: nn.Module, *settings) -> str | None:
     return sha256("\n".join(described).encode()).hexdigest()
 
 
-def _versioned(part) -> bool:
-    """Whether its code is Python's or that of a package whose version tells it apart."""
-    module = getattr(part, "__module__", None) or type(part).__module__
+def _versioned(part: Any) -> bool:
+    """Whether its code is built into Python or belongs to a package of VERSIONED."""
+    module: str = getattr(part, "__module__", None) or type(part).__module__
     return module.partition(".")[0] in ("builtins", *VERSIONED)
 
 
-def _described(part) -> str:
-    """Its text, unless that is no more than an address."""
+def _described(part: Any) -> str:
+    """Its ``repr``, or nothing if that is only an address."""
     text = repr(part)
     return "" if " at 0x" in text else text

@@ -1,11 +1,14 @@
-"""Constants in the place of chance, as large as what they stand for.
+"""Constants that replace random numbers while a model is checked. They are as large as typical draws.
 
-Chance is each example's own, but differs from pass to pass, so that a batch could not be compared with its examples. A
-constant of another scale would hide what that scale depends on: noise times the deviation of the batch is a coupling.
-So a normal number stands one deviation from its mean, a uniform one a quarter from the end of its range, and a dropout
-keeps all and multiplies as it would. Along the last dimension they stand on either side, since a normalisation would
-take off what all features share. Two sets of constants, each the other's opposite, leave little room for chance to be
-special.
+Random numbers differ from pass to pass, so a batch could not be compared with its examples. A constant of another scale
+would hide a coupling in that scale, such as noise multiplied by the deviation of the batch. So:
+
+- a normal number is one deviation from its mean
+- a uniform number is a quarter of the range from its end
+- a dropout keeps all values and scales them as usual
+- along the last dimension both signs occur, because a normalisation would remove a constant that all features share
+
+A model is checked with two opposite sets of constants, because one set could hide an error by coincidence.
 """
 
 import math
@@ -13,7 +16,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 import numpy as np
@@ -25,22 +28,26 @@ from dpft.errors import GuaranteeError
 
 @dataclass(frozen=True)
 class Draw:
-    """What every draw comes to: ``normal`` deviations from the mean, or the share ``uniform`` of a range."""
+    """The value of every draw: ``normal`` deviations from the mean, or the share ``uniform`` of a range."""
 
     normal: float
     uniform: float
 
 
 DRAWS = (Draw(1.0, 0.75), Draw(-1.0, 0.25))
-SIDES = (True, False, True, True, False, False, True, False)  # of the features, again and again
+SIDES = (True, False, True, True, False, False, True, False)  # which features get the draw itself; repeated
 
 
 def stand_in(name: str, given: Mapping[str, Any], draw: Draw, found: Tensor) -> Tensor | None:
-    """``found``, which PyTorch's random operation ``name`` made, filled with what stands for it; None if that is not
-    known.
+    """Fill the result of a random operation of PyTorch with its constant.
 
     Args:
-        given: the operation's arguments by name.
+        name: the operation.
+        given: its arguments by name.
+        found: its result.
+
+    Returns:
+        ``found``; None if this operation has no constant.
     """
     name = name.rstrip("_").removesuffix("_like").removesuffix("_functional")
     rule = _TORCH.get(name)
@@ -56,7 +63,7 @@ def stand_in(name: str, given: Mapping[str, Any], draw: Draw, found: Tensor) -> 
     return found.copy_(value)
 
 
-def _bernoulli(given: Mapping, draw: Draw) -> Tensor | float:
+def _bernoulli(given: Mapping[str, Any], draw: Draw) -> Tensor | float:
     p = given.get("p", given["self"])
     p = given["self"] if p is None else p
     if draw.normal < 0:
@@ -64,26 +71,26 @@ def _bernoulli(given: Mapping, draw: Draw) -> Tensor | float:
     return (p > 0).to(p.dtype) if isinstance(p, Tensor) else float(p > 0)
 
 
-def _integer(given: Mapping, draw: Draw) -> int:
+def _integer(given: Mapping[str, Any], draw: Draw) -> int:
     low, high = given.get("low", given.get("from")) or 0, given.get("high", given.get("to"))
     return low + int(draw.uniform * ((1 << 24) - low if high is None else high - low))
 
 
-def _permutation(given: Mapping, draw: Draw) -> Tensor:
+def _permutation(given: Mapping[str, Any], draw: Draw) -> Tensor:
     found = torch.arange(given["n"])
     return found if draw.normal > 0 else found.flip(0)
 
 
-def _multinomial(given: Mapping, draw: Draw) -> Tensor:
+def _multinomial(given: Mapping[str, Any], draw: Draw) -> Tensor:
     weights, number = given["self"], given["num_samples"]
     places = weights.sort(-1, descending=True).indices
-    if given["replacement"]:  # the same for all, as each draws its own
+    if given["replacement"]:  # the same for all, because each draw is independent
         return places[..., int(draw.normal < 0 and places.shape[-1] > 1)].unsqueeze(-1)
     some = places[..., torch.arange(number, device=places.device) % places.shape[-1]]
     return some if draw.normal > 0 else some.flip(-1)
 
 
-_TORCH: dict[str, Callable[[Mapping, Draw], Tensor | float | int]] = {
+_TORCH: dict[str, Callable[[Mapping[str, Any], Draw], Tensor | float | int]] = {
     "normal": lambda given, draw: given["mean"] + draw.normal * given["std"],
     "log_normal": lambda given, draw: math.exp(given["mean"] + draw.normal * given["std"]),
     "randn": lambda given, draw: draw.normal,
@@ -102,12 +109,15 @@ _TORCH: dict[str, Callable[[Mapping, Draw], Tensor | float | int]] = {
     "sample_dirichlet": lambda given, draw: given["self"] / given["self"].sum(-1, keepdim=True),
     "multinomial": _multinomial,
 }
-_INDICES = ("randperm", "multinomial")  # which must stay different from one another
+_INDICES = ("randperm", "multinomial")  # their results must differ from one another
 _TORCH |= {f"_{name}": _TORCH[name] for name in ("standard_gamma", "sample_dirichlet")}
 
 
+Size = int | tuple[int, ...] | None  # of an array; None for one number
+
+
 class _Python(random.Random):
-    """Python's own generator, whose every number is the same; what tries numbers until one fits would try for ever."""
+    """Python's generator with one constant. Methods that draw until a number fits are replaced; they would not end."""
 
     def __init__(self, draw: Draw) -> None:
         super().__init__()
@@ -125,11 +135,11 @@ class _Python(random.Random):
     def _randbelow(self, n: int) -> int:
         return int(self._uniform * n)
 
-    def shuffle(self, x) -> None:
+    def shuffle(self, x: Any) -> None:
         if self._uniform < 0.5:
             x.reverse()
 
-    def sample(self, population, k: int, *, counts=None) -> list:
+    def sample(self, population: Any, k: int, *, counts: Any = None) -> list[Any]:
         found = (
             list(population)
             if counts is None
@@ -159,58 +169,60 @@ class _Numpy:
     def __init__(self, draw: Draw) -> None:
         self._draw = draw
 
-    def uniform(self, low=0.0, high=1.0, size=None):
+    def uniform(self, low: Any = 0.0, high: Any = 1.0, size: Size = None) -> Any:
         return self._filled(low + self._draw.uniform * (np.asarray(high) - low), size)
 
-    def normal(self, loc=0.0, scale=1.0, size=None):
+    def normal(self, loc: Any = 0.0, scale: Any = 1.0, size: Size = None) -> Any:
         return self._filled(loc + self._draw.normal * np.asarray(scale), size)
 
-    def random(self, size=None, **_):
+    def random(self, size: Size = None, **_: Any) -> Any:
         return self.uniform(size=size)
 
-    def standard_normal(self, size=None, **_):
+    def standard_normal(self, size: Size = None, **_: Any) -> Any:
         return self.normal(size=size)
 
-    def rand(self, *size):
+    def rand(self, *size: int) -> Any:
         return self.uniform(size=size or None)
 
-    def randn(self, *size):
+    def randn(self, *size: int) -> Any:
         return self.normal(size=size or None)
 
-    def integers(self, low, high=None, size=None, dtype=np.int64, endpoint=False):
+    def integers(
+        self, low: Any, high: Any = None, size: Size = None, dtype: Any = np.int64, endpoint: bool = False
+    ) -> Any:
         low, high = (0, low) if high is None else (low, high)
         return self._filled(low + (self._draw.uniform * (np.asarray(high) + endpoint - low)).astype(dtype), size)
 
-    def randint(self, low, high=None, size=None, dtype=np.int64):
+    def randint(self, low: Any, high: Any = None, size: Size = None, dtype: Any = np.int64) -> Any:
         return self.integers(low, high, size, dtype)
 
-    def binomial(self, n, p, size=None):
+    def binomial(self, n: Any, p: Any, size: Size = None) -> Any:
         return self._filled((n * np.asarray(p)).astype(np.int64), size)
 
-    def poisson(self, lam=1.0, size=None):
+    def poisson(self, lam: Any = 1.0, size: Size = None) -> Any:
         return self._filled(np.asarray(lam).astype(np.int64), size)
 
-    def exponential(self, scale=1.0, size=None):
+    def exponential(self, scale: Any = 1.0, size: Size = None) -> Any:
         return self._filled(-np.log1p(-self._draw.uniform) * np.asarray(scale), size)
 
-    def gamma(self, shape, scale=1.0, size=None):
+    def gamma(self, shape: Any, scale: Any = 1.0, size: Size = None) -> Any:
         return self._filled(2 * self._draw.uniform * np.asarray(shape) * scale, size)
 
-    def beta(self, a, b, size=None):
+    def beta(self, a: Any, b: Any, size: Size = None) -> Any:
         return self._filled(self._draw.uniform ** (np.asarray(b) / a), size)
 
-    def lognormal(self, mean=0.0, sigma=1.0, size=None):
+    def lognormal(self, mean: Any = 0.0, sigma: Any = 1.0, size: Size = None) -> Any:
         return self._filled(np.exp(mean + self._draw.normal * np.asarray(sigma)), size)
 
-    def permutation(self, x):
+    def permutation(self, x: Any) -> Any:
         found = np.arange(x) if isinstance(x, (int, np.integer)) else np.array(x)
         return found if self._draw.normal > 0 else found[::-1].copy()
 
-    def shuffle(self, x) -> None:
+    def shuffle(self, x: Any) -> None:
         if self._draw.normal < 0:
             x[:] = x[::-1]
 
-    def choice(self, a, size=None, replace=True, p=None, **_):
+    def choice(self, a: Any, size: Size = None, replace: bool = True, p: Any = None, **_: Any) -> Any:
         places = self.permutation(a)
         if size is None or replace:
             return places[0] if size is None else self._filled(places[0], size)
@@ -220,34 +232,37 @@ class _Numpy:
     laplace = gumbel = logistic = normal
 
     @staticmethod
-    def _filled(value, size):
+    def _filled(value: Any, size: Size) -> Any:
         found = np.asarray(value) if size is None else np.broadcast_to(value, size).copy()
         return found.item() if size is None and found.ndim == 0 else found
 
 
 @contextmanager
-def python_and_numpy(draw: Draw, taken: Callable[[], None]) -> Iterator[None]:
-    """Their global generators come to constants; ``taken`` is called whenever one is asked.
+def python_and_numpy(draw: Draw, note: Callable[[], None]) -> Iterator[None]:
+    """Their global generators return constants, and each call of one calls ``note``.
 
-    A generator that numpy makes of a key, such as an example's own, stays what it is: the isolation check sees whether
-    its numbers belong to the example or to a place in the batch.
+    A generator that numpy makes from a key, such as an example's own, is left alone. The isolation check finds out
+    whether its numbers belong to the example or to a position in the batch.
 
     Raises:
-        GuaranteeError: within, by whoever seeds a global generator, or asks numpy for what has no stand-in.
+        GuaranteeError: within the context, if code seeds a global generator or calls a numpy function that has no
+            constant.
     """
 
-    def watched(function: Callable) -> Callable:
-        def call(*args, **kwargs):
-            taken()
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            note()
             return function(*args, **kwargs)
 
         return call
 
     python, numpy = _Python(draw), _Numpy(draw)
     names = [name for name in random.__all__ if callable(getattr(python, name, None)) and name[0].islower()]
-    kept = {name: watched(getattr(python, name)) for name in names if name not in ("seed", "getstate", "setstate")}
+    kept: dict[str, Any] = {
+        name: watched(getattr(python, name)) for name in names if name not in ("seed", "getstate", "setstate")
+    }
     methods = [name for name in dir(numpy) if not name.startswith("_") and hasattr(np.random, name)]
-    numpys = {
+    numpys: dict[str, Any] = {
         name: refused(f"numpy.random.{name}")
         for name in np.random.__all__
         if name.islower() and name not in ("get_state", "set_state")
@@ -264,19 +279,21 @@ def python_and_numpy(draw: Draw, taken: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def _seeds(name: str) -> Callable:
-    def call(*_, **__):
+def _seeds(name: str) -> Callable[..., NoReturn]:
+    def call(*_: Any, **__: Any) -> NoReturn:
         raise GuaranteeError(
             f"A forward pass or the collator seeds a global generator ({name}), so an example's chance would follow "
             "from a known seed and its place in the batch: leave that out, as dpft gives every step a secret of its "
-            f"own."
+            "own."
         )
 
     return call
 
 
-def refused(name: str) -> Callable:
-    def call(*_, **__):
+def refused(name: str) -> Callable[..., NoReturn]:
+    """A function that raises GuaranteeError, in place of a random one that has no constant."""
+
+    def call(*_: Any, **__: Any) -> NoReturn:
         raise GuaranteeError(
             f"A forward pass or the collator draws random numbers by {name}, which the preflight cannot hold still to "
             "compare an example alone with itself in a batch: draw them by another function."

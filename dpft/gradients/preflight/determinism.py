@@ -1,64 +1,50 @@
-"""A model without chance and without rounding, for as long as it is looked at."""
+"""A model without randomness and without rounding, for as long as it is checked."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpft.errors import GuaranteeError
 from dpft.gradients.capture import Capture
-from dpft.gradients.stand_ins import Draw, python_and_numpy, refused, stand_in
+from dpft.gradients.preflight.stand_ins import Draw, python_and_numpy, refused, stand_in
 
 
 @contextmanager
-def deterministic(capture: Capture):
+def deterministic(capture: Capture) -> Iterator[None]:
     """Training mode, with trainable weights slightly moved, so that no gradient is zero by initialisation.
 
-    A fresh LoRA has B = 0, which makes every gradient of A zero: equal zeros would prove nothing.
+    A fresh LoRA has B = 0, which makes every gradient of A zero. Equal zeros would prove nothing.
     """
-    was_training = capture.model.training
-    capture.model.train()
-    saved = [slot.parameter.detach().clone() for slot in capture.slots]
-    buffers = {name: buffer.clone() for name, buffer in capture.model.named_buffers()}
+    model, trainables = capture.map.model, capture.map.trainables
+    was_training = model.training
+    model.train()
+    saved = [trainable.parameter.detach().clone() for trainable in trainables]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
-            for slot in capture.slots:
-                moved = torch.randn(slot.parameter.shape, generator=generator, dtype=torch.float32)
-                slot.parameter.add_(0.01 * moved.to(slot.parameter))
+            for trainable in trainables:
+                moved = torch.randn(trainable.parameter.shape, generator=generator, dtype=torch.float32)
+                trainable.parameter.add_(0.01 * moved.to(trainable.parameter))
         yield
     finally:
         with torch.no_grad():
-            for slot, value in zip(capture.slots, saved, strict=True):
-                slot.parameter.copy_(value)
-                slot.parameter.grad = None
-            for name, buffer in capture.model.named_buffers():
+            for trainable, value in zip(trainables, saved, strict=True):
+                trainable.parameter.copy_(value)
+                trainable.parameter.grad = None
+            for name, buffer in model.named_buffers():
                 if name in buffers and buffers[name].shape == buffer.shape:
                     buffer.copy_(buffers[name])
-        capture.model.train(was_training)
+        model.train(was_training)
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but for quantized layers: on a CPU bitsandbytes packs these at an evaluation, and no gradient
-    passes them afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for module, _ in modes:
-        if any(not parameter.is_floating_point() for parameter in module.parameters(recurse=False)):
-            module.training = True
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def in_precision(tensors: list[Tensor], dtype: torch.dtype):
-    """Parameters and buffers in a higher precision, which changes no value, and back."""
+def in_precision(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[None]:
+    """Convert parameters and buffers to a higher precision, which changes no value, and back."""
     saved = [(tensor, tensor.data) for tensor in tensors]
     try:
         for tensor in tensors:
@@ -71,32 +57,36 @@ def in_precision(tensors: list[Tensor], dtype: torch.dtype):
 
 
 class NoRandomness(TorchDispatchMode):
-    """Every random operation of PyTorch, numpy and Python comes to a constant (:mod:`dpft.gradients.stand_ins`).
+    """Every random operation of PyTorch, numpy and Python returns a constant (:mod:`.stand_ins`).
+
+    It marks each functional module that draws random numbers, because a second forward pass would draw others.
 
     Attributes:
-        taken: whether one was seen. A functional site that takes chances is marked, because differentiating it again
-            would draw others.
+        seen: whether a random operation was called.
 
     Raises:
-        GuaranteeError: from a forward pass with a generator of its own, or with an operation that has no stand-in.
+        GuaranteeError: from a forward pass with a generator of its own, or with an operation that has no constant.
     """
 
     def __init__(self, capture: Capture, draw: Draw) -> None:
         super().__init__()
         self._capture, self._draw = capture, draw
-        self.taken = False
+        self.seen = False
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         given = _by_name(func, args, kwargs)
-        if "dropout_p" in given:  # of attention; its backward pass is told the same
-            self._take(given["dropout_p"] > 0)
+        if "dropout_p" in given:  # of attention; its backward pass gets the same value
+            if given["dropout_p"] > 0:
+                self._note()
             return func(**_renamed(func, {**given, "dropout_p": 0.0}))
         if given.get("train") is False or given.get("training") is False:
             return func(*args, **kwargs)
-        self._take()
+        self._note()
         name = func._schema.name.partition("::")[2]
         if given.get("generator") is not None:
             raise GuaranteeError(
@@ -110,30 +100,30 @@ class NoRandomness(TorchDispatchMode):
         if name.startswith("rrelu_with_noise"):
             slope = given["lower"] + self._draw.uniform * (given["upper"] - given["lower"])
             given["noise"].copy_(torch.where(given["self"] <= 0, slope, 1.0))
-            made = given["self"] * given["noise"]
-            return given["self"].copy_(made) if name.endswith("_") else made
+            result = given["self"] * given["noise"]
+            return given["self"].copy_(result) if name.endswith("_") else result
         found = stand_in(name, given, self._draw, func(*args, **kwargs))
         if found is None:
             refused(name)()
         return found
 
-    def _take(self, chance: bool = True) -> None:
-        self.taken = self.taken or chance
-        for site in self._capture.inside if chance else ():
-            site.random = True
+    def _note(self) -> None:
+        self.seen = True
+        for hooked in self._capture.running:
+            hooked.random = True
 
     @classmethod
     @contextmanager
     def of(cls, capture: Capture, draw: Draw) -> Iterator["NoRandomness"]:
-        """All three at once."""
+        """The constants for all three libraries at once."""
         with ExitStack() as stack:
             mode = cls(capture, draw)
-            stack.enter_context(python_and_numpy(draw, mode._take))
+            stack.enter_context(python_and_numpy(draw, mode._note))
             stack.enter_context(mode)
             yield mode
 
 
-def _by_name(func, args: tuple, kwargs: dict) -> dict:
+def _by_name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """An operation's arguments by their names, defaults included."""
     given = {}
     for i, argument in enumerate(func._schema.arguments):
@@ -141,6 +131,6 @@ def _by_name(func, args: tuple, kwargs: dict) -> dict:
     return given
 
 
-def _renamed(func, given: dict) -> dict:
+def _renamed(func: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """All of an operation's arguments as keywords."""
     return {argument.name: given[argument.name] for argument in func._schema.arguments}

@@ -12,7 +12,7 @@ from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.pld.common import DifferentialPrivacyParameters
 
 from dpft.privacy import accounting
-from dpft.privacy.accounting import Adjacency
+from dpft.privacy.adjacency import Adjacency
 from dpft.privacy.events import Event, merged, to_dp_event
 
 __all__ = ["Event", "epsilon", "epsilon_rdp", "merged", "reference"]
@@ -64,6 +64,6 @@ def _reference_loss(event: Event, adjacency: Adjacency, grid: float):
             event.noise_multiplier,
             sampling_prob=event.sample_rate,
             value_discretization_interval=grid,
-            neighboring_relation=accounting.ADJACENCY[adjacency],
+            neighboring_relation=accounting.RELATION[adjacency],
         )
     return one.self_compose(event.count) if event.count > 1 else one

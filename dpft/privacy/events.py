@@ -13,10 +13,12 @@ neither, and its sample rate is 1 where nothing is sampled.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-
-from dp_accounting import dp_event
+from typing import TYPE_CHECKING
 
 from dpft.errors import PlanError
+
+if TYPE_CHECKING:  # where it runs, it is imported on first use, because it takes a second
+    from dp_accounting.dp_event import DpEvent
 
 VERSION = 2  # of the dictionary
 SAMPLED, GAUSSIAN, STATED = "poisson_sampled_gaussian", "gaussian", "stated"
@@ -134,7 +136,7 @@ class Event:
         return cls(count, **figures, name=name)
 
     @property
-    def dp_event(self) -> dp_event.DpEvent:
+    def dp_event(self) -> "DpEvent":
         """The release as dp-accounting sees it.
 
         Raises:
@@ -145,6 +147,8 @@ class Event:
                 f"Of a release only ε = {self.epsilon:g} and δ = {self.delta:g} are known, which is no mechanism: "
                 "compose it by dpft.privacy.composition."
             )
+        from dp_accounting import dp_event
+
         step = dp_event.GaussianDpEvent(self.noise_multiplier)
         if self.sample_rate < 1:
             step = dp_event.PoissonSampledDpEvent(self.sample_rate, step)
@@ -160,20 +164,24 @@ def merged(events: Iterable[Event]) -> tuple[Event, ...]:
     return tuple(sorted((event.times(n) for event, n in counts.items() if n), key=order))
 
 
-def to_dp_event(events: Iterable[Event]) -> dp_event.DpEvent:
+def to_dp_event(events: Iterable[Event]) -> "DpEvent":
     """All ``events`` together, as dp-accounting sees them.
 
     Raises:
         PlanError: of one only its ε and δ are known.
     """
+    from dp_accounting import dp_event
+
     parts = tuple(event.dp_event for event in events if event.count)
     if len(parts) == 1:
         return parts[0]
     return dp_event.ComposedDpEvent(parts) if parts else dp_event.NoOpDpEvent()
 
 
-def from_dp_event(event: dp_event.DpEvent) -> tuple[Event, ...] | None:
+def from_dp_event(event: "DpEvent") -> tuple[Event, ...] | None:
     """The event as dpft records releases; None if it is none of dpft's."""
+    from dp_accounting import dp_event
+
     match event:
         case dp_event.NoOpDpEvent():
             return ()

@@ -6,8 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from dpft.errors import PlanError
-from dpft.privacy import accounting, calibration
-from dpft.privacy.accounting import ADJACENCY, Adjacency
+from dpft.privacy.adjacency import ADJACENCIES, Adjacency
 from dpft.privacy.clipping import Clip
 from dpft.privacy.delta import check_delta
 from dpft.privacy.events import Event, to_dp_event
@@ -79,7 +78,9 @@ class Plan:
             f"units is {self.units}: declare how many units the data set has, at least 1.",
         )
         check_delta(self.delta, self.units)
-        require(self.adjacency in ADJACENCY, f"adjacency is {self.adjacency!r}: choose one of {', '.join(ADJACENCY)}.")
+        require(
+            self.adjacency in ADJACENCIES, f"adjacency is {self.adjacency!r}: choose one of {', '.join(ADJACENCIES)}."
+        )
 
     @property
     def noise_multiplier(self) -> float:
@@ -146,6 +147,8 @@ class Plan:
     @cached_property
     def epsilon_rdp(self) -> float:
         """The second opinion: ε of the whole run by Rényi DP."""
+        from dpft.privacy import accounting  # here, because it imports SciPy
+
         return accounting.epsilon_rdp(to_dp_event(self.events()), self.delta, self.adjacency)
 
     def sampler(self, randomness: "Randomness") -> PoissonSampler:
@@ -225,6 +228,8 @@ class Plan:
         if noise_multiplier is None:
             plan = cls(noise_multiplier=1.0, steps=steps, **facts)
             return replace(plan, mechanism=plan.mechanism.calibrated(epsilon, plan.delta, plan.adjacency))
+        from dpft.privacy import calibration  # here, because it imports SciPy
+
         plan = cls(noise_multiplier=noise_multiplier, steps=1, **facts)
         return replace(plan, mechanism=calibration.steps_for(plan.mechanism, epsilon, plan.delta, plan.adjacency))
 

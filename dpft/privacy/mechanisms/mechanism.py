@@ -20,8 +20,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from dpft.errors import PlanError
-from dpft.privacy import accounting, calibration, clipping, composition
-from dpft.privacy.accounting import Adjacency
+from dpft.privacy import clipping
+from dpft.privacy.adjacency import Adjacency
 from dpft.privacy.clipping import Clip
 from dpft.privacy.events import Event, to_dp_event
 from dpft.privacy.sampling import PoissonSampler
@@ -105,6 +105,8 @@ class Mechanism(ABC):
         events = self.events(steps)
         if not events:
             return 0.0
+        from dpft.privacy import accounting, composition  # here, because they import SciPy
+
         if not exact:
             return composition.epsilon(events, delta, adjacency)
         return accounting.epsilon(to_dp_event(events), delta, adjacency)
@@ -120,6 +122,8 @@ class Mechanism(ABC):
         Raises:
             PlanError: no noise reaches it.
         """
+        from dpft.privacy import calibration  # here, because it imports SciPy
+
         return calibration.noise_for(self, epsilon, delta, adjacency)
 
     # -- what happens --------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Fixtures that many tests share; what they are made of is in tests/support."""
 
+import gc
+
 import pytest
 
 from tests.support.recipes import classifier_in, language_in
@@ -7,6 +9,12 @@ from tests.support.zoo import Case
 
 # Programs and plug-ins that tests run: to collect doctests would import them.
 collect_ignore = ["data/make.py", "tasks/plugin_copied.py", "mutants/run.py"]
+
+
+def pytest_collection_finish():
+    """What was imported stays, so the garbage collector need not look through all of it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from dpft.errors import PlanError
 from dpft.ledger import Dataset, Ledger
 from dpft.ledger.verify import verify
 from dpft.privacy import accounting, composition
-from dpft.privacy.accounting import Adjacency
+from dpft.privacy.adjacency import Adjacency
 from dpft.privacy.delta import too_large
 from dpft.privacy.events import Event
 from dpft.privacy.rounding import rounded_up

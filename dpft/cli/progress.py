@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from dpft.privacy.plan import Plan
 from dpft.privacy.rounding import rounded_up
 
 MARKS = 20  # ε is computed at so many points of a run; between them the next one, an upper bound, is shown
@@ -65,22 +66,27 @@ class _Callback(TrainerCallback):
             return
         done, plan = engine.steps_released, engine.plan
         rate = (state.global_step - self._first) * plan.expected_batch_size / (time.monotonic() - self._started)
-        self._bar.update(total=plan.steps, completed=done, spent=f"{self._spent(done)}  {rate:,.0f} examples/s")
+        self._show(done, plan, engine.randomness.private, f"  {rate:,.0f} examples/s")
 
     def watch(self, engine) -> None:
         """Called by the trainer with the engine whose budget is shown."""
         self._engine = engine
 
+    def released(self, done: int, plan: Plan, private: bool) -> None:
+        """Called before a release that is none of an engine's."""
+        self._show(done, plan, private)
+
     def say(self, text: str) -> None:
         """Called by the trainer before work that takes a while and is no step."""
         self._bar.update(spent=text)
 
-    def _spent(self, done: int) -> str:
-        engine = self._engine
-        if not engine.randomness.private or engine.plan.noise_multiplier == 0:
-            return "NOT PRIVATE"
-        every = max(1, engine.plan.steps // MARKS)
-        mark = min(engine.plan.steps, -(-done // every) * every)
+    def _show(self, done: int, plan: Plan, private: bool, more: str = "") -> None:
+        spent = self._spent(done, plan) if private and plan.noise_multiplier else "NOT PRIVATE"
+        self._bar.update(total=plan.steps, completed=done, spent=f"{spent}{more}")
+
+    def _spent(self, done: int, plan: Plan) -> str:
+        every = max(1, plan.steps // MARKS)
+        mark = min(plan.steps, -(-done // every) * every)
         if mark not in self._marks:
-            self._marks[mark] = engine.plan.epsilon_after(mark, exact=False)
+            self._marks[mark] = plan.epsilon_after(mark, exact=False)
         return f"ε ≤ {rounded_up(self._marks[mark])}"

@@ -24,7 +24,7 @@ from dpft.errors import LedgerError, PlanError
 from dpft.ledger.chain import GENESIS, End, Entry, Facts, hash_of, head_text, signed
 from dpft.ledger.fingerprint import Fingerprint, Stored
 from dpft.privacy import composition
-from dpft.privacy.accounting import ADJACENCY, Adjacency
+from dpft.privacy.adjacency import ADJACENCIES, Adjacency
 from dpft.privacy.events import Event, merged
 
 AMENDABLE = frozenset({"epsilon", "expires", "spenders"})  # of a policy; what else it says is how releases are priced
@@ -212,8 +212,8 @@ def checked_policy(policy: Policy) -> Policy:
         raise PlanError(f"epsilon is {policy['epsilon']}: a budget must be a positive number, such as 8.")
     if not 0 < policy["delta"] < 1:
         raise PlanError(f"delta is {policy['delta']}, and a probability must be between 0 and 1: choose such as 1e-6.")
-    if policy["adjacency"] not in ADJACENCY:
-        raise PlanError(f"adjacency is {policy['adjacency']!r}: choose one of {', '.join(ADJACENCY)}.")
+    if policy["adjacency"] not in ADJACENCIES:
+        raise PlanError(f"adjacency is {policy['adjacency']!r}: choose one of {', '.join(ADJACENCIES)}.")
     return policy
 
 

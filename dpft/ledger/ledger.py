@@ -23,7 +23,7 @@ from dpft.ledger.chain import End, Entry, Facts, Key, head_text
 from dpft.ledger.dataset import SHARES, Dataset
 from dpft.ledger.fingerprint import SHARED, Fingerprint, in_tenths, overlap
 from dpft.ledger.store import Store, data_folder, default_url
-from dpft.privacy.accounting import Adjacency
+from dpft.privacy.adjacency import Adjacency
 from dpft.privacy.delta import too_large
 
 # By how much two machines' clocks may differ. Entries' times are rounded down to the hour, because the time between two

@@ -6,6 +6,7 @@ SQLite runs with a write-ahead log that is flushed at every commit.
 """
 
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +88,7 @@ class Store:
             self._sqlite = self.url.get_backend_name() == "sqlite"
             options = {"timeout": WAIT_SECONDS} if self._sqlite else {"connect_timeout": 10}
             self._engine = sa.create_engine(self.url, connect_args=options, pool_pre_ping=not self._sqlite)
+        weakref.finalize(self, self._engine.dispose)  # nobody need close a ledger: its connections go when it goes
         if self._sqlite:
             sa.event.listen(self._engine, "connect", _flush_every_commit)
             sa.event.listen(self._engine, "begin", _lock_if_writing)

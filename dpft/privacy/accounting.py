@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Literal
 
 import dp_accounting
 from dp_accounting import dp_event
@@ -23,11 +22,11 @@ from dp_accounting.rdp import RdpAccountant
 
 from dpft.errors import PlanError
 from dpft.privacy import convolution, gaussian
+from dpft.privacy.adjacency import Adjacency
 from dpft.privacy.convolution import AGREEMENT, REMAINS
 from dpft.privacy.events import Event, from_dp_event, merged, parted, to_dp_event
 
-Adjacency = Literal["add-or-remove-one", "replace-one", "zero-out"]
-ADJACENCY = {
+RELATION = {
     "add-or-remove-one": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
     "replace-one": dp_accounting.NeighboringRelation.REPLACE_ONE,
     "zero-out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
@@ -145,7 +144,7 @@ def epsilon_rdp(event: dp_event.DpEvent, delta: float, adjacency: Adjacency = "a
         if events is None or any(e.sample_rate != 1 for e in events):
             return math.inf
         event = to_dp_event(_half_the_noise(events))
-    accountant = RdpAccountant(neighboring_relation=ADJACENCY[adjacency])
+    accountant = RdpAccountant(neighboring_relation=RELATION[adjacency])
     if not accountant.supports(event):
         return math.inf
     return float(accountant.compose(event).get_epsilon(delta))
@@ -208,7 +207,7 @@ def detection_rates(
 
 @lru_cache(maxsize=64)
 def _pld(event: dp_event.DpEvent, adjacency: Adjacency, interval: float) -> PLDAccountant:
-    accountant = PLDAccountant(ADJACENCY[adjacency], value_discretization_interval=interval)
+    accountant = PLDAccountant(RELATION[adjacency], value_discretization_interval=interval)
     if not accountant.supports(event):
         raise PlanError(f"{event} has no privacy loss distribution under {adjacency}: use add-or-remove-one.")
     return accountant.compose(event)

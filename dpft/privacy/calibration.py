@@ -10,7 +10,7 @@ from dpft.privacy import gaussian
 from dpft.privacy.rounding import rounded_up
 
 if TYPE_CHECKING:
-    from dpft.privacy.accounting import Adjacency
+    from dpft.privacy.adjacency import Adjacency
     from dpft.privacy.mechanisms.mechanism import Mechanism
 
 M = TypeVar("M", bound="Mechanism")

@@ -12,7 +12,7 @@ from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.pld.common import DifferentialPrivacyParameters
 
 from dpft.privacy import accounting
-from dpft.privacy.accounting import Adjacency
+from dpft.privacy.adjacency import Adjacency
 from dpft.privacy.events import Event, Stated, merged, parted, to_dp_event
 
 __all__ = ["Event", "epsilon", "epsilon_rdp", "merged", "reference"]
@@ -67,6 +67,6 @@ def _reference_loss(
             figures.noise_multiplier,
             sampling_prob=figures.sample_rate,
             value_discretization_interval=grid,
-            neighboring_relation=accounting.ADJACENCY[adjacency],
+            neighboring_relation=accounting.RELATION[adjacency],
         )
     return one.self_compose(event.count) if event.count > 1 else one

@@ -13,11 +13,12 @@ neither, and its sample rate is 1 where nothing is sampled.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
-
-from dp_accounting import dp_event
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpft.errors import PlanError
+
+if TYPE_CHECKING:  # where it runs, it is imported on first use, because it takes a second
+    from dp_accounting.dp_event import DpEvent
 
 VERSION = 2  # of the dictionary
 SAMPLED, GAUSSIAN, STATED = "poisson_sampled_gaussian", "gaussian", "stated"
@@ -152,7 +153,7 @@ class Event:
         return cls(count, **figures, name=name)
 
     @property
-    def dp_event(self) -> dp_event.DpEvent:
+    def dp_event(self) -> "DpEvent":
         """The release as dp-accounting sees it.
 
         Raises:
@@ -164,6 +165,8 @@ class Event:
                 f"Of a release only ε = {figures.epsilon:g} and δ = {figures.delta:g} are known, which is no "
                 "mechanism: compose it by dpft.privacy.composition."
             )
+        from dp_accounting import dp_event
+
         step = dp_event.GaussianDpEvent(figures.noise_multiplier)
         if figures.sample_rate < 1:
             step = dp_event.PoissonSampledDpEvent(figures.sample_rate, step)
@@ -191,20 +194,24 @@ def parted(events: Iterable[Event]) -> tuple[list[tuple[Gaussian, int]], list[tu
     return gaussians, stated
 
 
-def to_dp_event(events: Iterable[Event]) -> dp_event.DpEvent:
+def to_dp_event(events: Iterable[Event]) -> "DpEvent":
     """All ``events`` together, as dp-accounting sees them.
 
     Raises:
         PlanError: of one only its ε and δ are known.
     """
+    from dp_accounting import dp_event
+
     parts = tuple(event.dp_event for event in events if event.count)
     if len(parts) == 1:
         return parts[0]
     return dp_event.ComposedDpEvent(parts) if parts else dp_event.NoOpDpEvent()
 
 
-def from_dp_event(event: dp_event.DpEvent) -> tuple[Event, ...] | None:
+def from_dp_event(event: "DpEvent") -> tuple[Event, ...] | None:
     """The event as dpft records releases; None if it is none of dpft's."""
+    from dp_accounting import dp_event
+
     match event:
         case dp_event.NoOpDpEvent():
             return ()

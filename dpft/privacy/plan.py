@@ -6,12 +6,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dpft.errors import PlanError
-from dpft.privacy import accounting, calibration
-from dpft.privacy.accounting import ADJACENCY, Adjacency
+from dpft.privacy.adjacency import ADJACENCIES, Adjacency
 from dpft.privacy.clipping import Clip
 from dpft.privacy.delta import check_delta
 from dpft.privacy.events import Event, to_dp_event
-from dpft.privacy.mechanisms.mechanism import Mechanism, made, require
+from dpft.privacy.mechanisms.mechanism import Mechanism, made, require, samples
 from dpft.privacy.rounding import rounded_up
 from dpft.privacy.sampling import PoissonSampler
 
@@ -79,7 +78,9 @@ class Plan:
             f"units is {self.units}: declare how many units the data set has, at least 1.",
         )
         check_delta(self.delta, self.units)
-        require(self.adjacency in ADJACENCY, f"adjacency is {self.adjacency!r}: choose one of {', '.join(ADJACENCY)}.")
+        require(
+            self.adjacency in ADJACENCIES, f"adjacency is {self.adjacency!r}: choose one of {', '.join(ADJACENCIES)}."
+        )
 
     @property
     def noise_multiplier(self) -> float:
@@ -150,6 +151,8 @@ class Plan:
     @cached_property
     def epsilon_rdp(self) -> float:
         """The second opinion: ε of the whole run by Rényi DP."""
+        from dpft.privacy import accounting  # here, because it imports SciPy
+
         return accounting.epsilon_rdp(to_dp_event(self.events()), self.delta, self.adjacency)
 
     def sampler(self, randomness: "Randomness") -> PoissonSampler:
@@ -205,13 +208,19 @@ class Plan:
         >>> Plan.calibrate(epsilon=3, delta=1e-6, units=50_000, batch_size=256, epochs=3).steps
         586
         """
-        sample_rate = _sample_rate(sample_rate, units, batch_size)
+        facts: dict[str, Any] = dict(units=units, delta=delta, **fields)
+        if samples(fields.get("mechanism", "dp-sgd")):
+            facts["sample_rate"] = sample_rate = _sample_rate(sample_rate, units, batch_size)
+        else:
+            require(
+                sample_rate is batch_size is epochs is None,
+                "The mechanism takes every unit in every step: give steps, and no rate, batch size or epochs.",
+            )
         if epochs is not None:
             require(steps is None, "Both steps and epochs are given, and each sets the other: keep one.")
             require(0 < epochs < math.inf, f"epochs is {epochs}: train for a positive number of passes.")
-            require(sample_rate > 0, f"sample_rate is {sample_rate}: draw some units.")
-            steps = math.ceil(round(epochs / sample_rate, 9))
-        facts = dict(sample_rate=sample_rate, units=units, delta=delta, **fields)
+            require((sample_rate or 0) > 0, f"sample_rate is {sample_rate}: draw some units.")
+            steps = math.ceil(round(epochs / (sample_rate or 1), 9))
         given = {"epsilon": epsilon, "noise_multiplier": noise_multiplier, "steps (or epochs)": steps}
         missing = [name for name, value in given.items() if value is None]
         if len(missing) != 1:
@@ -229,6 +238,8 @@ class Plan:
         if noise_multiplier is None:
             plan = cls(noise_multiplier=1.0, steps=steps, **facts)
             return plan.changed(mechanism=plan.mechanism.calibrated(epsilon, plan.delta, plan.adjacency))
+        from dpft.privacy import calibration  # here, because it imports SciPy
+
         plan = cls(noise_multiplier=noise_multiplier, steps=1, **facts)
         return plan.changed(mechanism=calibration.steps_for(plan.mechanism, epsilon, plan.delta, plan.adjacency))
 

@@ -12,6 +12,8 @@ import numpy as np
 if TYPE_CHECKING:  # a plan is made in a second; PyTorch takes two to import
     from dpft.privacy.noise import Randomness
 
+ALL = 1 << 62  # of a unit's examples: as many as it has
+
 
 @dataclass(frozen=True)
 class PoissonSampler:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -14,6 +14,7 @@ from dpft.recipe import toml
 from dpft.recipe.paths import PATHS, check_path, expanded_path, listed
 from dpft.recipe.tables import (
     CLIP_SETTINGS,
+    HEAD_STEPS,
     BaselineTable,
     DataTable,
     LedgerTable,
@@ -26,6 +27,9 @@ from dpft.recipe.tables import (
     TaskTable,
     by_its_task,
 )
+
+if TYPE_CHECKING:
+    from dpft.subset import Subset
 
 
 class Recipe(Table):
@@ -65,17 +69,60 @@ class Recipe(Table):
                     f"data.public names the private file {shared[0]}, whose gradients would be released un-noised: "
                     "name public data"
                 )
-        if self.privacy.batch_size > self.data.units:
-            raise ValueError(
-                f"privacy.batch_size is {self.privacy.batch_size:,} of {self.data.units:,} units: expect at most all "
-                "of them"
-            )
+        self._check_dp_sgd() if self.method == "dp-sgd" else self._check_head(subset)
         check_delta(self.privacy.delta, self.data.units, subject="privacy.delta")
         if self.data.examples_per_unit > 1 and self.data.unit == "example":
             raise ValueError(
                 "data.examples_per_unit is above 1, but each example is its own unit: name the unit column in data.unit"
             )
         return self
+
+    @property
+    def method(self) -> str:
+        """The privacy table's method, ``auto`` resolved."""
+        if self.privacy.method != "auto":
+            return self.privacy.method
+        return "dp-sgd" if self.privacy.batch_size is not None or self.subset.strip() != "head" else "head-descent"
+
+    @property
+    def learns_head(self) -> bool:
+        """Whether a head is learned by itself, from sums over all units."""
+        return self.method != "dp-sgd"
+
+    def _check_dp_sgd(self) -> None:
+        privacy = self.privacy
+        if privacy.batch_size is None:
+            raise ValueError(
+                "privacy.batch_size is missing, without which only subset = 'head' can train: add it, and steps or "
+                "epochs"
+            )
+        if (privacy.steps is None) == (privacy.epochs is None):
+            raise ValueError("privacy needs steps or epochs, one of them, and the other follows")
+        if privacy.batch_size > self.data.units:
+            raise ValueError(
+                f"privacy.batch_size is {privacy.batch_size:,} of {self.data.units:,} units: expect at most all of them"
+            )
+
+    def _check_head(self, subset: "Subset") -> None:
+        """A head's sums are over all units and all of their rows, and nothing else trains."""
+        if str(subset) != "head":
+            raise ValueError(
+                f"privacy.method is {self.method!r}, which learns the head alone, and subset is {self.subset!r}: train "
+                "subset = 'head', or choose method = 'dp-sgd'"
+            )
+        unused = {
+            "privacy.batch_size": self.privacy.batch_size is not None,
+            "privacy.epochs": self.privacy.epochs is not None,
+            "privacy.clipping": self.privacy.clipping != "flat",
+            "data.examples_per_unit": self.data.examples_per_unit != 1,
+            "data.unit_gradient": self.data.unit_gradient != "mean",
+            "optimizer": self.optimizer != OptimizerTable(),
+        }
+        for key in (key for key, is_set in unused.items() if is_set):
+            raise ValueError(
+                f"{key} is set, which privacy.method = {self.method!r} does not use, because each step is over all "
+                "rows of all units: remove it, or choose method = 'dp-sgd'"
+            )
 
     @classmethod
     def read(cls, path: Path | str, overrides: tuple[str, ...] = ()) -> "Recipe":
@@ -102,6 +149,18 @@ class Recipe(Table):
         """The plan, calibrated; takes seconds when ε is the target."""
         privacy, data = self.privacy, self.data
         try:
+            if self.learns_head:
+                return Plan.calibrate(
+                    epsilon=privacy.epsilon,
+                    noise_multiplier=privacy.noise_multiplier,
+                    delta=privacy.delta,
+                    units=data.units,
+                    steps=privacy.steps or HEAD_STEPS,
+                    mechanism=self.method,
+                    clip=privacy.clip,
+                    adjacency=privacy.adjacency,
+                    unit=data.unit,
+                )
             return Plan.calibrate(
                 epsilon=privacy.epsilon,
                 noise_multiplier=privacy.noise_multiplier,

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dpft.privacy.accounting import Adjacency
+from dpft.privacy.adjacency import Adjacency
 from dpft.privacy.clipping import AutoClip, Clip, FlatClip, PerLayerClip, Shares
 from dpft.values import Column
 
@@ -15,6 +15,10 @@ CLIP_SETTINGS = {  # of the privacy table, and the clipping that uses each
     "clip_rate": "adaptive",
     "clip_budget": "adaptive",
 }
+
+
+HEAD_STEPS = 64  # of a head's mechanism: noise of so many releases costs what one of all of them would
+Method = Literal["auto", "dp-sgd", "head-descent", "head-prototypes", "head-least-squares"]
 
 
 class Table(BaseModel):
@@ -114,8 +118,16 @@ class PrivacyTable(Table):
     epsilon: float | None = Field(None, gt=0, description="The target; or give noise_multiplier.")
     noise_multiplier: float | None = Field(None, ge=0, description="The noise; or give epsilon.")
     delta: float = Field(gt=0, lt=1, description="Must be below 1/units.")
-    batch_size: int = Field(ge=1, description="Expected units per step; a draw's true size is random and private.")
-    steps: int | None = Field(None, ge=1, description="Releases; or give epochs.")
+    method: Method = Field(
+        "auto",
+        description="How noise is spent: dp-sgd, or for subset = 'head' one of head-descent, head-prototypes (few "
+        "units) and head-least-squares, which learn from sums over all units; auto is dp-sgd where batch_size is "
+        "given, else head-descent.",
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="dp-sgd: expected units per step; a draw's true size is random and private."
+    )
+    steps: int | None = Field(None, ge=1, description="Releases; dp-sgd: or give epochs. A head's are 64 by default.")
     epochs: float | None = Field(None, gt=0, description="Expected passes over the data; or give steps.")
     clipping: Literal["flat", "automatic", "per-layer", "adaptive"] = Field(
         "flat",
@@ -140,8 +152,6 @@ class PrivacyTable(Table):
     def _two_of_three(self) -> Self:
         if (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("privacy needs epsilon or noise_multiplier, one of them, and the other follows")
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("privacy needs steps or epochs, one of them, and the other follows")
         return self
 
     @model_validator(mode="after")

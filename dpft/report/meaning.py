@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dpft.errors import RecipeError
 from dpft.privacy import accounting
-from dpft.privacy.accounting import Adjacency
+from dpft.privacy.adjacency import Adjacency
 from dpft.privacy.events import Event, to_dp_event
 from dpft.privacy.rounding import percent_up, rounded_up
 from dpft.recipe import Recipe

@@ -5,6 +5,7 @@
     DIR/recipe.toml       the recipe as resolved                        public
     DIR/run.json          guarantee, events, versions                   public: dpft.runs.record lists all of it
     DIR/releases.json     how many releases were charged                public
+    DIR/sums.npy          what the run of a head has released           public
     DIR/ledger.json       which run of a ledger was charged for them    public
     DIR/weights/          the adapter or the model                      public: what the guarantee is for
     DIR/card.md, .html    the privacy card                              public
@@ -50,6 +51,7 @@ class RunFolder:
         self.record_file = self.path / RECORD
         self.releases_file = self.path / RELEASES
         self.account_file = self.path / ACCOUNT
+        self.sums_file = self.path / "sums.npy"
         self.weights = self.path / "weights"
         self.model_card = self.weights / "README.md"
         self.cards = (self.path / "card.md", self.path / "card.html")

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 from pydantic.fields import FieldInfo
 
 from dpft.errors import RecipeError
-from dpft.privacy.accounting import Adjacency
+from dpft.privacy.adjacency import Adjacency
 from dpft.privacy.events import Event
 
 VERSION = 3  # 1 is of dpft 0.1, 2 of 0.2; neither is written in its file

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -24,10 +24,10 @@ class KeptSums:
 
     def __enter__(self) -> "KeptSums":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab")
+        self._file = self.path.open("ab")
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *error: object) -> None:
         assert self._file is not None
         self._file.close()
 
@@ -65,13 +65,13 @@ class KeptSums:
         """Append a released sum."""
         self._append(value.numpy())
 
-    def _append(self, value: np.ndarray) -> None:
+    def _append(self, value: np.ndarray[Any, Any]) -> None:
         assert self._file is not None
         np.save(self._file, value, allow_pickle=False)
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _read(self) -> tuple[list[np.ndarray], int]:
+    def _read(self) -> tuple[list[np.ndarray[Any, Any]], int]:
         """Every whole array of the file, and where the last one ends."""
         values, end = [], 0
         with open(self.path, "rb") as file:

@@ -2,7 +2,8 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -134,7 +135,8 @@ class ImageClassification(Task):
             if label is None:
                 raise RecipeError(f"Row {row:,} of {len(values):,} {label_fault(value, self.label, len(self.labels))}")
             try:
-                opened(picture)
+                with opened(picture):
+                    pass
             except (OSError, ValueError, TypeError) as error:
                 raise RecipeError(
                     f"Row {row:,} of {len(values):,} has no picture that can be opened in column {self.image!r} "
@@ -173,7 +175,8 @@ class ImageClassification(Task):
         from PIL import Image
 
         try:
-            picture = opened(features["image"]).convert("RGB")
+            with opened(features["image"]) as found:
+                picture = found.convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises where a file is cut off
             raise RecipeError(
                 f"A file in column {self.image!r} begins as a picture and cannot be decoded ({type(error).__name__}): "
@@ -206,8 +209,9 @@ class ImageClassification(Task):
         return {self.image: noise(random, NOISE, NOISE), self.label: self.labels[random.integers(len(self.labels))]}
 
 
-def opened(picture: Any) -> "Picture":
-    """A picture of Pillow, whose header is read and whose pixels are not.
+@contextmanager
+def opened(picture: Any) -> Iterator["Picture"]:
+    """A picture of Pillow, whose header is read and whose pixels are not; a file is closed again.
 
     Args:
         picture: a path, a file's bytes, ``{bytes, path}``, a ``data:`` URI or its bytes, or a picture of Pillow.
@@ -218,14 +222,16 @@ def opened(picture: Any) -> "Picture":
     from PIL import Image
 
     if isinstance(picture, Image.Image):
-        return picture
+        yield picture  # the caller's own
+        return
     if isinstance(picture, Mapping):
         picture = picture["path"] if picture.get("bytes") is None else picture["bytes"]
     if isinstance(picture, (bytes, bytearray)) and picture.startswith(INLINE.encode()):
         picture = picture.decode("ascii")
     if isinstance(picture, str) and picture.startswith(INLINE):
         picture = base64.b64decode(picture.partition("base64,")[2], validate=True)
-    return Image.open(io.BytesIO(picture) if isinstance(picture, (bytes, bytearray)) else picture)
+    with Image.open(io.BytesIO(picture) if isinstance(picture, (bytes, bytearray)) else picture) as found:
+        yield found
 
 
 def noise(random: np.random.Generator, width: int, height: int) -> str:

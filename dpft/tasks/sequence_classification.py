@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dpft.errors import RecipeError
 from dpft.recipe import Labels, TaskTable
 from dpft.tasks.losses import declared_class_losses, pad_features, without_labels
+from dpft.tasks.pooling import mean_pooled
 from dpft.tasks.registry import task
 from dpft.tasks.source import Source
 from dpft.tasks.task import TEXTS, Columns, Size, Task
@@ -45,6 +46,12 @@ class SequenceClassification(Task):
             description="Texts are cut after this many tokens; by default 128, or the model's positions if fewer.",
         )
 
+        pooling: Literal["auto", "mean", "model"] = Field(
+            "auto",
+            description="What the output layer is given: the mean over tokens (BERT's architectures), or what the "
+            "model's own class makes of a text; auto is the mean where the head alone is learned.",
+        )
+
         @property
         def columns(self) -> dict[str, Column]:
             return {self.text: Column("text"), self.label: Column("label", tuple(self.labels))}
@@ -71,7 +78,14 @@ class SequenceClassification(Task):
     def load(cls, settings: Settings, source: Source) -> tuple["SequenceClassification", nn.Module]:
         tokenizer = source.processor()
         task = cls(tokenizer, settings.labels, text=settings.text, label=settings.label)
-        return task, source.labelled_model("AutoModelForSequenceClassification", settings.labels, tokenizer)
+        model = source.labelled_model("AutoModelForSequenceClassification", settings.labels, tokenizer)
+        wanted = settings.pooling == "mean" or settings.pooling == "auto" and source.head_alone
+        if wanted and not mean_pooled(model) and settings.pooling == "mean":
+            raise RecipeError(
+                f"{type(model).__name__} has another architecture than BERT, in which no block can make the mean over "
+                'tokens: set task.pooling = "model".'
+            )
+        return task, model
 
     def save(self, folder: Path | str) -> None:
         self.tokenizer.save_pretrained(folder)

@@ -16,11 +16,13 @@ class Source:
         path: a folder, or a name on a hub.
         revision: the hub's.
         options: what every model's ``from_pretrained`` is given: type, quantization.
+        head_alone: whether nothing but the output layer will train, so that what it is given may be chosen.
     """
 
     path: str
     revision: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    head_alone: bool = False
 
     def processor(self, kind: str = "AutoTokenizer", **options: Any) -> Any:
         """The tokenizer, or what else of transformers (``"AutoImageProcessor"``) prepares the data."""

@@ -175,6 +175,12 @@ class Task(ABC):
     likelihoods: ClassVar[Callable[[Any, nn.Module, Mapping[str, Tensor]], Sequence[Tensor]] | None] = None
 
 
+def made_up(task: Task) -> Batch:
+    """The task's made-up rows as one batch."""
+    encoded = task.encode(task.examples())
+    return task.collate(encoded.features if isinstance(encoded, Encoded) else encoded)
+
+
 class MeanLoss:
     """The mean of the examples' losses."""
 

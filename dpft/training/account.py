@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from dataclasses import replace
+from itertools import accumulate, takewhile
 from pathlib import Path
 
 from dpft.errors import BudgetError, GuaranteeError, LedgerError
@@ -74,17 +75,25 @@ class Account:
             BudgetError: not one more release fits.
             LedgerError: the ledger cannot be written.
         """
-        block = min(math.ceil(self.plan.steps / BLOCKS), self.plan.steps - self.covered)
+        block = self._whole(math.ceil(self.plan.steps / BLOCKS), least=True)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text(json.dumps(self.facts), encoding="utf-8")
         try:
             self.run.charge(block)
         except BudgetError:
-            block = min(block, self.dataset.most_steps(self.plan))
+            block = self._whole(min(block, self.dataset.most_steps(self.plan)), least=False)
             if not block:
                 raise
             self.run.charge(block)
         self.covered += block
+
+    def _whole(self, steps: int, *, least: bool) -> int:
+        """The least number of steps from ``steps`` on, or the most up to it, that ends with one of the mechanism's
+        rounds."""
+        ends = (end - self.covered for end in accumulate(self.plan.mechanism.rounds) if end > self.covered)
+        if least:
+            return next((end for end in ends if end >= steps), self.plan.steps - self.covered)
+        return max(takewhile(lambda end: end <= steps, ends), default=0)
 
     def check(self, number: int) -> None:
         """To be called before release ``number``; raises GuaranteeError: it has not been paid for."""

@@ -57,7 +57,7 @@ def features_of(model: nn.Module, head: OutputLayer, batch: Mapping[str, Tensor]
     ((given, output),) = seen
     places = _places(output, logits)
     if places is None:
-        raise SubsetError(f"{head.name} does not make the logits of every example: choose privacy.method = \"dp-sgd\".")
+        raise SubsetError(f'{head.name} does not make the logits of every example: choose privacy.method = "dp-sgd".')
     if given.dim() == 3:
         given = given[torch.arange(len(given), device=given.device), places]
     return given.float().cpu()

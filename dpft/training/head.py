@@ -2,21 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from dpft.errors import BudgetError, RecipeError
-from dpft.gradients.determinism import evaluating
+from dpft.gradients.evaluating import evaluating
 from dpft.privacy.mechanisms.linear_head import Head, LinearHead, Rows, Sums
 from dpft.runs.sums import KeptSums
 from dpft.tasks.losses import class_losses, without_labels
 from dpft.tasks.own_loss import check_own_loss
+from dpft.tasks.task import made_up
 from dpft.training.batches import EVALUATION_TOKENS, check_units, cut
 from dpft.training.features import OutputLayer, check_isolated, features_of, output_layer
-from dpft.training.session import Session
+from dpft.training.session import Session, trainable
 
 
 class HeadSession(Session):
@@ -26,7 +24,7 @@ class HeadSession(Session):
         session.solve()                # the model's own output layer now holds the head
         print(session.guarantee)
 
-    Everything but the output layer stays as it is; whether it requires a gradient does not matter.
+    Everything but the output layer stays as it is.
 
     Args:
         plan: its mechanism is a head's, such as ``Plan.calibrate(mechanism="head-descent", steps=64, ...)``.
@@ -41,6 +39,11 @@ class HeadSession(Session):
     def released(self) -> int:
         """As how many steps what was released counts."""
         return self.releases.charged
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Of the output layer."""
+        return sum(parameter.numel() for _, parameter in trainable(self.model))
 
     @property
     def guarantee(self) -> str:
@@ -79,7 +82,7 @@ class HeadSession(Session):
                     known=known,
                     keep=kept.keep,
                 )
-                found = mechanism.fit(rows, sums, self.plan.units)
+                found = mechanism.fit(rows, sums, round(self.plan.expected_batch_size))
             put(head, found)
         return head
 
@@ -109,7 +112,7 @@ class HeadSession(Session):
         if self.account is not None:
             self.account.check(last)
         self.releases.charge(last, steps)
-        self.options.tell("released", last, self.plan)
+        self.options.tell("released", last, self.plan, self.randomness.private)
 
     def _checked(self, checks: Sequence[Callable[[], None]]) -> OutputLayer:
         """The output layer, when all that could fail was tried; nothing was paid for."""
@@ -123,8 +126,8 @@ class HeadSession(Session):
             one_label = labels.dim() == 1 and not labels.is_floating_point()
             if not one_label or not torch.allclose(self.losses(batch), class_losses(logits, labels), rtol=1e-3):
                 raise RecipeError(
-                    f"{type(self.task).__name__} does not learn one label for each example by cross-entropy, and a head "
-                    'by itself learns nothing else: choose privacy.method = "dp-sgd".'
+                    f"{type(self.task).__name__} does not learn one label for each example by cross-entropy, and a "
+                    'head by itself learns nothing else: choose privacy.method = "dp-sgd".'
                 )
             check_isolated(lambda few: features_of(self.model, head, self.collated(few)), some)
         for check in checks:
@@ -134,7 +137,7 @@ class HeadSession(Session):
     def _rows(self, head: OutputLayer) -> Rows:
         """Every example's features and label."""
         examples = self.examples
-        made = self.task.collate(self.task.encode(self.task.examples()))
+        made = made_up(self.task)
         features = torch.empty(len(examples), head.layer.in_features)
         labels = torch.empty(len(examples), dtype=torch.long)
         done = 0

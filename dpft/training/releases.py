@@ -97,14 +97,14 @@ class Releases:
         if not self._folder.account_file.exists():
             _copy(Path(checkpoint) / ACCOUNT, self._folder.account_file)
 
-    def charge(self, number: int) -> None:
-        """Count release ``number``, the next one.
+    def charge(self, number: int, steps: int = 1) -> None:
+        """Count releases up to ``number``, the next one, or the next that counts as so many ``steps``.
 
         Raises:
             GuaranteeError: another was to come, so somebody else counts here too.
         """
         known = Count.read(self.path)
-        if number != known.charged + 1:
+        if number != known.charged + steps:
             raise GuaranteeError(
                 f"Release {number:,} was to be counted in {self._folder}, where {known.charged:,} were counted, so "
                 "two runs count in one folder: give each its own."

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dpft.recipe import Recipe
 from dpft.subset import check_room, check_savable, check_saved, outputs, save_weights
+from dpft.tasks.task import made_up
 from dpft.training.tuning import free_memory
 
 CHECKPOINTS = 3  # that lie side by side for a moment, where two are kept
@@ -21,7 +22,7 @@ class Saving:
     """
 
     def __init__(self, recipe: Recipe, task, load_base) -> None:
-        self._task, self._batch = task, task.collate(task.encode(task.examples()))
+        self._task, self._batch = task, made_up(task)
         self._checkpoints = CHECKPOINTS if recipe.run.save_steps else 0
         other = recipe.run.model_copy(
             update=dict(seed=recipe.run.seed + 1)
@@ -51,5 +52,6 @@ class Saving:
         check_saved(expected, line, folder, self._evaluate, self._load_base)
 
     def _evaluate(self, model: nn.Module) -> Tensor:
-        batch: Mapping[str, Tensor] = {key: value.to(model.device) for key, value in self._batch.items()}
+        device = next(model.parameters()).device
+        batch: Mapping[str, Tensor] = {key: value.to(device) for key, value in self._batch.items()}
         return self._task.losses(model, batch)

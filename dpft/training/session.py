@@ -249,6 +249,16 @@ class Session:
         return self._spent_engine().guarantee
 
     @property
+    def released(self) -> int:
+        """How many steps were released into this folder."""
+        return self.engine.steps_released
+
+    @property
+    def trainable_parameters(self) -> int | None:
+        """How many numbers train; None before the proof."""
+        return self.preflight.trainable_parameters if self.preflight else None
+
+    @property
     def spent(self) -> float | None:
         """ε of what was released, as a progress bar shows it; None where nothing was, or nothing that is private."""
         engine = self._engine

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from dpft.privacy.sampling import ALL
 from dpft.recipe import Recipe
 from dpft.runs.folder import RunFolder, today
 from dpft.runs.record import AccountFacts, ClipFacts, MechanismFacts, RunRecord
@@ -21,7 +22,7 @@ def write(
     folder: RunFolder, recipe: Recipe, session: "Session", loading: str, metrics: dict | None, interrupted: bool
 ) -> None:
     """The run's record. Un-noised metrics go to ``private/`` unless the validation data are public."""
-    plan, released = session.plan, session.engine.steps_released
+    plan, released = session.plan, session.released
     private = session.randomness.private and plan.noise_multiplier > 0
     public = recipe.data.validation_is_public
     found = None if metrics is None else {name.removeprefix("eval_"): value for name, value in metrics.items()}
@@ -33,7 +34,7 @@ def write(
         delta=plan.delta,
         unit=plan.unit,
         units=plan.units,
-        examples_per_unit=plan.examples_per_unit,
+        examples_per_unit=plan.examples_per_unit if plan.examples_per_unit < ALL else None,
         adjacency=plan.adjacency,
         events=plan.events(released),
         planned_steps=plan.steps,
@@ -45,7 +46,7 @@ def write(
         mechanism=MechanismFacts(**asdict(plan.mechanism.describe(released))),
         clip=ClipFacts(rule=type(plan.clip).__name__, clip_norm=plan.clip.sensitivity),
         subset=recipe.subset,
-        trainable_parameters=session.preflight.trainable_parameters if session.preflight else None,
+        trainable_parameters=session.trainable_parameters,
         all_parameters=sum(p.numel() for p in session.model.parameters()),
         weights=loading,
         metrics=(found or None) if public else None,

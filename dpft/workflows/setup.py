@@ -47,8 +47,28 @@ def set_up(recipe: Recipe, *, with_validation: bool = True) -> Setup:
     subset = Subset(recipe.subset)
     examples = Examples.encode(public, task).features if subset.needs_public_data else ()
     model = subset.apply(model, lambda some: task.losses(model, task.collate(some)), examples)
+    if recipe.learns_head:
+        only_output_layer(task, model)
     fit(task, recipe.task, model)  # again, because a prompt tuner takes positions
     return Setup(recipe, model, task, train, validation)
+
+
+def only_output_layer(task: Any, model: "nn.Module") -> None:
+    """Let the layer that makes the logits train, and nothing else.
+
+    Raises:
+        SubsetError: the model has none.
+    """
+    import torch
+
+    from dpft.gradients.evaluating import evaluating
+    from dpft.tasks.task import made_up
+    from dpft.training.features import output_layer
+
+    with evaluating(model), torch.no_grad():
+        head = output_layer(model, made_up(task))
+    model.requires_grad_(False)
+    head.layer.requires_grad_(True)
 
 
 def load_model(recipe: Recipe) -> tuple[Any, Any]:
@@ -68,7 +88,7 @@ def load_model(recipe: Recipe) -> tuple[Any, Any]:
     transformers.set_seed(recipe.run.seed)
     with quiet():
         try:
-            task, model = find(recipe.task.name).load(recipe.task, Source(path, revision, options))
+            task, model = find(recipe.task.name).load(recipe.task, Source(path, revision, options, recipe.learns_head))
         except (OSError, ValueError, ImportError) as error:
             if isinstance(error, RecipeError):
                 raise

@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from dpft.errors import BudgetError, RecipeError
 from dpft.privacy.noise import Randomness
@@ -16,6 +16,13 @@ from dpft.workflows.setup import Setup, load_model, make_trainer, set_up
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+    from dpft.training.trainer import DPTrainer
+
+
+class _Options(TypedDict):
+    randomness: Randomness | None
+    callbacks: "Sequence[TrainerCallback]"
 
 
 def train(  # noqa: PLR0913  (each is what a user types, by its name)
@@ -32,7 +39,8 @@ def train(  # noqa: PLR0913  (each is what a user types, by its name)
     """Train and leave a run folder; what the interrupt key ends early is a complete, smaller run.
 
     A folder whose run failed before its first release can be used again. One that failed later goes on with ``resume``:
-    from its last checkpoint, or, if it left none, with new weights; what was released stays counted either way.
+    from its last checkpoint, or, if it left none, with new weights; what was released stays counted either way. A head
+    goes on to the very weights that it would have had.
 
     Args:
         setup, plan: what the recipe names, where it is loaded or planned already, or with an audit's canaries.
@@ -53,13 +61,18 @@ def train(  # noqa: PLR0913  (each is what a user types, by its name)
             f"{output} holds no run that has released anything, so there is nothing to resume: start it without "
             "--resume."
         )
-    checkpoint = folder.last_checkpoint() if resume else None
     plan = plan or recipe.plan()
     setup = setup or set_up(recipe)
     from dpft.training.saving import Saving
+    from dpft.workflows.head import HeadTrainer
 
     output.mkdir(parents=True, exist_ok=True)
-    trainer = make_trainer(setup, output, randomness=randomness, callbacks=callbacks, plan=plan)
+    options: _Options = {"randomness": randomness, "callbacks": callbacks}
+    trainer: DPTrainer | HeadTrainer
+    if recipe.learns_head:
+        trainer = HeadTrainer(setup, output, plan, **options)
+    else:
+        trainer = make_trainer(setup, output, plan=plan, **options)
     session = trainer.session
     session.releases.check()
     before = session.releases.charged
@@ -68,24 +81,11 @@ def train(  # noqa: PLR0913  (each is what a user types, by its name)
         saving.try_it(setup.model, output)
     folder.write_recipe(recipe)
     started = datetime.now(UTC)
-    interrupted = False
-    try:
-        if before >= session.plan.steps and not _saved(folder, before):
-            if checkpoint is None:
-                raise BudgetError(
-                    f"All {before:,} steps of the run in {output} were released and no weights of them were saved, so "
-                    "nothing is left to go on with: start another run; runs keep checkpoints if run.save_steps is set."
-                )
-            trainer.load(str(checkpoint))  # all was released, and then it was killed before it had saved that
-        else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), from_start=resume)
-    except KeyboardInterrupt:
-        if session.releases.charged == before:  # not one step: the weights may not even be those of the checkpoint
-            raise
-        interrupted = True
-        session.engine.discard()
-        session.engine.steps_released = session.releases.charged  # a release cut short counts as well
-    interrupted = interrupted or session.engine.steps_released < session.plan.steps
+    if isinstance(trainer, HeadTrainer):
+        trainer.train(go_on=resume)
+        interrupted = False
+    else:
+        interrupted = _descend(trainer, folder, resume=resume)
     from dpft.report import write_card
 
     metrics = None
@@ -99,6 +99,29 @@ def train(  # noqa: PLR0913  (each is what a user types, by its name)
         folder.round_dates()
     saving.check(folder.weights, loading, expected)
     return output
+
+
+def _descend(trainer: "DPTrainer", folder: RunFolder, *, resume: bool) -> bool:
+    """Train, or take up weights that were trained; returns whether it ended early."""
+    session = trainer.session
+    checkpoint, before = folder.last_checkpoint() if resume else None, session.releases.charged
+    try:
+        if before >= session.plan.steps and not _saved(folder, before):
+            if checkpoint is None:
+                raise BudgetError(
+                    f"All {before:,} steps of the run in {folder} were released and no weights of them were saved, so "
+                    "nothing is left to go on with: start another run; runs keep checkpoints if run.save_steps is set."
+                )
+            trainer.load(str(checkpoint))  # all was released, and then it was killed before it had saved that
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), from_start=resume)
+    except KeyboardInterrupt:
+        if session.releases.charged == before:  # not one step: the weights may not even be those of the checkpoint
+            raise
+        session.engine.discard()
+        session.engine.steps_released = session.releases.charged  # a release cut short counts as well
+        return True
+    return session.released < session.plan.steps
 
 
 def go_on_unless_interrupted(output: Path | str) -> None:

@@ -12,6 +12,7 @@ from dpft.subset.quantized import may_need_bitsandbytes
 
 # Each takes from a tenth of a second to two seconds, and no plain command of these needs it.
 HEAVY = ["bitsandbytes", "torch._inductor.compile_fx", "opacus", "matplotlib", "sklearn", "alembic", "torchvision"]
+HEAVY += ["dp_accounting", "scipy.stats", "scipy.signal", "sqlalchemy", "transformers.trainer"]
 IMPORTED = """
 import json, sys
 from dpft.cli import main

@@ -311,12 +311,12 @@ def test_gradient_checkpointing_is_exact(subset, reentrant, case, plan):
     made.model = Subset(subset).apply(made.model)
     if reentrant:
         made.model.enable_input_require_grads()
-    made.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    made.model.activation_checkpointing_enable({"use_reentrant": reentrant})
     with Engine(made.model, plan()) as engine:
         found = preflight(engine, made.losses, made.examples)
         assert found.max_relative_error < 1e-5
         checkpointed = engine.capture.rows(made.losses(made.examples)).clone()
-        made.model.gradient_checkpointing_disable()
+        made.model.activation_checkpointing_disable()
         torch.testing.assert_close(checkpointed, engine.capture.rows(made.losses(made.examples)))
 
 

@@ -6,6 +6,7 @@ import mpmath
 import pytest
 
 from dpft.privacy import accounting, gaussian
+from dpft.privacy.adjacency import ADJACENCIES
 from dpft.privacy.events import Event
 
 
@@ -43,7 +44,7 @@ def test_draws_are_bounded_by_their_exact_number():
             assert sum(mass[most + 1 :]) <= failure and (most == 0 or sum(mass[most:]) > failure)
 
 
-@pytest.mark.parametrize("adjacency", accounting.ADJACENCY)
+@pytest.mark.parametrize("adjacency", ADJACENCIES)
 @pytest.mark.parametrize(("noise", "rate", "count"), [(0.3, 0.01, 20), (0.3, 0.5, 5), (1.0, 0.02, 500)])
 def test_who_is_told_the_draws_learns_more(noise, rate, count, adjacency):
     apart = 2.0 if adjacency == "replace-one" else 1.0

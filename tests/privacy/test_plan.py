@@ -7,6 +7,7 @@ import pytest
 
 from dpft.errors import PlanError
 from dpft.privacy import accounting
+from dpft.privacy.adjacency import ADJACENCIES
 from dpft.privacy.clipping import AutoClip, FlatClip
 from dpft.privacy.noise import SeededRandomness
 from dpft.privacy.plan import Plan
@@ -58,7 +59,7 @@ def test_rare_draws_are_calibrated_without_asking_often(monkeypatch, epsilon, un
 
 
 @pytest.mark.parametrize("noise_multiplier", [4.0, 1.0, 0.5])
-@pytest.mark.parametrize("adjacency", accounting.ADJACENCY)
+@pytest.mark.parametrize("adjacency", ADJACENCIES)
 def test_what_is_shown_while_training_is_what_will_be_stated(noise_multiplier, adjacency):
     plan = Plan(**BASE | dict(noise_multiplier=noise_multiplier, adjacency=adjacency))
     for steps in (0, 1, 20, 500):

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -305,8 +306,9 @@ def _invocation(case: Case) -> list[int]:
 def _saved_adapters(case: Case) -> dict[str, str]:
     """X-LoRA mixes adapters that are read from disk: two LoRAs of this family, saved."""
     case.model.config.use_cache = False  # X-LoRA demands it
-    case.folder = tempfile.TemporaryDirectory()
-    paths = {name: os.path.join(case.folder.name, name) for name in ("0", "1")}
+    folder = tempfile.TemporaryDirectory()
+    weakref.finalize(case, folder.cleanup)
+    paths = {name: os.path.join(folder.name, name) for name in ("0", "1")}
     for path in paths.values():
         model = FAMILIES[case.name][0]()
         config = peft.LoraConfig(

@@ -129,7 +129,9 @@ def cells(folder):
     path.write_bytes(content)
     uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     objects = [{"bytes": content, "path": None}, {"bytes": None, "path": str(path)}]
-    return [str(path), content, *objects, uri, uri.encode(), Image.open(path)]
+    with Image.open(path) as picture:
+        picture.load()
+    return [str(path), content, *objects, uri, uri.encode(), picture]
 
 
 def test_a_picture_is_the_same_wherever_it_lies(tmp_path):

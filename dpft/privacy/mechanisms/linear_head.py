@@ -3,30 +3,30 @@
 A head is ``logits = W f + b`` over features f that no training changes. All that it learns comes from a few sums over
 *all* units, so nobody is sampled. Each sum is one Gaussian release. A sum that deserves less noise counts as ``w``
 steps: noise of σ/√w on it costs exactly what w releases with noise σ cost, since 1/σ² adds up (Dong et al. 2022,
-Corollary 3.3). So a run is ``steps`` equal Gaussians to every accountant, and ``sums()`` says how they are put together.
+Corollary 3.3). So a run is ``steps`` equal Gaussians to every accountant, and ``sums()`` says how they are put
+together.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from dpft.errors import GuaranteeError
-from dpft.privacy.clipping import Clip, FlatClip
+from dpft.privacy.clipping import FlatClip
 from dpft.privacy.events import Event
 from dpft.privacy.mechanisms.mechanism import Mechanism, Words, require
 from dpft.privacy.rounding import rounded_down
-from dpft.privacy.sampling import PoissonSampler
+from dpft.privacy.sampling import ALL, PoissonSampler
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dpft.privacy.noise import Randomness
 
-ALL = 1 << 62  # of a unit's rows: as many as it has
 CHUNK = 4096  # rows whose float64 copies are made at a time
 
 
@@ -52,7 +52,7 @@ class Rows:
 
     features: "Tensor"
     labels: "Tensor"
-    members: Sequence[np.ndarray]
+    members: Sequence[np.ndarray[Any, Any]] | np.ndarray[Any, Any]
     classes: int
     scale: float = 1.0
     has_bias: bool = True
@@ -183,7 +183,7 @@ class LinearHead(Mechanism):
 
     noise_multiplier: float
     steps: int
-    clip: Clip = field(default_factory=FlatClip)
+    clip: FlatClip = field(default_factory=FlatClip)
 
     def __post_init__(self) -> None:
         require(
@@ -195,6 +195,11 @@ class LinearHead(Mechanism):
             isinstance(self.clip, FlatClip),
             f"clip is {self.clip}, and a head has one layer: give FlatClip.",
         )
+
+    @property
+    def clipping(self) -> str:
+        """The clip, and what is released under it."""
+        return f"{self.clip!r} in {self.name} of {self.steps} steps"
 
     @property
     def rounds(self) -> Sequence[int]:
@@ -244,7 +249,8 @@ def bounded(rows: "Tensor", length: float) -> "Tensor":
     norms = rows.norm(dim=1, keepdim=True)
     finite = torch.isfinite(norms)
     rows = rows.masked_fill(~finite, 0.0)  # 0 · inf would be NaN
-    return rows * (length / norms.masked_fill(~finite, 1.0).clamp_min(1e-30)).clamp_max(1.0)
+    factors: Tensor = (length / norms.masked_fill(~finite, 1.0).clamp_min(1e-30)).clamp_max(1.0)
+    return rows * factors
 
 
 def unit_means(values: "Tensor", units: "Tensor") -> "Tensor":

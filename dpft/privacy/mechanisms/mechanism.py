@@ -20,8 +20,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, overload
 
 from dpft.errors import PlanError
-from dpft.privacy import accounting, calibration, clipping, composition
-from dpft.privacy.accounting import Adjacency
+from dpft.privacy import clipping
+from dpft.privacy.adjacency import Adjacency
 from dpft.privacy.clipping import Clip
 from dpft.privacy.events import Event, to_dp_event
 from dpft.privacy.sampling import PoissonSampler
@@ -69,7 +69,8 @@ class Mechanism(ABC):
 
     Attributes:
         name: by which recipes, records and ``Plan(mechanism=...)`` call it.
-        releases: ``"gradients"`` are released by an Engine, ``"rows"`` by the mechanism's own methods.
+        releases: ``"gradients"`` are released by an Engine, ``"rows"`` by the mechanism's own methods, a ``"head"`` by
+            its ``fit``.
         adapts: whether the clip follows from what was released, so that a checkpoint must keep it.
         noise_multiplier: σ of each release as it is charged, in units of what one unit can add.
         sample_rate: q, the probability with which each unit enters each release.
@@ -84,7 +85,7 @@ class Mechanism(ABC):
     """
 
     name: ClassVar[str]
-    releases: ClassVar[Literal["gradients", "rows"]] = "gradients"
+    releases: ClassVar[Literal["gradients", "rows", "head"]] = "gradients"
     adapts: ClassVar[bool] = False
 
     if TYPE_CHECKING:  # fields of the subclasses, or constants
@@ -130,6 +131,8 @@ class Mechanism(ABC):
         events = self.events(steps)
         if not events:
             return 0.0
+        from dpft.privacy import accounting, composition  # here, because they import SciPy
+
         if not exact:
             return composition.epsilon(events, delta, adjacency)
         return accounting.epsilon(to_dp_event(events), delta, adjacency)
@@ -149,6 +152,8 @@ class Mechanism(ABC):
         Raises:
             PlanError: no noise reaches it.
         """
+        from dpft.privacy import calibration  # here, because it imports SciPy
+
         return calibration.noise_for(self, epsilon, delta, adjacency)
 
     # -- what happens --------------------------------------------------------------------------------------------
@@ -250,9 +255,23 @@ def made(mechanism: str | Mechanism, **facts: Any) -> Mechanism:
     """
     if isinstance(mechanism, Mechanism):
         return mechanism.changed(**facts) if facts else mechanism
-    if mechanism not in mechanisms():
-        raise PlanError(f"There is no mechanism {mechanism!r}: choose one of {', '.join(mechanisms())}.")
-    return mechanisms()[mechanism](**facts)
+    return _kind(mechanism)(**facts)
+
+
+def samples(mechanism: str | Mechanism) -> bool:
+    """Whether the mechanism called so has a sample rate of its own; without one every unit is in every step.
+
+    Raises:
+        PlanError: there is none of that name.
+    """
+    kind = type(mechanism) if isinstance(mechanism, Mechanism) else _kind(mechanism)
+    return any(fact.name == "sample_rate" for fact in fields(kind))
+
+
+def _kind(name: str) -> type[Mechanism]:
+    if name not in mechanisms():
+        raise PlanError(f"There is no mechanism {name!r}: choose one of {', '.join(mechanisms())}.")
+    return mechanisms()[name]
 
 
 def require(condition: bool, sentence: str) -> None:

@@ -24,15 +24,13 @@ from dpft.privacy.clipping import FlatClip
 from dpft.privacy.events import Event
 from dpft.privacy.mechanisms.mechanism import Mechanism, Words, require
 from dpft.privacy.rounding import rounded_down
-from dpft.privacy.sampling import PoissonSampler
+from dpft.privacy.sampling import ALL, PoissonSampler
 from dpft.privacy.units import unit_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dpft.privacy.noise import Randomness
-
-ALL = 1 << 62  # of a unit's rows: as many as it has
 
 
 class Statistic(NamedTuple):
@@ -63,7 +61,7 @@ class Statistics(Mechanism):
     """
 
     name: ClassVar[str] = "statistics"
-    releases: ClassVar[Literal["gradients", "rows"]] = "rows"
+    releases: ClassVar[Literal["gradients", "rows", "head"]] = "rows"
     sample_rate: ClassVar[float] = 1.0  # nobody is sampled: every unit is in every sum
     examples_per_unit: ClassVar[int] = ALL
     unit_gradient: ClassVar[str] = "mean"

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from dpft.cli import main
 from dpft.errors import BudgetError, GuaranteeError, LedgerError
-from dpft.ledger import Ledger
+from dpft.ledger import About, Ledger
 from dpft.privacy import composition
 from dpft.privacy.composition import Event
 from dpft.privacy.noise import SecureRandomness, SeededRandomness
@@ -92,7 +92,7 @@ def test_of_a_block_that_no_longer_fits_only_what_is_charged_may_be_released(tmp
     room = composition.epsilon((Event(400, 20.0, 1.0),), 1e-3) * (1 + 1e-6)
     notes = Ledger(str(tmp_path / "ledger.db")).create("notes", epsilon=room, delta=1e-3)
     plan = Plan(noise_multiplier=20.0, sample_rate=1.0, steps=400, delta=1e-3)
-    account = Account(notes, plan, SecureRandomness(), tmp_path / "run", released=0)
+    account = Account(notes, plan, SecureRandomness(), tmp_path / "run", released=0, about=About())
     account.charge_block()
     notes.spend([Event(365, 20.0, 1.0)], purpose="meanwhile")
     account.charge_block()

@@ -165,7 +165,7 @@ def test_what_a_failed_trial_added_up_is_never_released(make, monkeypatch):
     """A budget that does not fit fails in the middle of a sum of copies of one private example."""
     trainer = make()
 
-    def fails(losses, accumulate, **_):
+    def fails(losses, accumulate, *_):
         add_to = BatchGradients.add_to
 
         def half(*arguments):

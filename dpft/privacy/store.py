@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import weakref
 from pathlib import Path
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -17,6 +18,7 @@ class EncryptedStore:
     def __init__(self, folder: Path) -> None:
         self._key = os.urandom(32)
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (without a name from the start; closed by close())
+        weakref.finalize(self, self._file.close)  # a run that failed may not have closed it
         self._places: dict[int, tuple[int, int]] = {}
         self._end = 0
 

@@ -2,6 +2,7 @@
 
 import json
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,9 +46,9 @@ def test_coins_are_fair_and_fresh(language):
 def test_a_canary_is_nobody_s_unit(recipe, unit):
     recipe["data"]["unit"], recipe["data"]["units"] = unit, 12
     path = recipe["data"]["train"]
-    lines = open(path).read().splitlines()
+    lines = Path(path).read_text().splitlines()
     more = [lines[0] + ",number"] + [f"{line},{i % 12}" for i, line in enumerate(lines[1:])]
-    open(path, "w").write("\n".join(more))
+    Path(path).write_text("\n".join(more))
     recipe["data"].pop("validation")
     found = Recipe.parse(recipe)
     rows, _ = load(found)

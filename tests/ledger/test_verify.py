@@ -1,6 +1,7 @@
 """Whatever is changed outside of dpft shows."""
 
 import sqlite3
+from contextlib import closing
 
 import pytest
 import sqlalchemy as sa
@@ -109,7 +110,7 @@ def test_an_older_copy_put_in_its_place_is_found(tmp_path):
     ledger = Ledger(str(path))
     notes = ledger.create("notes", epsilon=5.0, delta=1e-5)
     ledger.close()
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection:
         connection.execute("VACUUM INTO ?", (str(tmp_path / "copy.db"),))
     notes.spend([Event(10, 1.0, 0.01)], purpose="to be forgotten")
     ledger.close()
@@ -206,7 +207,8 @@ def test_a_read_only_file_and_a_full_disk_stop_charges(tmp_path):
     with pytest.raises(LedgerError, match="readonly"):
         run.charge(1)
     ledger.close()
-    pages = sqlite3.connect(tmp_path / "ledger.db").execute("PRAGMA page_count").fetchone()[0]
+    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
     sa.event.listen(
         ledger.store._engine, "connect", lambda connection, _: connection.execute(f"PRAGMA max_page_count = {pages}")
     )

@@ -263,7 +263,7 @@ def test_a_folder_is_held_by_one_process(make, tmp_path, plan):
             trainer.train()
     finally:
         other.kill()
-        other.wait()
+        other.communicate()
     trainer.train()  # a process that died holds nothing
 
 

@@ -21,6 +21,7 @@ from dpft.runs import RunFolder, RunRecord
 from dpft.runs.record import AccountFacts
 from dpft.workflows.compare import compare
 from dpft.workflows.train import train
+from tests.support.recipes import write
 
 COVERED = {".safetensors", ".bin"}  # what the guarantee is for ...
 OPTIMIZER = {"optimizer.pt"}  # ... and the optimizer's state, which is made of released gradients
@@ -50,12 +51,12 @@ def files(folder: Path) -> dict[str, bytes]:
 def neighbours(tmp_path, recipe):
     """Two folders, each with the data beside it under the same names; the second lacks the first record, the
     longest."""
-    rows = list(csv.reader((tmp_path / "train.csv").open()))
+    rows = list(csv.reader((tmp_path / "train.csv").read_text().splitlines()))
     long = [" ".join(["w5"] * 24), *rows[1][1:]]
     for name, some in (("with", [rows[0], long, *rows[2:]]), ("without", [rows[0], *rows[2:]])):
         folder = tmp_path / name
         folder.mkdir()
-        csv.writer((folder / "train.csv").open("w", newline="")).writerows(some)
+        write(folder / "train.csv", some)
         (folder / "validation.csv").write_bytes((tmp_path / "validation.csv").read_bytes())
         yield folder
     recipe["data"] |= {"train": "train.csv", "validation": "validation.csv"}
@@ -122,7 +123,8 @@ def test_neighbours_leave_the_same_account(tmp_path, recipe, monkeypatch, fixed_
         monkeypatch.setenv("XDG_DATA_HOME", str(folder / "keys"))
         fixed_names()
         ledger = Ledger(str(folder / "ledger.db"))
-        ledger.create("notes", epsilon=8, delta=1e-3, rows=list(csv.DictReader((folder / "train.csv").open())))
+        rows = list(csv.DictReader((folder / "train.csv").read_text().splitlines()))
+        ledger.create("notes", epsilon=8, delta=1e-3, rows=rows)
         train(made(recipe, {"ledger": {"dataset": "notes", "url": "ledger.db"}}), "run")
         entries = [{"kind": row.kind, **row.facts} for row in ledger.store.after(0)[0]]
         for entry in entries[1:]:

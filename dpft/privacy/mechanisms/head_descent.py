@@ -20,7 +20,20 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 from dpft.privacy.clipping import FlatClip
-from dpft.privacy.mechanisms.linear_head import CHUNK, Head, LinearHead, Rows, Sums, bounded, unit_means
+from dpft.privacy.mechanisms.linear_head import (
+    CHUNK,
+    Centre,
+    Head,
+    LinearHead,
+    Rows,
+    Sums,
+    bounded,
+    output_sum,
+    second_moment,
+    symmetric,
+    unit_means,
+    upper_triangle,
+)
 from dpft.privacy.mechanisms.mechanism import require
 
 if TYPE_CHECKING:
@@ -28,8 +41,8 @@ if TYPE_CHECKING:
 
 COUNTS, MEAN, MOMENT = 0.02, 0.02, 0.18  # shares of the steps; the rest are gradients
 FEWEST = 5  # steps: one of each sum, and a second gradient
-SPREAD = 1.1  # r over the average distance from the mean
 RIDGE = 1e-3  # the least γ, over the trace
+SHORTEST = 0.1  # the least R, where noise hides every direction
 RATE, MOMENTUM, TAIL = 1.2, 0.9, 1 / 3  # of the descent; the mean of the last third of the iterates is the head
 QUIET = 0.014  # noise of a mean gradient, over C, up to which the whole rate is used
 OUTER = 1 << 24  # numbers of the outer products that are held at a time, where units have several rows
@@ -88,14 +101,15 @@ class HeadDescent(LinearHead):
     def fit(self, rows: Rows, sums: Sums, number: int) -> Head:
         import torch
 
+        self._classes_alone(rows)
         counts, _, _ = self.statistics
-        shares = sums.release(lambda: class_counts(rows), (rows.classes,), 1.0, counts) / number
-        least = max(1.0, 2 * self.noise_multiplier / math.sqrt(counts)) / number  # what noise alone may make of nobody
+        shares = sums.release(lambda: output_sum(rows), (rows.classes,), 1.0, counts) / number
+        least = max(1.0, 2 * self.noise_on(1.0, counts)) / number  # what noise alone may make of nobody
         prior = shares.clamp_min(least)
         prior = prior / prior.sum()
         whitening = self._whitening(rows, sums, number)
         width = whitening.basis.shape[1]
-        whole = (whitened(rows, whitening), rows.labels)
+        whole = (whitened(rows, whitening), rows.labels.long())
         shape = (rows.classes, width + rows.has_bias)
         weights = torch.zeros(shape, dtype=torch.float64)
         if rows.has_bias:
@@ -108,7 +122,7 @@ class HeadDescent(LinearHead):
             gradient = sums.release(total, shape, self.clip.sensitivity)
             velocity = MOMENTUM * velocity + gradient / number
             weights = weights - rate * velocity
-            if step >= self.gradients * (1 - TAIL):
+            if step >= min(self.gradients - 1, self.gradients * (1 - TAIL)):
                 mean, tail = mean + weights, tail + 1
         weights = mean / tail
         directions = weights[:, :width] @ whitening.basis.T
@@ -122,25 +136,19 @@ class HeadDescent(LinearHead):
 
         _, mean_steps, moment_steps = self.statistics
         width = rows.features.shape[1]
-        mean = sums.release(lambda: feature_sum(rows), (width,), 1.0, mean_steps) / number
-        if not rows.has_bias:
-            mean = torch.zeros_like(mean)  # without a constant, nothing can stand for what centring takes away
-        length = float(mean.norm())
-        radius = SPREAD * math.sqrt(max(0.01, 1 - length**2))
-        above = torch.triu_indices(width, width)
-        total = lambda: second_moment(rows, mean, radius)[above[0], above[1]]
-        released = sums.release(total, above.shape[1:], radius**2, moment_steps) / number
-        moment = torch.zeros(width, width, dtype=torch.float64)
-        moment[above[0], above[1]] = released
-        moment = moment + moment.triu(1).T
-        spread, directions = torch.linalg.eigh(moment)
+        centre = self._centre(rows, sums, number, mean_steps)
+        if not rows.has_bias:  # nothing can stand for what centring takes away
+            centre = Centre(torch.zeros_like(centre.mean), 1.0)
+        size, bound = width * (width + 1) // 2, centre.radius**2
+        released = sums.release(lambda: upper_triangle(second_moment(rows, centre)), (size,), bound, moment_steps)
+        spread, directions = torch.linalg.eigh(symmetric(released / number, width))
         spread = spread.clamp_min(0.0)
-        noise = self.noise_multiplier / math.sqrt(moment_steps) * radius**2 / number
+        noise = self.noise_on(bound, moment_steps) / number
         # Noise alone has eigenvalues up to 2 s √d (Wigner 1955): directions that it may have made are not blown up.
-        ridge = max(RIDGE * float(spread.sum()), noise * math.sqrt(width))
+        ridge = max(RIDGE * float(spread.sum()), noise * math.sqrt(width), 1e-12)
         basis = directions / (spread + ridge).sqrt()
-        average = math.sqrt(float((spread / (spread + ridge)).sum()))
-        return Whitening(mean, basis / average, 1 / average)
+        average = max(SHORTEST, math.sqrt(float((spread / (spread + ridge)).sum())))
+        return Whitening(centre.mean, basis / average, 1 / average)
 
     def _gradient(self, rows: Rows, features: "Tensor", labels: "Tensor", weights: "Tensor") -> "Tensor":
         """``(K, d')``: the sum over units of their clipped mean gradients."""
@@ -163,33 +171,13 @@ class HeadDescent(LinearHead):
         total = torch.zeros_like(weights)
         for some, units in rows.units(max(1, OUTER // weights.numel())):
             error, inputs = errors(some)
-            gradients = unit_means(error.unsqueeze(2) * inputs.unsqueeze(1), units)
+            if int(units[-1]) == 0:  # one unit, which may have more rows than whose products fit
+                gradients = (error.T @ inputs / len(inputs)).unsqueeze(0)
+            else:
+                gradients = unit_means(error.unsqueeze(2) * inputs.unsqueeze(1), units)
             factors = self.clip.factors(gradients.flatten(1).norm(dim=1))
             total += torch.einsum("ukd,u->kd", gradients, factors)
         return total
-
-
-def class_counts(rows: Rows) -> "Tensor":
-    """``(K,)``: each class's units; a unit of several rows has a part in each."""
-    import torch
-
-    total = torch.zeros(rows.classes, dtype=torch.float64)
-    return total.index_add_(0, rows.labels, rows.weights.squeeze(1))
-
-
-def feature_sum(rows: Rows) -> "Tensor":
-    """``(d,)``: the sum over units of their mean features."""
-    return rows.total(lambda some: (rows.bounded[some].double() * rows.weights[some]).sum(0), rows.features.shape[1:])
-
-
-def second_moment(rows: Rows, mean: "Tensor", radius: float) -> "Tensor":
-    """``(d, d)``: the sum over units of their mean (x - m)(x - m)ᵀ, x - m cut to ``radius``."""
-
-    def part(some: slice) -> "Tensor":
-        centred = bounded(rows.bounded[some].double() - mean, radius)
-        return (centred * rows.weights[some]).T @ centred
-
-    return rows.total(part, (len(mean), len(mean)))
 
 
 def whitened(rows: Rows, whitening: Whitening) -> "Tensor":

@@ -7,6 +7,7 @@ Corollary 3.3). So a run is ``steps`` equal Gaussians to every accountant, and `
 together.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from dpft.privacy.noise import Randomness
 
 CHUNK = 4096  # rows whose float64 copies are made at a time
+WITHIN = 1 - 2.0**-23  # so long that float32 cannot round it up to more than 1
+SPREAD = 1.1  # the length of a centred row that is not cut, over the average one
 
 
 class Head(NamedTuple):
@@ -43,11 +46,15 @@ class Rows:
 
     Attributes:
         features: ``(n, d)``; n may be 0.
-        labels: ``(n,)`` whole numbers below ``classes``.
-        members: each unit's rows, by their numbers.
-        classes: K, declared and public.
+        labels: ``(n,)`` whole numbers below ``classes``; or, for a regression, ``(n, K)`` real targets, of which a row
+            that is longer than 1 is cut to 1. So divide targets by their public bound.
+        members: each unit's rows, by their numbers; each row once, and no unit without a row.
+        classes: K, declared and public: classes, or targets.
         scale: a public length: features are divided by it, and a row that is longer is cut to it.
         has_bias: whether the head may add a constant.
+
+    Raises:
+        GuaranteeError: shapes disagree, a label is none of the classes, or the units do not name each row once.
     """
 
     features: "Tensor"
@@ -59,19 +66,27 @@ class Rows:
 
     def __post_init__(self) -> None:
         labels, rows = self.labels, len(self.features)
-        if self.features.dim() != 2 or labels.shape != (rows,):
+        if self.features.dim() != 2 or labels.shape != ((rows, self.classes) if self.real else (rows,)):
             raise GuaranteeError(
                 f"features of shape {tuple(self.features.shape)} came with labels of shape {tuple(labels.shape)}: give "
-                "(n, d) features and (n,) labels."
+                f"(n, d) features and (n,) whole numbers, or (n, {self.classes}) real targets."
             )
-        if rows and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
+        if rows and not self.real and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
             raise GuaranteeError(
                 f"A label is none of the {self.classes} classes: give whole numbers below the declared number."
             )
-        if sum(map(len, self.members)) != rows:
+        sizes = np.array([len(unit) for unit in self.members], dtype=np.int64)
+        named = np.concatenate(self.members) if len(sizes) else sizes
+        if not (sizes > 0).all() or not np.array_equal(np.sort(named), np.arange(rows)):
             raise GuaranteeError(
-                f"The units have {sum(map(len, self.members)):,} rows together, of {rows:,}: name each once."
+                f"{len(sizes):,} units name {len(named):,} rows, and there are {rows:,}: name each row once, and no "
+                "unit without one."
             )
+
+    @property
+    def real(self) -> bool:
+        """Whether labels are real targets."""
+        return self.labels.is_floating_point()
 
     @cached_property
     def alone(self) -> bool:
@@ -94,8 +109,16 @@ class Rows:
         """``(n, d)`` float32 features over the scale, none longer than 1; zero where they are not finite."""
         import torch
 
-        parts = [bounded(part.double() / self.scale, 1.0).float() for part in self.features.split(CHUNK)]
-        return torch.cat(parts) if parts else self.features.float()
+        parts = [bounded(part.double() / self.scale, WITHIN).float() for part in self.features.split(CHUNK)]
+        return torch.cat(parts)
+
+    def outputs(self, some: slice) -> "Tensor":
+        """``(rows, K)`` float64 of these rows, none longer than 1: 1 in the place of the class, or the targets."""
+        import torch
+
+        if self.real:
+            return bounded(self.labels[some].double(), 1.0)
+        return torch.nn.functional.one_hot(self.labels[some].long(), self.classes).double()
 
     def total(self, part: Callable[[slice], "Tensor"], shape: tuple[int, ...]) -> "Tensor":
         """The sum over chunks of rows of ``part(rows)``, float64 of this shape."""
@@ -121,6 +144,20 @@ class Rows:
             rows = torch.as_tensor(np.concatenate(self.members[start:stop]))
             yield rows, torch.arange(stop - start).repeat_interleave(sizes)
             start = stop
+
+
+class Centre(NamedTuple):
+    """Features are centred at ``mean`` ``(d,)``, and cut to the length ``radius``. Both follow from what was released.
+
+    Features of length 1 at most lie on average √(1 - ‖m‖²) from their mean m.
+    """
+
+    mean: "Tensor"
+    radius: float
+
+    def of(self, features: "Tensor") -> "Tensor":
+        """``(rows, d)`` float64."""
+        return bounded(features.double() - self.mean, self.radius)
 
 
 class Sums:
@@ -156,9 +193,9 @@ class Sums:
 
         if self._known:
             value = self._known.pop(0)
-            return torch.zeros(shape, dtype=torch.float64) if value is None else value.view(shape)
+            return torch.zeros(shape, dtype=torch.float64) if value is None else value.double().reshape(shape)
         self._before(steps)
-        value = total()
+        value = total().double().reshape(shape)
         if self._noise_multiplier > 0:
             noise = self._randomness.gaussian(value.numel()).view(shape)
             value = value + noise * (self._noise_multiplier * sensitivity / steps**0.5)
@@ -239,7 +276,86 @@ class LinearHead(Mechanism):
 
         Args:
             number: the declared, public number of units, by which sums are divided.
+
+        Raises:
+            GuaranteeError: labels are real targets, and the mechanism learns classes.
         """
+
+    def noise_on(self, sensitivity: float, steps: int) -> float:
+        """Standard deviation of the noise on each number of a sum that is released so."""
+        return self.noise_multiplier * sensitivity / math.sqrt(steps)
+
+    def _classes_alone(self, rows: Rows) -> None:
+        if rows.real:
+            raise GuaranteeError(
+                f"The mechanism {self.name!r} learns classes, and labels are real targets: use 'head-least-squares'."
+            )
+
+    def _centre(self, rows: Rows, sums: Sums, number: int, steps: int) -> "Centre":
+        """Releases the mean of the features (sensitivity 1)."""
+        width = rows.features.shape[1]
+        mean = sums.release(lambda: feature_sum(rows), (width,), 1.0, steps) / number
+        variance = (self.noise_on(1.0, steps) / number) ** 2
+        kept = kept_share(mean, variance)
+        length = max(0.0, float(mean.square().sum()) - width * variance)  # squared, less what noise adds to it
+        around = math.sqrt(max(0.01, 1 - length + kept * width * variance))
+        return Centre(mean * kept, min(SPREAD * around, 1 + kept * float(mean.norm())))
+
+
+def feature_sum(rows: Rows) -> "Tensor":
+    """``(d,)``: the sum over units of their mean features."""
+    return rows.total(lambda some: (rows.bounded[some].double() * rows.weights[some]).sum(0), rows.features.shape[1:])
+
+
+def output_sum(rows: Rows) -> "Tensor":
+    """``(K,)``: each class's units, of which one of several rows has a part in each; or the sum of targets."""
+    return rows.total(lambda some: (rows.outputs(some) * rows.weights[some]).sum(0), (rows.classes,))
+
+
+def second_moment(rows: Rows, centre: Centre) -> "Tensor":
+    """``(d, d)``: the sum over units of their mean (x - m)(x - m)ᵀ, x - m cut to r."""
+
+    def part(some: slice) -> "Tensor":
+        centred = centre.of(rows.bounded[some])
+        return (centred * rows.weights[some]).T @ centred
+
+    return rows.total(part, (len(centre.mean), len(centre.mean)))
+
+
+def cross_moment(rows: Rows, centre: Centre) -> "Tensor":
+    """``(K, d)``: the sum over units of their mean y(x - m)ᵀ, x - m cut to r."""
+    part = lambda some: (rows.outputs(some) * rows.weights[some]).T @ centre.of(rows.bounded[some])
+    return rows.total(part, (rows.classes, len(centre.mean)))
+
+
+def upper_triangle(matrix: "Tensor") -> "Tensor":
+    """``(d, d)`` to the ``(d (d + 1) / 2,)`` numbers on and above the diagonal."""
+    import torch
+
+    above = torch.triu_indices(*matrix.shape)
+    return matrix[above[0], above[1]]
+
+
+def symmetric(numbers: "Tensor", width: int) -> "Tensor":
+    """The symmetric ``(d, d)`` matrix of which :func:`upper_triangle` made ``numbers``."""
+    import torch
+
+    above = torch.triu_indices(width, width)
+    matrix = numbers.new_zeros(width, width)
+    matrix[above[0], above[1]] = numbers
+    return matrix + matrix.triu(1).T
+
+
+def kept_share(noisy: "Tensor", variance: "float | Tensor") -> "Tensor":
+    """``(…, d)`` vectors with noise of this variance on each number to ``(…)``: what a vector is to be multiplied with.
+
+    It is 1 - (d - 2) s² / ‖v‖², and 0 where that is negative (James & Stein 1961; Efron & Morris 1973 for the positive
+    part): shrunk so, it is nearer to the truth on average. There is no such number below three dimensions.
+    """
+    import torch
+
+    noise = max(0, noisy.shape[-1] - 2) * torch.as_tensor(variance, dtype=torch.float64)
+    return (1 - noise / noisy.square().sum(-1).clamp_min(1e-30)).clamp_min(0.0)
 
 
 def bounded(rows: "Tensor", length: float) -> "Tensor":

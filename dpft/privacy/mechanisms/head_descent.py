@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 COUNTS, MEAN, MOMENT = 0.02, 0.02, 0.18  # shares of the steps; the rest are gradients
 FEWEST = 5  # steps: one of each sum, and a second gradient
-RIDGE = 1e-3  # the least γ, over the trace
+SCARCE = 5.0  # γ over the trace is (5 d / N)², within RIDGES: the fewer units there are for each direction, the more
+RIDGES = (5e-4, 0.1)
 SHORTEST = 0.1  # the least R, where noise hides every direction
 RATE, MOMENTUM, TAIL = 1.2, 0.9, 1 / 3  # of the descent; the mean of the last third of the iterates is the head
 QUIET = 0.014  # noise of a mean gradient, over C, up to which the whole rate is used
@@ -145,7 +146,8 @@ class HeadDescent(LinearHead):
         spread = spread.clamp_min(0.0)
         noise = self.noise_on(bound, moment_steps) / number
         # Noise alone has eigenvalues up to 2 s √d (Wigner 1955): directions that it may have made are not blown up.
-        ridge = max(RIDGE * float(spread.sum()), noise * math.sqrt(width), 1e-12)
+        scarce = min(max((SCARCE * width / number) ** 2, RIDGES[0]), RIDGES[1])
+        ridge = max(scarce * float(spread.sum()), noise * math.sqrt(width), 1e-12)
         basis = directions / (spread + ridge).sqrt()
         average = max(SHORTEST, math.sqrt(float((spread / (spread + ridge)).sum())))
         return Whitening(centre.mean, basis / average, 1 / average)

@@ -14,6 +14,7 @@ from dpft.gradients.capture import Capture
 from dpft.gradients.engine import Engine
 from dpft.gradients.findings import Findings
 from dpft.gradients.preflight import preflight
+from dpft.gradients.preflight.comparison import worst_parameter
 from dpft.gradients.preflight.fingerprint import fingerprint
 from dpft.privacy.clipping import FlatClip
 from dpft.subset import Subset
@@ -649,3 +650,18 @@ def test_padding_id_that_occurs_in_a_text_is_exact(plan):
 
     with Engine(model, plan()) as engine:
         assert preflight(engine, losses, examples).techniques == {"rule": 480}
+
+
+def test_an_error_that_is_no_number_is_the_worst(case, plan):
+    """T22: a NaN in one parameter is not forgotten for a large error in the next."""
+    made = case("bert")
+    model = Subset("head").apply(made.model)
+    with Engine(model, plan()) as engine:
+        capture = engine.capture
+        expected = torch.ones(capture.map.size)
+        found = expected.clone()
+        first, last = capture.map.trainables[0], capture.map.trainables[-1]
+        found[first.slice] = torch.nan
+        found[last.slice] = 100.0
+        worst, error = worst_parameter(capture, found, expected)
+    assert worst is first and error != error

@@ -15,6 +15,7 @@ from dpft.errors import BudgetError, GuaranteeError, LedgerError
 from dpft.ledger import About, Ledger
 from dpft.privacy import composition
 from dpft.privacy.composition import Event
+from dpft.privacy.mechanisms.head_descent import HeadDescent
 from dpft.privacy.noise import SecureRandomness, SeededRandomness
 from dpft.privacy.plan import Plan
 from dpft.recipe import Recipe
@@ -44,6 +45,18 @@ class At(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step == self.step:
             self.action()
+
+
+def test_what_is_charged_ends_with_a_round(notes, tmp_path):
+    """A head of some of its sums is no head, so all of them are one round."""
+    head = Plan(mechanism=HeadDescent(noise_multiplier=20.0, steps=30), delta=1e-3, units=40, unit="example")
+    steps = Plan(noise_multiplier=20.0, sample_rate=0.1, steps=30, delta=1e-3, units=40)
+    for name, plan, blocks in (("head", head, [30]), ("steps", steps, [2, 4])):
+        account = Account(notes, plan, SecureRandomness(), tmp_path / name, 0, About())
+        for covered in blocks:
+            account.charge_block()
+            assert account.covered == covered
+        account.settle()
 
 
 def test_a_run_is_charged_in_blocks_and_settled(recipe, notes, tmp_path):

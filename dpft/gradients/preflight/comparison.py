@@ -1,5 +1,6 @@
 """Gradients by plain autograd, and how far others are from them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,9 +62,14 @@ def worst_parameter(capture: Capture, found: Tensor, expected: Tensor) -> tuple[
     for trainable in capture.map.trainables:
         wanted = expected[trainable.slice]
         error = float((found[trainable.slice] - wanted).norm() / torch.maximum(wanted.norm(), floor).clamp_min(1e-30))
-        if not error <= largest:  # a NaN error is an error
+        if is_worse(error, largest):
             worst, largest = trainable, error
     return worst, largest
+
+
+def is_worse(error: float, than: float) -> bool:
+    """Whether an error is the larger; NaN is larger than any number, and no later error takes its place."""
+    return not math.isnan(than) and not error <= than
 
 
 def relative_error(losses: Tensor, expected: Tensor) -> float:

@@ -14,6 +14,7 @@ from dpft.gradients.preflight.comparison import (
     Losses,
     Reference,
     half_tensors,
+    is_worse,
     plain_gradient,
     weights_for,
     worst_parameter,
@@ -63,7 +64,7 @@ def _proven(capture: Capture, losses: Losses, examples: list[Any], reference: Re
             for batch in batches:
                 trainable, errors = _compared(capture, losses, examples, batch, reference)
                 for found in errors:
-                    if not found <= error:  # a NaN error is an error
+                    if is_worse(found, error):
                         worst, error = trainable, found
         except Exception as problem:  # a model may raise anything when its layers are hooked or differentiated again
             if capture.map.one_by_one or (

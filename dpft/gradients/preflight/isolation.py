@@ -14,6 +14,7 @@ from dpft.gradients.preflight.comparison import (
     Reference,
     floating_tensors,
     half_tensors,
+    is_worse,
     plain_gradient,
     relative_error,
     size_of,
@@ -39,7 +40,7 @@ def check_isolation(capture: Capture, losses: Losses, examples: list[Any], longe
     # A large error is a coupling, or float32 rounding that a deep model amplified a thousandfold. float64 tells which.
     error = _in_double(reference.error, lambda: _beside_others(capture, losses, examples).error, floating)
     beside = _in_double(beside, beside_longest, floating)
-    error = error if beside <= error else beside  # a NaN is an error
+    error = beside if is_worse(beside, error) else error
     if not error <= TOLERANCE:
         with in_precision(half, torch.float32), torch.no_grad():
             _refuse_other_randomness(losses, examples)
@@ -79,8 +80,8 @@ def _beside_others(capture: Capture, losses: Losses, examples: list[Any]) -> Ref
         expected = torch.zeros_like(gradients[0])
         for weight, gradient in zip(weights, gradients, strict=True):
             expected += weight * gradient
-    error = relative_error(together.detach(), alone)
-    error = max(error, worst_parameter(capture, beside, expected)[1])
+    of_losses, of_gradients = relative_error(together.detach(), alone), worst_parameter(capture, beside, expected)[1]
+    error = of_gradients if is_worse(of_gradients, of_losses) else of_losses
     first = weights_for(norms[:1]) * gradients[0]
     return Reference(error, norms, {tuple(range(len(examples))): beside, (0,): first})
 

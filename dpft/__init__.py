@@ -51,6 +51,8 @@ if TYPE_CHECKING:  # the names of _HOMES again, for type checkers and editors, w
     from dpft.workflows.compare import compare as compare
     from dpft.workflows.preflight import preflight_recipe as preflight_recipe
     from dpft.workflows.train import train as train
+    from dpft.tasks.pooling import mean_pooled as mean_pooled
+    from dpft.training.head import HeadSession as HeadSession
     from dpft.training.options import SessionOptions as SessionOptions
     from dpft.training.session import Session as Session
     from dpft.training.trainer import DPTrainer as DPTrainer, DPTrainerMixin as DPTrainerMixin
@@ -80,6 +82,7 @@ _HOMES = {
     "Engine": "dpft.gradients.engine",
     "Preflight": "dpft.gradients.preflight",
     "preflight": "dpft.gradients.preflight",
+    "mean_pooled": "dpft.tasks.pooling",
     "CausalLM": "dpft.tasks",
     "LabelledTask": "dpft.tasks",
     "SequenceClassification": "dpft.tasks",
@@ -88,6 +91,7 @@ _HOMES = {
     "DPTrainerMixin": "dpft.training.trainer",
     "Examples": "dpft.training.batches",
     "LogicalBatches": "dpft.training.batches",
+    "HeadSession": "dpft.training.head",
     "Session": "dpft.training.session",
     "SessionOptions": "dpft.training.options",
     "compare": "dpft.workflows.compare",

@@ -11,6 +11,9 @@ from dpft.cli.common import as_json, overrides, recipe_file, recipe_to_run, show
 from dpft.errors import RecipeError
 
 
+DP_SGD = {"batch_size": 256, "epochs": 3.0}  # to start from, where more than a head trains
+
+
 class _TaskName(click.ParamType):
     """The name of a registered task; tasks import torch, so they are listed only when asked for."""
 
@@ -59,7 +62,7 @@ def init(task: str, model: str, data: str, output: Path) -> None:
             "model": {"path": model},
             "task": {"name": task, **template["task"]},
             "data": {"train": data, "units": 10_000},
-            "privacy": {"epsilon": 3.0, "delta": 1e-6, "batch_size": 256, "epochs": 3.0},
+            "privacy": {"epsilon": 3.0, "delta": 1e-6, **({} if template["subset"] == "head" else DP_SGD)},
         }
     )
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -181,7 +181,7 @@ def _says_what_is_left(output: Path) -> Iterator[None]:
         charged = (
             f"{output} has released {released:,} step{'s, which stay' if released > 1 else ', which stays'} charged"
         )
-        if released > before and (folder.last_checkpoint() or folder.sums_file.exists()):
+        if released > before and folder.goes_on:
             error.add_note(f"{charged}: go on with --resume.")
         elif released > before:
             error.add_note(f"{charged}, and has no checkpoint to resume from: choose another --output.")

@@ -128,6 +128,12 @@ class RunFolder:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether a run that ended early left what it can go on from."""
+        kept = self.last_checkpoint() is not None or self.sums_file.exists()
+        return kept and self.releases_file.exists()
+
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
         whole = [path.parent for path in self.path.glob(f"checkpoint-*/{STATE}")]

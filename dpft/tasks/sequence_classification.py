@@ -59,7 +59,7 @@ class SequenceClassification(Task):
     headline = "accuracy"
     groups = "per_class"
     adds_layers = True
-    template: ClassVar = {"subset": "lora(rank=8) + head", "task": {"labels": ["first label", "second label"]}}
+    template: ClassVar = {"subset": "head", "task": {"labels": ["first label", "second label"]}}
 
     def __init__(
         self,

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from dpft.errors import BudgetError, RecipeError
 from dpft.gradients.evaluating import evaluating
 from dpft.privacy.mechanisms.linear_head import Head, LinearHead, Rows, Sums
+from dpft.privacy.plan import Plan
 from dpft.runs.sums import KeptSums
 from dpft.tasks.losses import class_losses, without_labels
 from dpft.tasks.own_loss import check_own_loss
-from dpft.tasks.task import made_up
+from dpft.tasks.task import Task, made_up
 from dpft.training.batches import EVALUATION_TOKENS, check_units, cut
 from dpft.training.features import OutputLayer, check_isolated, features_of, output_layer
 from dpft.training.session import Session, trainable
@@ -28,12 +32,27 @@ class HeadSession(Session):
 
     Args:
         plan: its mechanism is a head's, such as ``Plan.calibrate(mechanism="head-descent", steps=64, ...)``.
+        features: what another session made of the same model and rows (:attr:`features`); by default they are made.
         **options: see :class:`SessionOptions`; of speed and memory none matters here.
 
     Guarantee:
         See :class:`Session`. Each sum is kept in the folder as it is released. A run that was killed goes on from there
         to the same head, and what was released before is neither computed nor charged again.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        task: Task,
+        rows: Any,
+        folder: Path | str,
+        *,
+        features: Rows | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, plan, task, rows, folder, **options)
+        self.features = features
 
     @property
     def released(self) -> int:
@@ -70,7 +89,7 @@ class HeadSession(Session):
         with self.releases.held(), self._account(go_on):
             self.options.tell("say", "checks")
             head = self._checked(checks)
-            rows = self._rows(head)
+            rows = self.features = self.features or self._made_features(head)
             if self.released < self.plan.steps:
                 self.pay()
             with KeptSums(self.folder) as kept:
@@ -134,7 +153,7 @@ class HeadSession(Session):
             check()
         return head
 
-    def _rows(self, head: OutputLayer) -> Rows:
+    def _made_features(self, head: OutputLayer) -> Rows:
         """Every example's features and label."""
         examples = self.examples
         made = made_up(self.task)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from dpft.ledger import Dataset
+    from dpft.privacy.mechanisms.linear_head import Rows
     from dpft.privacy.plan import Plan
     from dpft.training.trainer import DPTrainer
 
@@ -29,6 +30,7 @@ class Setup:
     task: Any
     train: Any
     validation: Any
+    features: "Rows | None" = None  # that a head was learned from, for other runs on the same data
     account_rows: Any = None  # what the ledger's account recognises, where canaries were added to the training data
 
 

@@ -10,7 +10,6 @@ import click
 from dpft.cli.common import as_json, overrides, recipe_file, recipe_to_run, show, table
 from dpft.errors import RecipeError
 
-
 DP_SGD = {"batch_size": 256, "epochs": 3.0}  # to start from, where more than a head trains
 
 

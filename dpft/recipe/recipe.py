@@ -115,6 +115,7 @@ class Recipe(Table):
             "privacy.epochs": self.privacy.epochs is not None,
             "privacy.clipping": self.privacy.clipping != "flat",
             "data.examples_per_unit": self.data.examples_per_unit != 1,
+            "data.draws": self.data.draws != 1,
             "data.unit_gradient": self.data.unit_gradient != "mean",
             "optimizer": self.optimizer != OptimizerTable(),
         }

@@ -112,6 +112,12 @@ class DataTable(Table):
     )
     examples_per_unit: int = Field(1, ge=1, description="How many examples of a unit one step uses at most.")
     unit_gradient: Literal["mean", "sum"] = Field("mean", description="How a unit's examples make its gradient.")
+    draws: int = Field(
+        1,
+        ge=1,
+        description="How many draws of the task's chance, such as crops, are averaged inside an example before the "
+        "clip: time for accuracy, at no cost of budget.",
+    )
 
 
 class PrivacyTable(Table):

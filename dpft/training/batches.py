@@ -41,6 +41,7 @@ class Examples:
         members: each unit's examples, by their numbers.
         costs: ``(n,)``, what padding multiplies (:attr:`dpft.tasks.Size.cost`); by default the lengths.
         chance: the task's ``draw``, if it has one of its own.
+        draws: K, how often a step draws an example's chance: the mean of K gradients is the example's.
         varies: whether a row that is read again may be another (:func:`dpft.training.rows.may_vary`).
     """
 
@@ -50,6 +51,7 @@ class Examples:
     costs: Numbers = None  # type: ignore[assignment]  # the lengths are put in its place
     chance: Callable[[Features, np.random.Generator], Features] | None = None
     varies: bool = False
+    draws: int = 1
 
     def __post_init__(self) -> None:
         if self.costs is None:
@@ -110,8 +112,10 @@ class Examples:
         return len(self.features)
 
     def expected(self, plan: Plan) -> float:
-        """How many examples a logical batch has on average."""
-        return plan.sample_rate * sum(min(len(members), plan.examples_per_unit) for members in self.members)
+        """How many draws of examples a logical batch has on average."""
+        return (
+            self.draws * plan.sample_rate * sum(min(len(members), plan.examples_per_unit) for members in self.members)
+        )
 
     def drawn(self, places: Sequence[int] | Numbers) -> list[Any]:
         """The features of these examples after a step's chance, which each call draws anew."""
@@ -173,13 +177,25 @@ def _with_rows(encoded: Sequence[Any] | Encoded, rows: int) -> tuple[Sequence[An
 
 
 def check_units(examples: Examples, plan: Plan) -> None:
-    """Refuse a plan whose declared number of units is not meant for these examples.
+    """Refuse a plan that is not meant for these examples.
 
     Raises:
-        RecipeError: the plan's number of units is more than twice, or less than half, that of the examples.
+        RecipeError: the plan's number of units is more than twice, or less than half, that of the examples; or several
+            draws of an example's chance are asked for, and there is none, or they would add up.
     """
-    if plan.units is not None:
-        check_count(len(examples.members), plan.units)
+    check_count(len(examples.members), plan.units)
+    if examples.draws == 1:
+        return
+    if examples.draws < 1 or examples.chance is None:
+        raise RecipeError(
+            f"{examples.draws} draws of each example were asked for, and a task without chance draws the same: set "
+            "data.draws to 1, or give the task a chance, such as task.crop."
+        )
+    if plan.unit_gradient != "mean":
+        raise RecipeError(
+            f"{examples.draws} draws of each example would count as so many examples in a sum: choose "
+            "data.unit_gradient = 'mean', or one draw."
+        )
 
 
 def cut(
@@ -308,6 +324,8 @@ class LogicalBatches:
         chosen = [self.sampler.examples(self.examples.members[unit]) for unit in drawn]
         places = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
         units = np.repeat(drawn, [len(c) for c in chosen]) if chosen else places
+        # A unit's gradient is the mean over its rows, and each draw is one: all of it comes before the clip.
+        places, units = np.repeat(places, self.examples.draws), np.repeat(units, self.examples.draws)
         groups = cut(
             self.examples.costs[places],
             units,

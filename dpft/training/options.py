@@ -27,6 +27,8 @@ class SessionOptions:
             run ends at the block that no longer fits. Without one nothing across runs is counted.
         purpose: what the run is for; goes on the ledger's record.
         account_rows: the data that the account is kept for, where it is not quite the training data.
+        draws: K, how often a step draws the task's chance (a crop, a mask, a timestep) for an example. The mean of the
+            K gradients is the example's, before its unit is clipped: K costs time and no budget (De et al. 2022).
         autocast: makes the context of a forward pass in mixed precision, such as
             ``lambda: torch.autocast("cuda", torch.bfloat16)``.
         prepare: moves a collated batch to the model's device; by default its tensors are moved.
@@ -40,6 +42,7 @@ class SessionOptions:
     ledger: Dataset | None = None
     purpose: str = ""
     account_rows: Any = None
+    draws: int = 1
     autocast: Callable[[], AbstractContextManager[Any]] | None = None
     prepare: Callable[[Batch], Batch] | None = None
     tell: Callable[..., None] = lambda name, *facts: None

@@ -5,6 +5,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -312,7 +313,7 @@ class Session:
     @cached_property
     def examples(self) -> Examples:
         """The rows, encoded."""
-        return Examples.encode(self.rows, self.task, self.plan.unit)
+        return replace(Examples.encode(self.rows, self.task, self.plan.unit), draws=self.options.draws)
 
     @property
     def step_examples(self) -> Examples:

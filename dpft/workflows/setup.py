@@ -174,6 +174,7 @@ def make_trainer(
         token_budget=recipe.run.token_budget,
         memory=None if recipe.run.memory is None else int(recipe.run.memory * 2**30),
         frozen_prefix=recipe.run.frozen_prefix,
+        draws=recipe.data.draws,
         ledger=open_account(recipe),
         purpose=recipe.ledger.purpose,
         account_rows=setup.account_rows,

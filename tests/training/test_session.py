@@ -9,6 +9,7 @@ from dpft.ledger import Ledger
 from dpft.privacy.noise import SeededRandomness
 from dpft.subset import Subset
 from dpft.tasks import LabelledTask
+from dpft.workflows.setup import without_dropout
 
 
 @pytest.fixture
@@ -147,3 +148,43 @@ def test_a_kept_prefix_and_its_absence_give_the_same_weights(make):
 def test_two_sessions_do_not_share_a_folder(make):
     with make(), pytest.raises(GuaranteeError, match="Another process trains"), make():
         pass
+
+
+class Steady(LabelledTask):
+    """Has a chance that changes nothing."""
+
+    def draw(self, features, random):
+        return dict(features)
+
+
+def test_several_draws_are_averaged_inside_their_unit(make, case):
+    """Draws that are all the same give the very step that one draw gives, under any clip."""
+    weights = []
+    for draws in (1, 3):
+        made = case("bert")
+        without_dropout(made.model)
+        session = make(
+            f"draws-{draws}",
+            model=Subset("head").apply(made.model),
+            task=Steady(made.batch),
+            randomness=SeededRandomness(5),
+            draws=draws,
+        )
+        optimizer = torch.optim.SGD([p for p in session.model.parameters() if p.requires_grad], lr=1.0)
+        with session:
+            for draw in session.draws(optimizer):
+                units = [unit for _, some in draw for unit in some]
+                assert all(units.count(unit) == draws for unit in units)
+                session.step(draw)
+                optimizer.step()
+        weights.append([p.detach().clone() for p in session.model.parameters() if p.requires_grad])
+    for one, other in zip(*weights, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_draws_without_a_chance_or_that_add_up_are_refused(make, case):
+    with pytest.raises(RecipeError, match="3 draws of each example were asked for"):
+        trained(make(draws=3))
+    adding = dpft.Plan(noise_multiplier=1.0, sample_rate=0.5, steps=6, delta=1e-3, units=30, unit_gradient="sum")
+    with pytest.raises(RecipeError, match="count as so many examples in a sum"):
+        trained(make(task=Steady(case("bert").batch), plan=adding, draws=3))

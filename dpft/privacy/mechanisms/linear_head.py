@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from dpft.errors import GuaranteeError
-from dpft.privacy.clipping import Clip, FlatClip
+from dpft.privacy.clipping import FlatClip
 from dpft.privacy.events import Event
 from dpft.privacy.mechanisms.mechanism import Mechanism, Words, require
 from dpft.privacy.rounding import rounded_down
@@ -215,13 +215,13 @@ class LinearHead(Mechanism):
     """
 
     releases: ClassVar[Literal["gradients", "rows", "head"]] = "head"
-    sample_rate: ClassVar[float] = 1.0
+    sample_rate: ClassVar[float] = 1.0  # type: ignore[misc]  # nobody is sampled: every unit is in every sum
     examples_per_unit: ClassVar[int] = ALL
     unit_gradient: ClassVar[str] = "mean"
 
     noise_multiplier: float
     steps: int
-    clip: Clip = field(default_factory=FlatClip)
+    clip: FlatClip = field(default_factory=FlatClip)
 
     def __post_init__(self) -> None:
         require(
@@ -292,7 +292,7 @@ class LinearHead(Mechanism):
         width = rows.features.shape[1]
         mean = sums.release(lambda: feature_sum(rows), (width,), 1.0, steps) / number
         variance = (self.noise_on(1.0, steps) / number) ** 2
-        kept = kept_share(mean, variance)
+        kept = float(kept_share(mean, variance))
         length = max(0.0, float(mean.square().sum()) - width * variance)  # squared, less what noise adds to it
         around = math.sqrt(max(0.01, 1 - length + kept * width * variance))
         return Centre(mean * kept, min(SPREAD * around, 1 + kept * float(mean.norm())))

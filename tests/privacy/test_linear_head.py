@@ -223,9 +223,9 @@ NAIVE = {Prototypes: naive_prototypes, LeastSquares: naive_least_squares, HeadDe
 @every_head
 @with_and_without
 @pytest.mark.parametrize("units", [UNITS, [[i] for i in range(12)]], ids=["units of several rows", "rows"])
-@pytest.mark.parametrize("sigma", [1e-3, 0.5])
-def test_sums_and_head_are_those_of_plain_loops(mechanism, has_bias, units, sigma):
-    mechanism = replace(mechanism, noise_multiplier=sigma)
+@pytest.mark.parametrize(("sigma", "clip"), [(1e-3, 4.0), (0.5, 0.5)])
+def test_sums_and_head_are_those_of_plain_loops(mechanism, has_bias, units, sigma, clip):
+    mechanism = replace(mechanism, noise_multiplier=sigma, clip=FlatClip(clip))
     data = rows(units=units, scale=0.75, has_bias=has_bias)
     head, sums = silent(mechanism, data)
     wanted, weight, bias = NAIVE[type(mechanism)](mechanism, data)
@@ -320,9 +320,12 @@ def test_no_unit_moves_a_sum_by_more_than_is_stated(mechanism, seed, stranger, l
 @every_head
 @with_and_without
 @pytest.mark.parametrize("count", [1, 50])
-def test_the_worst_unit_moves_each_sum_by_what_is_stated(mechanism, has_bias, count):
+@pytest.mark.parametrize(("sigma", "shift"), [(1.0, 0.0), (0.05, 2.0)], ids=["wide", "close together"])
+def test_the_worst_unit_moves_each_sum_by_what_is_stated(mechanism, has_bias, count, sigma, shift):
     """So that the test above has power, and no noise is wasted."""
-    data = rows(has_bias=has_bias)
+    mechanism = replace(mechanism, noise_multiplier=sigma)
+    data = rows(units=[[row] for row in range(NUMBER)] if shift else UNITS, has_bias=has_bias)
+    data = replace(data, features=data.features + torch.tensor([shift, 0, 0, 0]))  # so that r is much less than 1
     worst = [0.0] * len(mechanism.sums())
     for stranger in ("long", "across", "huge"):
         for label in range(CLASSES):
@@ -351,6 +354,7 @@ def test_a_real_target_is_bounded():
 @every_head
 def test_a_unit_of_many_rows_counts_once(mechanism):
     """T16: fifty copies of a row are that row."""
+    mechanism = replace(mechanism, clip=FlatClip(4.0))  # of which a gradient is shorter
     data, row, label = rows(), torch.tensor([[0.5, -0.25, 0.0, 0.125]]), torch.tensor([1])
     _, past = noisy(mechanism, data)
     _, one = silent(mechanism, beside(data, row, label), past.values)

@@ -165,7 +165,7 @@ def naive_least_squares(mechanism, data):
     cross = loop(data, lambda x, y: np.outer(y, cut(x - m, r)))
     rho, noise = 0.05, sigma * r**2 / math.sqrt(moment_of)
     under = max(0.0, least[0] - sigma * r**2 / math.sqrt(least_of) * math.sqrt(2 * math.log(1 / rho)))
-    ridge = max(0.0, noise * math.sqrt(WIDTH * math.log(2 * WIDTH**2 / rho)) - under)
+    ridge = max(0.0, 0.25 * noise * math.sqrt(WIDTH * math.log(2 * WIDTH**2 / rho)) - under)
     theta = cross @ np.linalg.inv(moment + ridge * np.eye(WIDTH))
     sharp = 1.0 if data.real else 2.3 * math.log(4 * CLASSES)
     sums = [outputs, mean, least, moment[np.triu_indices(WIDTH)], cross]
@@ -582,3 +582,17 @@ def test_helpers():
     assert float(kept_share(torch.tensor([0.1, 0, 0, 0], dtype=torch.float64), 0.5)) == 0.0
     assert float(kept_share(torch.tensor([0.1, 0.0], dtype=torch.float64), 5.0)) == 1.0
     assert FlatClip(1.0) == HeadDescent(noise_multiplier=1.0, steps=9).clip
+
+
+def test_noise_on_the_least_spread_never_makes_a_ridge_negative():
+    """The more it says, the less ridge there is, down to none; and no less than nothing is said."""
+    mechanism, data = LeastSquares(noise_multiplier=0.5, steps=20), rows()
+    _, sums = silent(mechanism, data)
+    heads = []
+    for said in (-1e6, 0.0, 1e6):
+        known = [torch.full_like(value, said) if place == 2 else value for place, value in enumerate(sums.values)]
+        heads.append(mechanism.fit(data, Sums(0.5, None, known=known), NUMBER).weight)
+    assert torch.equal(heads[0], heads[1])
+    m, r = centre(mechanism, sums.values[1].numpy() / NUMBER, mechanism.sums()[1])
+    plain = sums.values[4] @ torch.linalg.inv(torch.as_tensor(moment_at(data, m, r)))
+    torch.testing.assert_close(heads[2], plain * 2.3 * math.log(4 * CLASSES), rtol=1e-4, atol=1e-5)

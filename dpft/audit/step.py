@@ -50,6 +50,7 @@ class StepAudit:
     """What one step claims, what was measured, and a verdict: VIOLATION, consistent or uninformative.
 
     ``mu`` is the estimate, ``mu_lower_bound`` holds with ``confidence``, on trials that did not choose the threshold.
+    ``played`` says of what all this is, a ``step`` or a whole ``run``, and ``steps`` counts those.
     ``noise`` is the measured noise over the planned one. ``games`` are the lower bounds on μ of the shorter games,
     ``problems`` what contradicts the claim.
     """
@@ -69,6 +70,7 @@ class StepAudit:
     problems: list[str]
     threat_model: str = "sees every released gradient and chooses the canaries; one step"
     canary: str = "a unit whose gradient is long and along one coordinate"
+    played: str = "step"
 
 
 def audit_step(
@@ -80,11 +82,13 @@ def audit_step(
 ) -> StepAudit:
     """Run ``steps`` steps of an engine with the plan's noise and clip, and the shorter games.
 
+    A mechanism that releases the sums of a head is run as a whole (:mod:`.head_step`).
+
     Raises:
-        PlanError: the plan's mechanism releases no gradients or adds no noise, or fewer than 100 steps are asked for.
+        PlanError: the plan's mechanism releases rows or adds no noise, or fewer than 100 steps are asked for.
     """
     mechanism = plan.mechanism
-    if mechanism.releases != "gradients":
+    if mechanism.releases == "rows":
         raise PlanError(
             f"The mechanism {mechanism.name!r} releases {mechanism.releases}, and this audit attacks the steps of an "
             "engine: audit a plan that trains."
@@ -94,6 +98,10 @@ def audit_step(
             f"A plan with noise multiplier {plan.noise_multiplier:g} was to be audited over {steps:,} steps: give it "
             "noise, and at least 100 steps."
         )
+    if mechanism.releases == "head":
+        from dpft.audit.head_step import audit_head
+
+        return audit_head(plan, steps, significance, progress)
     chosen = GAMES | ADAPTIVE if mechanism.adapts else GAMES
     each = significance / (1 + len(chosen))  # so that all games together raise a false alarm no more often
     delta = min(plan.delta, 1e-2)
@@ -281,8 +289,9 @@ def describe(found: StepAudit) -> str:
         + "".join(f"- {problem}\n" for problem in found.problems)
         + f"μ = {found.mu:.4f} measured, {found.mu_claimed:.4f} claimed by the mechanism, {ratio:.3f} of it; with "
         f"{found.confidence:.2%} confidence μ ≥ {rounded_down(found.mu_lower_bound, 4)}.\n"
-        f"One step: ε ≥ {rounded_down(found.epsilon_lower_bound)} shown of ε = {rounded_up(found.epsilon_claimed)} "
-        f"claimed at δ = {found.delta:g}, from {found.trials:,} trials in {found.steps:,} steps.\nThe noise is "
-        f"{found.noise:.3f} of what is planned. {len(found.games)} shorter games ({', '.join(found.games)}) show μ ≥ "
+        f"One {found.played}: ε ≥ {rounded_down(found.epsilon_lower_bound)} shown of ε = "
+        f"{rounded_up(found.epsilon_claimed)} claimed at δ = {found.delta:g}, from {found.trials:,} trials in "
+        f"{found.steps:,} {found.played}s.\nThe noise is {found.noise:.3f} of what is planned. "
+        f"{len(found.games)} shorter games ({', '.join(found.games)}) show μ ≥ "
         f"{rounded_down(max(found.games.values()))}."
     )

@@ -183,7 +183,8 @@ def check_units(examples: Examples, plan: Plan) -> None:
         RecipeError: the plan's number of units is more than twice, or less than half, that of the examples; or several
             draws of an example's chance are asked for, and there is none, or they would add up.
     """
-    check_count(len(examples.members), plan.units)
+    if plan.units is not None:
+        check_count(len(examples.members), plan.units)
     if examples.draws == 1:
         return
     if examples.draws < 1 or examples.chance is None:

@@ -165,7 +165,7 @@ def naive_least_squares(mechanism, data):
     cross = loop(data, lambda x, y: np.outer(y, cut(x - m, r)))
     rho, noise = 0.05, sigma * r**2 / math.sqrt(moment_of)
     under = max(0.0, least[0] - sigma * r**2 / math.sqrt(least_of) * math.sqrt(2 * math.log(1 / rho)))
-    ridge = max(0.0, noise * math.sqrt(WIDTH * math.log(2 * WIDTH**2 / rho)) - under)
+    ridge = max(0.0, 0.25 * noise * math.sqrt(WIDTH * math.log(2 * WIDTH**2 / rho)) - under)
     theta = cross @ np.linalg.inv(moment + ridge * np.eye(WIDTH))
     sharp = 1.0 if data.real else 2.3 * math.log(4 * CLASSES)
     sums = [outputs, mean, least, moment[np.triu_indices(WIDTH)], cross]
@@ -223,9 +223,9 @@ NAIVE = {Prototypes: naive_prototypes, LeastSquares: naive_least_squares, HeadDe
 @every_head
 @with_and_without
 @pytest.mark.parametrize("units", [UNITS, [[i] for i in range(12)]], ids=["units of several rows", "rows"])
-@pytest.mark.parametrize("sigma", [1e-3, 0.5])
-def test_sums_and_head_are_those_of_plain_loops(mechanism, has_bias, units, sigma):
-    mechanism = replace(mechanism, noise_multiplier=sigma)
+@pytest.mark.parametrize(("sigma", "clip"), [(1e-3, 4.0), (0.5, 0.5)])
+def test_sums_and_head_are_those_of_plain_loops(mechanism, has_bias, units, sigma, clip):
+    mechanism = replace(mechanism, noise_multiplier=sigma, clip=FlatClip(clip))
     data = rows(units=units, scale=0.75, has_bias=has_bias)
     head, sums = silent(mechanism, data)
     wanted, weight, bias = NAIVE[type(mechanism)](mechanism, data)
@@ -320,9 +320,12 @@ def test_no_unit_moves_a_sum_by_more_than_is_stated(mechanism, seed, stranger, l
 @every_head
 @with_and_without
 @pytest.mark.parametrize("count", [1, 50])
-def test_the_worst_unit_moves_each_sum_by_what_is_stated(mechanism, has_bias, count):
+@pytest.mark.parametrize(("sigma", "shift"), [(1.0, 0.0), (0.05, 2.0)], ids=["wide", "close together"])
+def test_the_worst_unit_moves_each_sum_by_what_is_stated(mechanism, has_bias, count, sigma, shift):
     """So that the test above has power, and no noise is wasted."""
-    data = rows(has_bias=has_bias)
+    mechanism = replace(mechanism, noise_multiplier=sigma)
+    data = rows(units=[[row] for row in range(NUMBER)] if shift else UNITS, has_bias=has_bias)
+    data = replace(data, features=data.features + torch.tensor([shift, 0, 0, 0]))  # so that r is much less than 1
     worst = [0.0] * len(mechanism.sums())
     for stranger in ("long", "across", "huge"):
         for label in range(CLASSES):
@@ -351,6 +354,7 @@ def test_a_real_target_is_bounded():
 @every_head
 def test_a_unit_of_many_rows_counts_once(mechanism):
     """T16: fifty copies of a row are that row."""
+    mechanism = replace(mechanism, clip=FlatClip(4.0))  # of which a gradient is shorter
     data, row, label = rows(), torch.tensor([[0.5, -0.25, 0.0, 0.125]]), torch.tensor([1])
     _, past = noisy(mechanism, data)
     _, one = silent(mechanism, beside(data, row, label), past.values)
@@ -578,3 +582,17 @@ def test_helpers():
     assert float(kept_share(torch.tensor([0.1, 0, 0, 0], dtype=torch.float64), 0.5)) == 0.0
     assert float(kept_share(torch.tensor([0.1, 0.0], dtype=torch.float64), 5.0)) == 1.0
     assert FlatClip(1.0) == HeadDescent(noise_multiplier=1.0, steps=9).clip
+
+
+def test_noise_on_the_least_spread_never_makes_a_ridge_negative():
+    """The more it says, the less ridge there is, down to none; and no less than nothing is said."""
+    mechanism, data = LeastSquares(noise_multiplier=0.5, steps=20), rows()
+    _, sums = silent(mechanism, data)
+    heads = []
+    for said in (-1e6, 0.0, 1e6):
+        known = [torch.full_like(value, said) if place == 2 else value for place, value in enumerate(sums.values)]
+        heads.append(mechanism.fit(data, Sums(0.5, None, known=known), NUMBER).weight)
+    assert torch.equal(heads[0], heads[1])
+    m, r = centre(mechanism, sums.values[1].numpy() / NUMBER, mechanism.sums()[1])
+    plain = sums.values[4] @ torch.linalg.inv(torch.as_tensor(moment_at(data, m, r)))
+    torch.testing.assert_close(heads[2], plain * 2.3 * math.log(4 * CLASSES), rtol=1e-4, atol=1e-5)

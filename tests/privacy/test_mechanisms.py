@@ -16,6 +16,7 @@ from dpft.privacy import composition
 from dpft.privacy.clipping import FlatClip
 from dpft.privacy.mechanisms import Mechanism, made, mechanisms
 from dpft.privacy.mechanisms.dp_sgd import DpSgd
+from dpft.privacy.mechanisms.linear_head import Rows, Sums
 from dpft.privacy.noise import FreshNoise, SeededRandomness
 from dpft.privacy.plan import Plan
 
@@ -58,7 +59,33 @@ def row_releases(mechanism, rows, randomness):
     return {name: one.value * UNITS for name, one in made_of.items()}
 
 
-RELEASES = {"gradients": engine_releases, "rows": row_releases}
+class ForcedSums(Sums):
+    """Each release, by its place, and its sensitivity; the head goes on from a past of zeros, whatever the data."""
+
+    def __init__(self, mechanism, randomness):
+        super().__init__(mechanism.noise_multiplier, randomness)
+        self.found, self.bounds = {}, {}
+
+    def release(self, total, shape, sensitivity, steps=1):
+        # The contract's events are of single steps: here each sum is one.
+        self.found[f"sum {len(self.found)}"] = value = super().release(total, shape, sensitivity).flatten()
+        self.bounds[f"sum {len(self.bounds)}"] = sensitivity
+        return torch.full(shape, 0.1, dtype=torch.float64) if len(shape) < 2 else torch.zeros_like(value).view(shape)
+
+
+def head_sums(mechanism, rows, randomness):
+    labels, members = torch.arange(len(rows)) % 3, np.arange(len(rows))[:, None]
+    sums = ForcedSums(mechanism, randomness)
+    mechanism.fit(Rows(rows, labels, list(members), 3), sums, UNITS)
+    assert len(sums.found) == len(mechanism.sums()) and sum(mechanism.sums()) == mechanism.steps
+    return sums
+
+
+def head_releases(mechanism, rows, randomness):
+    return head_sums(mechanism, rows, randomness).found
+
+
+RELEASES = {"gradients": engine_releases, "rows": row_releases, "head": head_releases}
 
 
 def released(mechanism, rows, randomness):
@@ -69,11 +96,13 @@ def sensitivities(mechanism):
     bound = mechanism.clip.sensitivity
     if mechanism.releases == "gradients":
         return {"gradient": bound}
+    if mechanism.releases == "head":
+        return head_sums(mechanism, torch.zeros(0, WIDTH), Silent(0)).bounds
     return {"mean": bound, "second moment": bound**2, "class means": bound, "class counts": 1.0}
 
 
 def test_the_registry_finds_the_files_by_itself():
-    assert {"dp-sgd", "dp-sgd-adaptive-clip", "statistics"} <= set(mechanisms())
+    assert {"dp-sgd", "dp-sgd-adaptive-clip", "statistics", "head-descent"} <= set(mechanisms())
     assert all(name == kind.name and issubclass(kind, Mechanism) for name, kind in mechanisms().items())
     with pytest.raises(PlanError, match=r"no mechanism 'noise'.*dp-sgd"):
         made("noise")
@@ -160,9 +189,10 @@ def test_the_noise_is_what_is_stated_also_on_nobody(mechanism, units):
                 moved[torch.triu(torch.ones_like(moved)) > 0] if moved.dim() == 2 else moved
             )
     for name, sensitivity in sensitivities(mechanism).items():
-        found = float(torch.cat(numbers[name]).square().mean().sqrt())
+        every = torch.cat(numbers[name])
         stated = sensitivity * mechanism.gradient_noise_multiplier
-        assert found == pytest.approx(stated, rel=0.12), name
+        allowed = 0.12 if len(every) > 150 else 0.25  # four standard errors of a single number
+        assert float(every.square().mean().sqrt()) == pytest.approx(stated, rel=allowed), name
 
 
 @every_mechanism
@@ -181,7 +211,9 @@ def test_no_unit_moves_what_is_released_by_more_than_its_sensitivity(mechanism):
             assert torch.isfinite(moved).all()
             worst[name] = max(worst[name], float(moved.norm()))
     for name, sensitivity in sensitivities(mechanism).items():
-        assert 0.9 * sensitivity <= worst[name] <= sensitivity * (1 + 1e-5), name
+        assert worst[name] <= sensitivity * (1 + 1e-5), name
+        if mechanism.releases != "head":  # of these, test_linear_head.py tries the worst at each step
+            assert worst[name] >= 0.9 * sensitivity, name
 
 
 @every_mechanism

@@ -214,7 +214,7 @@ class LinearHead(Mechanism):
     """
 
     releases: ClassVar[Literal["gradients", "rows", "head"]] = "head"
-    sample_rate: ClassVar[float] = 1.0
+    sample_rate: ClassVar[float] = 1.0  # nobody is sampled: every unit is in every sum
     examples_per_unit: ClassVar[int] = ALL
     unit_gradient: ClassVar[str] = "mean"
 
@@ -296,7 +296,7 @@ class LinearHead(Mechanism):
         width = rows.features.shape[1]
         mean = sums.release(lambda: feature_sum(rows), (width,), 1.0, steps) / number
         variance = (self.noise_on(1.0, steps) / number) ** 2
-        kept = kept_share(mean, variance)
+        kept = float(kept_share(mean, variance))
         length = max(0.0, float(mean.square().sum()) - width * variance)  # squared, less what noise adds to it
         around = math.sqrt(max(0.01, 1 - length + kept * width * variance))
         return Centre(mean * kept, min(SPREAD * around, 1 + kept * float(mean.norm())))

@@ -110,6 +110,7 @@ def spread_along(rows: Rows, centre: Centre, shifts: "Tensor", prior: "Tensor", 
     def part(some: slice) -> "Tensor":
         within = centre.of(rows.bounded[some]) - rows.outputs(some) @ shifts
         squares = (within @ along.T).square().sum(1, keepdim=True)
-        return (squares.clamp_max(most) * rows.weights[some]).sum(0)
+        parts: Tensor = squares.clamp_max(most) * rows.weights[some]
+        return parts.sum(0)
 
     return rows.total(part, (1,))

@@ -184,7 +184,8 @@ def naive_descent(mechanism, data):
     sums = [counts, mean, moment[np.triu_indices(WIDTH)]]
     found = torch.linalg.eigh(torch.as_tensor(moment / NUMBER))  # numpy's may have other signs
     spread, directions = found.eigenvalues.numpy(), found.eigenvectors.numpy()
-    ridge = max(1e-3 * spread.sum(), sigma * r**2 / math.sqrt(moment_of) / NUMBER * math.sqrt(WIDTH))
+    scarce = min(max((5 * WIDTH / NUMBER) ** 2, 5e-4), 0.1)
+    ridge = max(scarce * spread.sum(), sigma * r**2 / math.sqrt(moment_of) / NUMBER * math.sqrt(WIDTH))
     length = math.sqrt((spread / (spread + ridge)).sum())
     basis = directions / np.sqrt(spread + ridge) / length
     width = WIDTH + data.has_bias

@@ -7,6 +7,7 @@ for the scoring alone. A run that ended before it was scored is scored when the 
 """
 
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -88,7 +89,7 @@ def audit_run(
         plan = _with_canaries(recipe.plan(), planted)
         planted.save(folder.canaries_file)
         setup.account_rows, setup.train = setup.train, planted.planted(setup.train, recipe)
-        claim = Claim(plan.delta, plan.epsilon, significance)
+        claim = Claim(plan.delta, plan.epsilon if math.isfinite(plan.epsilon) else None, significance)
         watch.announce(outlook(planting.canaries, claim, planting.repetitions))
         train(
             recipe,

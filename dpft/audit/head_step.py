@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 WIDTH, CLASSES, OTHERS = 6, 4, 9
 AUDIBLE = 2.0  # the μ at which games are played
 MEASURED = 30  # runs that measure the noise
-FEWEST = 100  # trials of a game
-SHARE = 20  # steps of an engine for which a run is played
+FEWEST = 60  # trials of a game
+SHARE = 25  # steps of an engine for which a run is played
 ERRORS = 6.0  # standard errors by which the noise may miss what is planned
 ROUNDING = 1e-5  # of a leak
 LONG = 1e3
@@ -194,7 +194,7 @@ def noise_of(runs: list[Run]) -> tuple[float, list[str]]:
 
 def audit_head(plan: "Plan", steps: int, significance: float, progress: Callable[[int, int], None]) -> "StepAudit":
     """Play the games on whole runs; arguments are those of :func:`~dpft.audit.step.audit_step`, and one run is played
-    for each 20 ``steps``.
+    for each 25 ``steps``.
 
     The verdict and ``mu_claimed``, √steps/σ, are of the run as it was played.
     """

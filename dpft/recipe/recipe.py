@@ -14,6 +14,7 @@ from dpft.recipe import toml
 from dpft.recipe.paths import PATHS, check_path, expanded_path, listed
 from dpft.recipe.tables import (
     CLIP_SETTINGS,
+    FEW_UNITS,
     HEAD_STEPS,
     BaselineTable,
     DataTable,
@@ -82,7 +83,9 @@ class Recipe(Table):
         """The privacy table's method, ``auto`` resolved."""
         if self.privacy.method != "auto":
             return self.privacy.method
-        return "dp-sgd" if self.privacy.batch_size is not None or self.subset.strip() != "head" else "head-descent"
+        if self.privacy.batch_size is not None or self.subset.strip() != "head":
+            return "dp-sgd"
+        return "head-prototypes" if self.data.units <= FEW_UNITS else "head-descent"
 
     @property
     def learns_head(self) -> bool:

@@ -17,6 +17,7 @@ CLIP_SETTINGS = {  # of the privacy table, and the clipping that uses each
 }
 
 
+FEW_UNITS = 1_000  # up to which prototypes are the better head
 HEAD_STEPS = 64  # of a head's mechanism: noise of so many releases costs what one of all of them would
 Method = Literal["auto", "dp-sgd", "head-descent", "head-prototypes", "head-least-squares"]
 
@@ -126,9 +127,9 @@ class PrivacyTable(Table):
     delta: float = Field(gt=0, lt=1, description="Must be below 1/units.")
     method: Method = Field(
         "auto",
-        description="How noise is spent: dp-sgd, or for subset = 'head' one of head-descent, head-prototypes (few "
-        "units) and head-least-squares, which learn from sums over all units; auto is dp-sgd where batch_size is "
-        "given, else head-descent.",
+        description="How noise is spent: dp-sgd, or for subset = 'head' one of head-descent, head-prototypes (up to "
+        "about a thousand units) and head-least-squares, which learn from sums over all units; auto is dp-sgd where "
+        "batch_size is given, else one of the first two by the number of units.",
     )
     batch_size: int | None = Field(
         None, ge=1, description="dp-sgd: expected units per step; a draw's true size is random and private."

@@ -297,7 +297,7 @@ class Session:
         with torch.no_grad():
             for name, parameter in trainable(self.model):
                 parameter.copy_(saved[name])
-        self.releases.take_up_numbers(folder, self.engine)
+        self.releases.take_up_numbers(folder, self._engine)
         if optimizer is not None:
             optimizer.load_state_dict(torch.load(Path(folder) / "optimizer.pt", weights_only=True))
 

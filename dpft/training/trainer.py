@@ -29,17 +29,16 @@ class DPTrainerMixin(Evaluation):
     Keyword arguments beside the trainer's own:
         plan: the privacy plan; its ``steps`` are the trainer's steps, its ``unit`` the column that names a row's unit.
         task: per-example losses, collation and metrics; by default the model's own loss, the trainer's data collator,
-        ``compute_metrics``, and a
-            ``compute_loss`` or ``compute_loss_func`` of the user's own, which returns ``(B,)`` losses.
+            ``compute_metrics``, and a ``compute_loss`` or ``compute_loss_func`` of the user's own, which returns
+            ``(B,)`` losses.
         evaluation_is_public: whether metrics on ``eval_dataset`` may be logged. If not, :meth:`evaluate` returns them
             to its caller and nothing else sees them.
-        randomness, token_budget, memory, frozen_prefix, ledger, purpose, account_rows: see
-        :class:`dpft.SessionOptions`.
+        randomness, token_budget, memory, frozen_prefix, ledger, purpose, account_rows, draws: see
+            :class:`dpft.SessionOptions`.
 
     Guarantee:
         ``trainer.guarantee`` is true at every moment: see :class:`dpft.Session`, which is ``trainer.session``. The
-            first rows of the
-        evaluation are tried before the first charge too.
+        first rows of the evaluation are tried before the first charge too.
 
     Raises:
         GuaranteeError: an argument would break the guarantee, or would be ignored; named.

@@ -23,7 +23,7 @@ def plan(name, sigma=2.0, steps=20):
 
 @every_head
 def test_a_run_leaks_what_it_claims(name):
-    found = audit_step(plan(name), steps=12_000)
+    found = audit_step(plan(name), steps=15_000)
     assert found.verdict == "consistent" and not found.problems
     assert found.mu_claimed == pytest.approx(2.0) and found.mu_lower_bound <= found.mu_claimed
     assert found.mu == pytest.approx(found.mu_claimed, rel=0.25)

@@ -31,7 +31,7 @@ def test_the_bar_shows_no_less_than_was_spent(plan, sigma, least):
     bar = _Callback(None)
     bar.watch(SimpleNamespace(plan=private, randomness=SimpleNamespace(private=True)))
     for done in (1, 7, 40):
-        shown = float(bar._spent(done).removeprefix("ε ≤ "))
+        shown = float(bar._spent(done, private).removeprefix("ε ≤ "))
         assert shown >= epsilon(Event(done, sigma, 0.5).dp_event, private.delta) and shown > least
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import TrainerCallback
 
-from dpft.audit.canaries import make
+from dpft.audit.canaries import Planting, make
 from dpft.errors import RecipeError
 from dpft.recipe import Recipe
 from dpft.tasks import SequenceClassification
@@ -303,7 +303,9 @@ def test_no_file_holds_a_row_during_a_run_or_after_it(recipe, tmp_path, monkeypa
     recipe["data"] |= {"train": str(data), "validation": str(data), "validation_rows": 9}
     parsed = Recipe.parse(recipe)
     train(parsed, tmp_path / "run", callbacks=[walks])
-    whole = make("random-tokens", 10, parsed, load_model(parsed)[0]).planted(load(parsed)[0], parsed)
+    whole = make(Planting(canaries=10, kind="random-tokens"), parsed, load_model(parsed)[0]).planted(
+        load(parsed)[0], parsed
+    )
     walks.check()
     assert walks.times == 2 + 4 + 1 and row.decode() in whole["text"]
 

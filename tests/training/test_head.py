@@ -33,7 +33,7 @@ STEPS = 20
 
 @pytest.fixture
 def tables(recipe):
-    privacy = {"epsilon": 8.0, "delta": 1e-3, "steps": STEPS}
+    privacy = {"epsilon": 8.0, "delta": 1e-3, "steps": STEPS, "method": "head-descent"}
     return {**recipe, "subset": "head", "privacy": privacy, "run": {"seed": 3}}
 
 
@@ -223,7 +223,6 @@ def test_a_comparison_has_heads_with_and_without_privacy(tables, tmp_path):
     ],
 )
 def test_what_a_head_does_not_use_is_refused(tables, key, value, message):
-    tables["privacy"]["method"] = "head-descent"
     tables["data"]["unit"] = "patient"
     *parents, last = key.split(".")
     table = tables
@@ -235,7 +234,9 @@ def test_what_a_head_does_not_use_is_refused(tables, key, value, message):
 
 
 def test_the_method_follows_from_the_batch_size(tables):
-    assert Recipe.parse(tables).plan().mechanism.name == "head-descent"
+    del tables["privacy"]["method"]
+    for units, method in ((1_000, "head-prototypes"), (1_001, "head-descent")):
+        assert Recipe.parse({**tables, "data": {**tables["data"], "units": units}}).method == method
     tables["privacy"]["batch_size"] = 10
     assert Recipe.parse(tables).plan().mechanism.name == "dp-sgd"
     del tables["privacy"]["batch_size"]
@@ -344,5 +345,5 @@ def test_a_recipe_may_ask_for_either_pooling(tables, tmp_path):
         depths[pooling] = set_up(Recipe.parse(tables)).model.config.num_hidden_layers
     assert depths["auto"] == depths["mean"] == depths["model"] + 1
     tables["task"] |= {"pooling": "auto"}
-    tables |= {"subset": "lora + head", "privacy": tables["privacy"] | {"batch_size": 10}}
+    tables |= {"subset": "lora + head", "privacy": tables["privacy"] | {"batch_size": 10, "method": "auto"}}
     assert set_up(Recipe.parse(tables)).model.config.num_hidden_layers == depths["model"]

@@ -10,8 +10,8 @@ arXiv:2211.13403, for why the feature covariance is the right preconditioner und
 
 In z every direction is about as wide, so one rate serves all, and no direction drowns in noise that is the same for
 all. R is the length that whitened features have on average, so that |z| is about 1; longer ones are cut. r follows from
-``|m|``: features of length 1 lie on average √(1-|m|²) from their mean. All of m, λ, V, R and r are released or follow
-from what is.
+``|m|``: features of length 1 lie on average √(1-|m|²) from their mean. Of a noisy m a part is kept (James & Stein
+1961). All of m, λ, V, R and r are released or follow from what is.
 """
 
 import math

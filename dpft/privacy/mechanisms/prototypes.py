@@ -8,15 +8,19 @@ Four sums over all units, features x within 1:
     spread          min(q, v)                       v                 s²: the variance within a class
 
 The discriminant is that of classes N(m + δ_k, s² I) with the prior π (Fisher 1936; Hastie, Tibshirani, Friedman 2009,
-equation 4.10 with Σ = s² I):
+equation 4.10 with Σ = s² I, less what is the same for all classes):
 
-    W_k = δ_k / s²        b_k = log π_k - δ_kᵀm / s² - ‖δ_k‖² / (2 s²)
+    W_k = δ_k / s²        b_k = log π_k - W_kᵀm - W_kᵀδ_k / 2
 
-The variance of the noise on m and on each δ_k is known, so both are shrunk towards zero, that is, prototypes towards
-their common mean (James & Stein 1961). s² is measured where the discriminant looks, along the prototypes:
-q = Σ_k a_k ((δ_k/‖δ_k‖)ᵀ (x - m - δ_y))² with a_k in proportion to π_k ‖δ_k‖² and Σ a_k = 1. It is cut to
-v = max(1 - ‖m‖² - Σ π_k ‖δ_k‖², 0.01), the variance in all directions together of features of length 1. r follows from
-``‖m‖``, as in :mod:`.head_descent`.
+The variance of the noise on m and on each number of δ_k is known, σ² r² / (steps · n_k²) for δ_k. To that comes what
+chance makes of n_k units, (1 - ‖m‖²) / (d n_k). So m is shrunk towards zero, and prototypes towards their common mean m
+(James & Stein 1961, :func:`.linear_head.kept_share`). The share that is kept of an error variance v_k is what is still
+wrong with δ_k; a class that is not known well is as wide as N(m + δ_k, (s² + kept · v_k) I), and W_k has that in the
+place of s².
+
+s² is measured where the discriminant looks, along the prototypes: q = Σ_k a_k ((δ_k/‖δ_k‖)ᵀ (x - m - δ_y))² with a_k in
+proportion to π_k ‖δ_k‖² and Σ a_k = 1. It is cut to v = max(1 - ‖m‖² - Σ π_k ‖δ_k‖², 0.01), the variance in all
+directions together of features of length 1. r follows from ``‖m‖``, as in :mod:`.head_descent`.
 """
 
 from dataclasses import dataclass

@@ -20,7 +20,7 @@ from dpft.training.defaults import default_task, refuse_data, refuse_unused
 from dpft.training.evaluation import Evaluation
 from dpft.training.session import Session
 
-OPTIONS = ("randomness", "token_budget", "memory", "frozen_prefix", "ledger", "purpose", "account_rows")
+OPTIONS = ("randomness", "token_budget", "memory", "frozen_prefix", "ledger", "purpose", "account_rows", "draws")
 
 
 class DPTrainerMixin(Evaluation):

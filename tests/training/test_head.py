@@ -235,6 +235,7 @@ def test_what_a_head_does_not_use_is_refused(tables, key, value, message):
 
 def test_the_method_follows_from_the_batch_size(tables):
     del tables["privacy"]["method"]
+    tables["privacy"]["delta"] = 1e-4
     for units, method in ((1_000, "head-prototypes"), (1_001, "head-descent")):
         assert Recipe.parse({**tables, "data": {**tables["data"], "units": units}}).method == method
     tables["privacy"]["batch_size"] = 10

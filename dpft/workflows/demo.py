@@ -15,7 +15,7 @@ from dpft.recipe import Recipe
 
 VALIDATION = 2_000
 UNITS = 70_000
-FEWER = 20_000  # of --fast
+FEWER = 8_000  # of --fast
 
 
 def model_path() -> str:

@@ -34,13 +34,14 @@ class HeadTrainer:
     ) -> None:
         from dpft.workflows.setup import open_account
 
-        self._validation, self._callbacks = setup.validation, callbacks
+        self._setup, self._callbacks = setup, callbacks
         self.session = HeadSession(
             setup.model,
             plan,
             setup.task,
             setup.train,
             output,
+            features=setup.features,
             randomness=randomness,
             ledger=open_account(setup.recipe),
             purpose=setup.recipe.ledger.purpose,
@@ -55,11 +56,11 @@ class HeadTrainer:
 
     def train(self, *, go_on: bool) -> None:
         """See :meth:`HeadSession.solve`; the evaluation's first rows are tried before anything is charged."""
-        checks = (
-            [] if self._validation is None else [partial(check_evaluation, self.session.evaluate, self._validation)]
-        )
+        rows = self._setup.validation
+        checks = [] if rows is None else [partial(check_evaluation, self.session.evaluate, rows)]
         self.session.solve(go_on=go_on, checks=checks)
+        self._setup.features = self.session.features  # for a comparison's other runs
 
     def evaluate(self) -> dict[str, Any]:
         """The task's metrics on the validation data, un-noised."""
-        return {f"eval_{name}": value for name, value in self.session.evaluate(self._validation).items()}
+        return {f"eval_{name}": value for name, value in self.session.evaluate(self._setup.validation).items()}

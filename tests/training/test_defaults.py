@@ -157,7 +157,7 @@ def test_a_tag_for_each_token_is_learned(tmp_path):
     config = T.BertConfig(vocab_size=100, **{**SMALL, "hidden_size": 32, "intermediate_size": 64}, num_labels=3)
     model = dpft.Subset("all").apply(T.BertForTokenClassification(config))
     args = T.TrainingArguments(str(tmp_path), learning_rate=5e-3, report_to=[], use_cpu=True, disable_tqdm=True)
-    plan = dpft.Plan(noise_multiplier=0.0, sample_rate=0.25, steps=150, delta=1e-4, units=400, clip=dpft.FlatClip(1e9))
+    plan = dpft.Plan(noise_multiplier=0.0, sample_rate=0.1, steps=150, delta=1e-4, units=400, clip=dpft.FlatClip(1e9))
     dpft.DPTrainer(
         model=model, args=args, train_dataset=rows, plan=plan, data_collator=collate, token_budget=4096
     ).train()

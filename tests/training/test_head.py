@@ -206,9 +206,12 @@ def test_units_of_several_rows_count_once(tables, tmp_path):
     assert "all rows that share one value of patient" in (folder / "card.md").read_text()
 
 
-def test_a_comparison_has_heads_with_and_without_privacy(tables, tmp_path):
+def test_a_comparison_has_heads_with_and_without_privacy(tables, tmp_path, monkeypatch):
+    """The features are made once for all of its runs."""
+    made, calls = HeadSession._made_features, []
+    monkeypatch.setattr(HeadSession, "_made_features", lambda self, head: calls.append(1) or made(self, head))
     rows = compare(Recipe.parse(tables), tmp_path / "sweep", epsilons=[8.0, 1.0])
-    assert [row.setting for row in rows] == ["untouched", "non-private", "ε = 8", "ε = 1"]
+    assert [row.setting for row in rows] == ["untouched", "non-private", "ε = 8", "ε = 1"] and len(calls) == 1
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def tamperings(count: int, folder: Path) -> dict:
     import dpft
     from dpft.errors import LedgerError
     from dpft.ledger import Ledger
-    from dpft.ledger.store import Store
+    from dpft.ledger.database import Store
     from dpft.ledger.verify import export, read_export, verify
     from dpft.privacy.composition import Event
 

@@ -179,7 +179,7 @@ class OfDPFT(System):
 
         import dpft
         from dpft.gradients.engine import Engine
-        from dpft.training.heap import kept_heap
+        from dpft.training.heap import keep_freed_memory
         from dpft.training.tuning import free_memory, workspace
 
         self.work = work
@@ -198,7 +198,7 @@ class OfDPFT(System):
         device = torch.device(work.device)
         self.engine.workspace_bytes = workspace(device, free_memory(device))
         self.attached = ExitStack()  # as a run does
-        self.attached.enter_context(kept_heap())
+        self.attached.enter_context(keep_freed_memory())
         self.attached.enter_context(self.engine)
 
     def micro_batch(self) -> None:
@@ -273,11 +273,11 @@ class HeapKept(Plain):
     """With the setting of the C library that a private run trains under, which needs no privacy."""
 
     def __init__(self, work: Work) -> None:
-        from dpft.training.heap import kept_heap
+        from dpft.training.heap import keep_freed_memory
 
         super().__init__(work)
         self.kept = ExitStack()
-        self.kept.enter_context(kept_heap())
+        self.kept.enter_context(keep_freed_memory())
 
     def close(self) -> None:
         self.kept.close()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dpft.audit.canaries import below, shuffled
-from dpft.audit.report import Audit, Claim, judge
+from dpft.audit.report import Audit, Claim, bound_epsilon
 from dpft.audit.scores import losses
 from dpft.privacy.noise import Randomness, SecureRandomness
 from dpft.tasks.task import Features, Task
@@ -74,7 +74,7 @@ def audit_training(
     planted = [*examples, *(canary for canary, inside in zip(canaries, coins, strict=True) if inside)]
     order = shuffled(len(planted), randomness)
     scores -= losses(training.train([planted[place] for place in order]), training.task, canaries)
-    return judge(
+    return bound_epsilon(
         scores,
         coins,
         claim,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from dpft.audit import canaries as made
 from dpft.audit.canaries import Canaries, Planting
-from dpft.audit.report import Audit, Claim, judge, outlook
+from dpft.audit.report import Audit, Claim, bound_epsilon, expected_power
 from dpft.audit.scores import losses, trained
 from dpft.errors import RecipeError
 from dpft.privacy.plan import Plan
@@ -90,7 +90,7 @@ def audit_run(
         planted.save(folder.canaries_file)
         setup.account_rows, setup.train = setup.train, planted.planted(setup.train, recipe)
         claim = Claim(plan.delta, plan.epsilon if math.isfinite(plan.epsilon) else None, significance)
-        watch.announce(outlook(planting.canaries, claim, planting.repetitions))
+        watch.announce(expected_power(planting.canaries, claim, planting.repetitions))
         train(
             recipe,
             output,
@@ -164,7 +164,7 @@ def audit_command(
     seen.mkdir(mode=0o700)
     left.mkdir()
     whole = planted.planted(rows, recipe)
-    announce(outlook(planting.canaries, claim, planting.repetitions))
+    announce(expected_power(planting.canaries, claim, planting.repetitions))
     words = [word.replace("{data}", str(data)).replace("{out}", str(left)) for word in command]
     try:
         whole.to_csv(data) if csv else whole.to_json(data)
@@ -204,7 +204,7 @@ def _judged(recipe: Recipe, weights: Path, planted: Canaries, claim: Claim) -> A
     features = made.features(planted.canaries, recipe, task)
     scores = losses(before, task, features)
     scores -= losses(trained(before, recipe, weights), task, features)
-    return judge(
+    return bound_epsilon(
         scores,
         planted.included,
         claim,

@@ -82,7 +82,7 @@ class Audit:
         return replace(self, power=power, verdict=_verdict(self.epsilon_lower_bound, self.ceiling, self.claimed, power))
 
 
-def judge(
+def bound_epsilon(
     scores: ArrayLike,
     included: ArrayLike,
     claim: Claim,
@@ -162,12 +162,12 @@ def group(epsilon: float | None, delta: float, size: int) -> tuple[float | None,
 
 
 def ceiling(canaries: int, delta: float, significance: float) -> float:
-    """The lower bound that :func:`judge` would give an attack that guesses every one of so many canaries right."""
+    """The lower bound that :func:`bound_epsilon` gives an attack that guesses all of so many canaries right."""
     sizes = guess_sizes(canaries)
     return max(one_run_epsilon(canaries, size, size, delta, significance / len(sizes)) for size in sizes)
 
 
-def outlook(canaries: int, claim: Claim, repetitions: int = 1) -> str:
+def expected_power(canaries: int, claim: Claim, repetitions: int = 1) -> str:
     """What so many canaries can show at best, to be said before anything is spent on it."""
     claimed, delta = group(claim.epsilon, claim.delta, repetitions)
     best = ceiling(canaries, delta, claim.significance)

@@ -254,7 +254,7 @@ def verify(exported, public_key, quick, url, as_json) -> None:
     Example:
       dpft ledger verify --quick
     """
-    from dpft.ledger.store import Store, default_url
+    from dpft.ledger.database import Store, default_url
     from dpft.ledger.verify import read_export
     from dpft.ledger.verify import verify as check
 
@@ -304,7 +304,7 @@ def import_(path, public_key, url) -> None:
       dpft ledger import ledger.jsonl --ledger restored.db
     """
     from dpft.errors import LedgerError
-    from dpft.ledger.store import Store, default_url
+    from dpft.ledger.database import Store, default_url
     from dpft.ledger.verify import restore
 
     found = restore(path, Store(url or default_url()), public_key=public_key)

@@ -8,9 +8,9 @@ from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any, Unpack
 
 from dpft.errors import BudgetError, GuaranteeError, LedgerError
-from dpft.ledger.book import AMENDABLE, Amendment, DatasetRecord, Policy, checked_policy, who
 from dpft.ledger.chain import Facts
 from dpft.ledger.fingerprint import SHARED, Fingerprint, in_tenths
+from dpft.ledger.state import AMENDABLE, Amendment, DatasetRecord, Policy, checked_policy, who
 from dpft.privacy import composition
 from dpft.privacy.delta import check_delta
 from dpft.privacy.events import Event, merged
@@ -49,7 +49,7 @@ class Dataset:
 
     @property
     def record(self) -> DatasetRecord:
-        return self.ledger._book.datasets[self.name]
+        return self.ledger._state.datasets[self.name]
 
     @property
     def policy(self) -> Policy:
@@ -256,7 +256,7 @@ class Dataset:
         found = Fingerprint(rows, self.ledger.key.secret)
         if known is not None and found.same(known):
             return None
-        for other, _, same in self.ledger._book.like(found):
+        for other, _, same in self.ledger._state.like(found):
             if same and other != self.name:
                 raise LedgerError(f"These rows are the data set {other!r}, not {self.name!r}: name that one.")
         if known is None:

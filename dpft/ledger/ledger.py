@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from dpft.errors import LedgerError, PlanError
-from dpft.ledger.book import Book, checked_policy, seconds_back, who
 from dpft.ledger.chain import End, Entry, Facts, Key, head_text
+from dpft.ledger.database import Store, data_folder, default_url
 from dpft.ledger.dataset import SHARES, Dataset
 from dpft.ledger.fingerprint import SHARED, Fingerprint, in_tenths, overlap
-from dpft.ledger.store import Store, data_folder, default_url
+from dpft.ledger.state import LedgerState, checked_policy, seconds_back, who
 from dpft.privacy.adjacency import Adjacency
 from dpft.privacy.delta import too_large
 
@@ -49,10 +49,10 @@ class Ledger:
 
     def __init__(self, url: str | None = None, *, create: bool = True) -> None:
         self.store = Store(url or default_url(), create=create)
-        self._book = Book()
+        self._state = LedgerState()
         self._key: Key | None = None
         self.refresh()
-        if self._book.identity is None:
+        if self._state.identity is None:
             if not create:
                 raise LedgerError(f"{self.store} holds no ledger yet: create a data set in it first.")
             self._found()
@@ -66,17 +66,17 @@ class Ledger:
 
     @property
     def id(self) -> str:
-        return str(self._book.founded["id"])
+        return str(self._state.founded["id"])
 
     @property
     def public_key(self) -> str:
         """Hexadecimal; who holds it can verify the ledger, and an export of it, anywhere."""
-        return str(self._book.founded["public_key"])
+        return str(self._state.founded["public_key"])
 
-    def refresh(self) -> Book:
+    def refresh(self) -> LedgerState:
         """Read what others wrote since."""
-        self._book.read(*self.store.after(self._book.seq))
-        return self._book
+        self._state.read(*self.store.after(self._state.seq))
+        return self._state
 
     # -- data sets -----------------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ class Ledger:
             )
         shared: list[tuple[str, float]] = []
 
-        def facts(book: Book) -> Facts:
+        def facts(book: LedgerState) -> Facts:
             if name in book.datasets:
                 raise LedgerError(f"The ledger has a data set {name!r} already: choose another name.")
             like = book.like(print_)
@@ -174,7 +174,7 @@ class Ledger:
     def key(self) -> Key:
         if self._key is None:
             self._key = Key.read(self._key_path())
-        if self._book.identity is not None:
+        if self._state.identity is not None:
             if self._key.public != self.public_key:
                 raise LedgerError(
                     f"The key in {self._key_path()} is not the one that signs {self}: name the right one in "
@@ -200,34 +200,34 @@ class Ledger:
             if not given:
                 path.unlink()
 
-    def _append(self, dataset: str, kind: str, facts_for: Callable[[Book], Facts | None]) -> bool:
+    def _append(self, dataset: str, kind: str, facts_for: Callable[[LedgerState], Facts | None]) -> bool:
         """Add one entry; ``facts_for(book)`` sees the book as it is under the lock, and may refuse by raising or by
         None."""
         key = self.key
 
         def make(rows: list[Entry], end: End | None) -> tuple[Entry, str] | None:
-            self._book.read(rows, end)
-            facts = facts_for(self._book)
+            self._state.read(rows, end)
+            facts = facts_for(self._state)
             if facts is None:
                 return None
             now = datetime.now(UTC).isoformat(timespec="microseconds")
-            behind = seconds_back(now, self._book.last_time)
+            behind = seconds_back(now, self._state.last_time)
             if behind > CLOCK_SECONDS:
                 raise LedgerError(
                     f"This machine's clock says {now[:16]}, {behind:,.0f} seconds before the ledger's last entry: set "
                     "it right, so that who spent what when stays true."
                 )
             at = now if kind == "dataset" else f"{now[:13]}:00:00+00:00"
-            facts = {**facts, "at": max(at, self._book.last_time), "by": who()}
-            entry = key.entry(self._book.seq + 1, dataset, kind, facts, self._book.hash)
+            facts = {**facts, "at": max(at, self._state.last_time), "by": who()}
+            entry = key.entry(self._state.seq + 1, dataset, kind, facts, self._state.hash)
             return entry, key.sign(head_text(entry.seq, entry.hash))
 
-        added = self.store.append(make, self._book.seq)
+        added = self.store.append(make, self._state.seq)
         if added is None:
             self.refresh()
             return False
         entry, signature = added
-        self._book.read([entry], (entry.seq, entry.hash, signature))
+        self._state.read([entry], (entry.seq, entry.hash, signature))
         self._write_anchor()
         return True
 
@@ -240,7 +240,7 @@ class Ledger:
         temporary = self._anchor_path().with_suffix(f".{os.getpid()}.tmp")
         with suppress(OSError):  # a second line of defence, which must not stop a run whose charge is on disk
             temporary.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            temporary.write_text(json.dumps({"seq": self._book.seq, "hash": self._book.hash}), encoding="utf-8")
+            temporary.write_text(json.dumps({"seq": self._state.seq, "hash": self._state.hash}), encoding="utf-8")
             os.replace(temporary, self._anchor_path())
 
     def _check_anchor(self) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpft.errors import LedgerError
-from dpft.ledger.book import AMENDABLE, Book, DatasetRecord
 from dpft.ledger.chain import End, Entry, canonical, signed
-from dpft.ledger.store import Store
+from dpft.ledger.database import Store
+from dpft.ledger.state import AMENDABLE, DatasetRecord, LedgerState
 from dpft.privacy import composition
 from dpft.privacy.rounding import rounded_up
 
@@ -46,7 +46,7 @@ def verify(
             changed since, and not whose it is.
         figures: whether to compose; takes about half a second for each run.
     """
-    found, book = Findings(), Book()
+    found, book = Findings(), LedgerState()
     for i, row in enumerate(rows):
         try:
             book.add(row)

@@ -18,7 +18,7 @@ CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_",
 
 
 @contextmanager
-def kept_heap() -> Iterator[None]:
+def keep_freed_memory() -> Iterator[None]:
     """Keep freed memory while entered, and give all of it back before and afterwards.
 
     Nothing happens under another C library than glibc, or if the environment tells it what to keep (:data:`CHOSEN`).

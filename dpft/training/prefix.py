@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dpft.errors import IsolationError, SubsetError
-from dpft.privacy.store import EncryptedStore
+from dpft.privacy.encrypted_file import EncryptedStore
 from dpft.subset.layers import blocks
 from dpft.tasks.rules import unwrapped
 from dpft.tasks.task import Batch, Features

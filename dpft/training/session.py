@@ -27,7 +27,6 @@ from dpft.privacy.plan import Plan
 from dpft.runs.folder import STATE, RunFolder
 from dpft.tasks.own_loss import check_own_loss
 from dpft.tasks.task import Batch, Features, Task
-from dpft.training.account import Account
 from dpft.training.batches import (
     EVALUATION_TOKENS,
     Examples,
@@ -38,13 +37,14 @@ from dpft.training.batches import (
     plain_batches,
 )
 from dpft.training.checks import try_optimizer
-from dpft.training.heap import kept_heap
+from dpft.training.heap import keep_freed_memory
+from dpft.training.meter import BudgetMeter
 from dpft.training.options import SessionOptions
 from dpft.training.prefix import FrozenPrefix
 from dpft.training.releases import Releases
 from dpft.training.rows import as_stored
 from dpft.training.speed import kept_prefix, timed_budget
-from dpft.training.tuning import Budget, free_memory, workspace
+from dpft.training.tuning import TokenBudget, free_memory, workspace
 
 TRAINABLE = "trainable.safetensors"  # in a checkpoint: the whole subset
 TOKEN_BUDGET = 1024  # padded tokens of a micro-batch until a better budget is known
@@ -82,11 +82,11 @@ class Session:
         self.randomness = self.options.randomness or SecureRandomness()
         self.releases = Releases(self.folder, plan, self.randomness)
         asked = self.options.token_budget
-        self.budget = Budget(TOKEN_BUDGET if asked == "auto" else asked)
+        self.budget = TokenBudget(TOKEN_BUDGET if asked == "auto" else asked)
         self._engine: Engine | None = None
         self.preflight: Preflight | None = None
         self.prefix: FrozenPrefix | None = None
-        self.account: Account | None = None
+        self.account: BudgetMeter | None = None
         self.halted: str | None = None
         self._frozen: FrozenState | None = None  # what does not train, as it was when training began
         self._stack = ExitStack()
@@ -124,7 +124,7 @@ class Session:
             self._begin(checkpoint, from_start)
             stack.callback(self._end)
             self.options.tell("watch", self.engine)
-            stack.enter_context(kept_heap())
+            stack.enter_context(keep_freed_memory())
             stack.enter_context(self.engine)
             self._check_before_charge(checks)
             with self.engine.capture.paused():
@@ -381,13 +381,13 @@ class Session:
         engine.steps_released = self.releases.charged
         return engine
 
-    def _opened_account(self, released: int) -> Account | None:
+    def _opened_account(self, released: int) -> BudgetMeter | None:
         """All that can be refused is refused here, before the preflight; nothing is charged yet."""
         rows = as_stored(self.rows if self.options.account_rows is None else self.options.account_rows)
         rows = rows if self.options.ledger and isinstance(rows[0], Mapping) else None
         model = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
         about = About(rows, self.options.purpose, model=model)
-        return Account.of(self.options.ledger, self.plan, self.randomness, self.folder, released, about)
+        return BudgetMeter.of(self.options.ledger, self.plan, self.randomness, self.folder, released, about)
 
     def _before_release(self, number: int) -> None:
         if self.account is not None:

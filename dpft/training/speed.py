@@ -10,7 +10,7 @@ from dpft.errors import RecipeError
 from dpft.runs.folder import RunFolder
 from dpft.training.batches import EVALUATION_TOKENS
 from dpft.training.prefix import WORTH, FrozenPrefix
-from dpft.training.tuning import Budget, Room, fastest_budget
+from dpft.training.tuning import Room, TokenBudget, fastest_budget
 
 if TYPE_CHECKING:
     from dpft.training.session import Session
@@ -58,7 +58,7 @@ def kept_prefix(session: "Session") -> FrozenPrefix | None:
     return prefix
 
 
-def timed_budget(session: "Session", memory: int) -> Budget:
+def timed_budget(session: "Session", memory: int) -> TokenBudget:
     """Nothing of it is released; the budget stays in this process, because times of private examples made it."""
     examples = session.step_examples
     place = examples.spread_places()[-1]

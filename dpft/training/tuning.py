@@ -27,7 +27,7 @@ BACKWARD = 1.5  # times what a forward pass keeps, a micro-batch takes at its pe
 UNKNOWN_MEMORY = 1 << 31  # bytes, where the system does not say what is free
 
 
-class Budget(NamedTuple):
+class TokenBudget(NamedTuple):
     """``tokens`` of a micro-batch, and the tokens' worth of time (``overhead``) that each costs beside its own."""
 
     tokens: int
@@ -53,7 +53,7 @@ class Room:
 
 def fastest_budget(
     losses: Callable[[int], Tensor], accumulate: Callable[[Tensor], object], model: nn.Module, room: Room
-) -> Budget:
+) -> TokenBudget:
     """The smallest token budget that is within 5 % of the fastest that fits.
 
     One example is tried first, whatever it takes. What it keeps tells how many fit ``memory``: no more are tried.
@@ -103,10 +103,10 @@ def fastest_budget(
         if full or idle == DOUBLINGS or time.perf_counter() - started > SECONDS:
             break
     if not tried:  # one example fits, and no more were tried with success
-        return Budget(tokens)
+        return TokenBudget(tokens)
     best = min(tried.values())
     budget = min(budget for budget, seconds in tried.items() if WORTH * seconds <= best)
-    return Budget(budget, _overhead({min(b // tokens, most): seconds for b, seconds in tried.items()}, tokens))
+    return TokenBudget(budget, _overhead({min(b // tokens, most): seconds for b, seconds in tried.items()}, tokens))
 
 
 def _overhead(each: dict[int, float], tokens: int) -> float:

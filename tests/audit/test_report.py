@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpft.audit.bounds import gaussian_epsilon, one_run
-from dpft.audit.report import Claim, area, describe, group, guess_sizes, judge, outlook, roc
+from dpft.audit.report import Claim, area, bound_epsilon, describe, expected_power, group, guess_sizes, roc
 from dpft.errors import PlanError
 from dpft.privacy.rounding import rounded_down
 
@@ -22,7 +22,7 @@ def trial(generator, canaries, mu):
 def test_a_gaussian_mechanism_is_seldom_accused_and_often_seen():
     generator = np.random.default_rng(0)
     claimed = gaussian_epsilon(1.0, DELTA)
-    found = [judge(*trial(generator, 400, 1.0), Claim(DELTA, claimed)) for _ in range(100)]
+    found = [bound_epsilon(*trial(generator, 400, 1.0), Claim(DELTA, claimed)) for _ in range(100)]
     assert sum(one.verdict == "VIOLATION" for one in found) == 0
     assert sum(one.f_dp_lower_bound > claimed for one in found) <= 5
     assert np.mean([one.epsilon_lower_bound for one in found]) > 0.5
@@ -34,21 +34,21 @@ def test_randomised_response_is_accused_at_most_as_often_as_promised():
     for _ in range(200):
         coins = generator.random(300) < 0.5
         said = np.where(generator.random(300) < 1 / (1 + math.exp(-truth)), coins, ~coins)
-        accused += judge(said + 1e-6 * generator.random(300), coins, Claim(0.0, truth)).verdict == "VIOLATION"
+        accused += bound_epsilon(said + 1e-6 * generator.random(300), coins, Claim(0.0, truth)).verdict == "VIOLATION"
     assert accused <= 0.05 * 200 + 3 * math.sqrt(0.05 * 200)
 
 
 def test_twice_the_claim_is_a_violation():
     generator = np.random.default_rng(2)
     scores, coins = trial(generator, 2000, 6.0)
-    found = judge(scores, coins, Claim(DELTA, 2.0))
+    found = bound_epsilon(scores, coins, Claim(DELTA, 2.0))
     assert found.verdict == "VIOLATION" and found.epsilon_lower_bound > 2.0
     assert found.epsilon_lower_bound <= found.ceiling and "contradicts the claim" in describe(found)
 
 
 def test_the_threshold_is_corrected_for_having_been_chosen():
     scores, coins = trial(np.random.default_rng(3), 500, 2.0)
-    found = judge(scores, coins, Claim(DELTA))
+    found = bound_epsilon(scores, coins, Claim(DELTA))
     each = 0.05 / len(guess_sizes(500))
     assert found.epsilon_lower_bound == one_run(500, found.guesses, found.correct, DELTA, each).epsilon_lower_bound
     assert "Bonferroni" in found.threshold_rule and found.guesses in guess_sizes(500)
@@ -56,29 +56,29 @@ def test_the_threshold_is_corrected_for_having_been_chosen():
 
 def test_verdicts_say_what_was_shown():
     generator = np.random.default_rng(4)
-    nothing = judge(*trial(generator, 200, 0.0), Claim(DELTA, 1.0))
+    nothing = bound_epsilon(*trial(generator, 200, 0.0), Claim(DELTA, 1.0))
     assert nothing.verdict == "uninformative" and nothing.epsilon_lower_bound == 0
     assert nothing.with_power(2.0).verdict == "consistent" and "without privacy" in describe(nothing.with_power(2.0))
     assert nothing.with_power(0.5).verdict == "uninformative"
-    beyond = judge(*trial(generator, 200, 9.0), Claim(DELTA, 20.0))
+    beyond = bound_epsilon(*trial(generator, 200, 9.0), Claim(DELTA, 20.0))
     assert beyond.verdict == "uninformative" and beyond.ceiling < 20
-    assert judge(*trial(generator, 400, 2.0), Claim(DELTA, 30.0)).claimed == 30.0
+    assert bound_epsilon(*trial(generator, 400, 2.0), Claim(DELTA, 30.0)).claimed == 30.0
 
 
 def test_repetitions_are_judged_as_a_group():
     assert group(1.0, 1e-6, 1) == (1.0, 1e-6) and group(None, 1e-6, 3) == (None, 1e-6)
     epsilon, delta = group(1.0, 1e-6, 3)
     assert epsilon == 3.0 and delta == pytest.approx(1e-6 * (1 + math.e + math.e**2))
-    found = judge(*trial(np.random.default_rng(5), 400, 3.0), Claim(1e-6, 1.0), repetitions=3)
+    found = bound_epsilon(*trial(np.random.default_rng(5), 400, 3.0), Claim(1e-6, 1.0), repetitions=3)
     assert found.claimed == 3.0 and found.delta == delta and "group of 3 units" in describe(found)
 
 
 def test_what_can_be_shown_is_said_beforehand():
-    best = judge(*trial(np.random.default_rng(6), 200, 0.0), Claim(DELTA)).ceiling
-    assert f"up to {rounded_down(best)}" in outlook(200, Claim(DELTA))
-    assert "never contradict" not in outlook(200, Claim(DELTA, 1.0))
-    assert "never contradict the claim of 8" in outlook(200, Claim(DELTA, 8.0))
-    assert "never contradict the claim of 6" in outlook(200, Claim(DELTA, 2.0), 3)
+    best = bound_epsilon(*trial(np.random.default_rng(6), 200, 0.0), Claim(DELTA)).ceiling
+    assert f"up to {rounded_down(best)}" in expected_power(200, Claim(DELTA))
+    assert "never contradict" not in expected_power(200, Claim(DELTA, 1.0))
+    assert "never contradict the claim of 8" in expected_power(200, Claim(DELTA, 8.0))
+    assert "never contradict the claim of 6" in expected_power(200, Claim(DELTA, 2.0), 3)
 
 
 def test_the_curve_and_its_area():
@@ -117,15 +117,15 @@ def test_the_area_s_interval_covers():
 )
 def test_what_cannot_be_judged_is_refused(scores, coins, said):
     with pytest.raises(PlanError, match=said):
-        judge(scores, coins, Claim(DELTA))
+        bound_epsilon(scores, coins, Claim(DELTA))
 
 
 def test_a_score_that_is_no_number_counts_as_none():
     scores, coins = trial(np.random.default_rng(8), 100, 3.0)
     scores[3], scores[4] = np.nan, np.inf
-    assert math.isfinite(judge(scores, coins, Claim(DELTA)).epsilon_lower_bound)
-    assert judge(scores, coins, Claim(0.0)).f_dp_lower_bound == 0.0
-    assert "nothing is judged" in describe(judge(scores, coins, Claim(DELTA)))
+    assert math.isfinite(bound_epsilon(scores, coins, Claim(DELTA)).epsilon_lower_bound)
+    assert bound_epsilon(scores, coins, Claim(0.0)).f_dp_lower_bound == 0.0
+    assert "nothing is judged" in describe(bound_epsilon(scores, coins, Claim(DELTA)))
 
 
 @pytest.mark.parametrize(

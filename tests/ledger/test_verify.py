@@ -10,9 +10,9 @@ from click.testing import CliRunner
 from benchmarks.postgres import Postgres
 from dpft.cli import main
 from dpft.errors import LedgerError
-from dpft.ledger import Ledger, store
+from dpft.ledger import Ledger, database
 from dpft.ledger.chain import Key, canonical
-from dpft.ledger.store import Store
+from dpft.ledger.database import Store
 from dpft.ledger.verify import export, read_export, restore, verify
 from dpft.privacy.composition import Event
 
@@ -237,9 +237,9 @@ def test_the_migrations_make_the_tables_that_the_store_reads(url):
     made = Store(url)
     with made._engine.connect() as connection:
         inspector = sa.inspect(connection)
-        for table in (store.entries, store.head):
+        for table in (database.entries, database.head):
             assert {c["name"] for c in inspector.get_columns(table.name)} == {c.name for c in table.columns}
-        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar() == store.REVISION
+        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar() == database.REVISION
     made.close()
 
 

@@ -11,7 +11,7 @@ from dpft.audit.spending import audit_ledger, audit_run
 from dpft.cli import main
 from dpft.errors import GuaranteeError
 from dpft.ledger import Ledger
-from dpft.ledger.store import Store
+from dpft.ledger.database import Store
 from dpft.ledger.verify import read_export, restore, verify
 from dpft.privacy.composition import reference
 from dpft.privacy.events import VERSION, Event

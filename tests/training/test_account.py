@@ -19,8 +19,8 @@ from dpft.privacy.mechanisms.head_descent import HeadDescent
 from dpft.privacy.noise import SecureRandomness, SeededRandomness
 from dpft.privacy.plan import Plan
 from dpft.recipe import Recipe
-from dpft.training.account import Account
 from dpft.training.data import read
+from dpft.training.meter import BudgetMeter
 from dpft.workflows.setup import make_trainer, set_up
 from dpft.workflows.train import train
 
@@ -52,7 +52,7 @@ def test_what_is_charged_ends_with_a_round(notes, tmp_path):
     head = Plan(mechanism=HeadDescent(noise_multiplier=20.0, steps=30), delta=1e-3, units=40, unit="example")
     steps = Plan(noise_multiplier=20.0, sample_rate=0.1, steps=30, delta=1e-3, units=40)
     for name, plan, blocks in (("head", head, [30]), ("steps", steps, [2, 4])):
-        account = Account(notes, plan, SecureRandomness(), tmp_path / name, 0, About())
+        account = BudgetMeter(notes, plan, SecureRandomness(), tmp_path / name, 0, About())
         for covered in blocks:
             account.charge_block()
             assert account.covered == covered
@@ -105,7 +105,7 @@ def test_of_a_block_that_no_longer_fits_only_what_is_charged_may_be_released(tmp
     room = composition.epsilon((Event(400, 20.0, 1.0),), 1e-3) * (1 + 1e-6)
     notes = Ledger(str(tmp_path / "ledger.db")).create("notes", epsilon=room, delta=1e-3)
     plan = Plan(noise_multiplier=20.0, sample_rate=1.0, steps=400, delta=1e-3)
-    account = Account(notes, plan, SecureRandomness(), tmp_path / "run", released=0, about=About())
+    account = BudgetMeter(notes, plan, SecureRandomness(), tmp_path / "run", released=0, about=About())
     account.charge_block()
     notes.spend([Event(365, 20.0, 1.0)], purpose="meanwhile")
     account.charge_block()
@@ -119,7 +119,7 @@ def test_of_a_block_that_no_longer_fits_only_what_is_charged_may_be_released(tmp
 
 def test_a_ledger_that_is_lost_ends_the_run_and_keeps_the_charge(recipe, notes, tmp_path, monkeypatch):
     def lose():
-        monkeypatch.setattr("dpft.ledger.store.Store.append", lost)
+        monkeypatch.setattr("dpft.ledger.database.Store.append", lost)
 
     def lost(*_):
         raise LedgerError("The server is gone.")

@@ -12,7 +12,7 @@ from dpft.training import heap
 # In a process of its own, because the heap of this one holds whatever the tests before left there.
 PAGES_TAKEN = """
 import json, resource
-from dpft.training.heap import kept_heap
+from dpft.training.heap import keep_freed_memory
 
 def pages_taken():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -26,7 +26,7 @@ def resident():
         return int(file.read().split()[1])
 
 pages_taken()
-with kept_heap():
+with keep_freed_memory():
     pages_taken()
     inside, held = pages_taken(), resident()
 print(json.dumps({"inside": inside, "given back": held - resident(), "afterwards": pages_taken()}))
@@ -55,5 +55,5 @@ class TestKeptHeap:
 
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
-    with heap.kept_heap():
+    with heap.keep_freed_memory():
         assert heap._glibc() is None

@@ -248,7 +248,7 @@ def test_a_run_keeps_the_heap_until_it_ends(make, monkeypatch):
         def on_step_end(self, *_, **__):
             seen.append("step")
 
-    monkeypatch.setattr("dpft.training.session.kept_heap", watched)
+    monkeypatch.setattr("dpft.training.session.keep_freed_memory", watched)
     make(callbacks=[Steps()]).train()
     assert seen == ["kept", *["step"] * 6, "given back"]
 

@@ -129,7 +129,7 @@ def test_a_system_that_does_not_say_what_memory_is_free_is_no_error(monkeypatch)
 def test_a_system_without_glibc_keeps_no_heap_and_trains(monkeypatch, missing):
     """``ctypes.CDLL(None)`` is a TypeError on Windows."""
     monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(missing))
-    with heap.kept_heap():
+    with heap.keep_freed_memory():
         assert heap._glibc() is None
 
 

@@ -16,7 +16,7 @@ from dpft.runs.folder import RunFolder
 BLOCKS = 20  # a run is charged in about so many blocks: what a crash may over-count is one of them
 
 
-class Account:
+class BudgetMeter:
     """What a run in ``folder`` may release, by the data set's ledger.
 
     Raises:
@@ -51,7 +51,7 @@ class Account:
     @classmethod
     def of(
         cls, dataset: Dataset | None, plan: Plan, randomness: Randomness, folder: Path, released: int, about: About
-    ) -> "Account | None":
+    ) -> "BudgetMeter | None":
         """The run's account; None if no data set is charged, and none was before."""
         known = cls._known(folder) if released else None
         here = None if dataset is None else (dataset.ledger.id, dataset.name)

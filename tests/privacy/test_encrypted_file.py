@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dpft.privacy.store import EncryptedStore
+from dpft.privacy.encrypted_file import EncryptedStore
 
 
 def test_what_is_kept_is_encrypted_and_has_no_name(tmp_path):

@@ -95,7 +95,7 @@ class DatasetRecord:
         return composition.epsilon(merged(events), self.policy["delta"], self.policy["adjacency"])
 
 
-class Book:
+class LedgerState:
     """The ledger's state after the entries read so far. The chain of hashes is checked on the way."""
 
     def __init__(self) -> None:

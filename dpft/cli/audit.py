@@ -57,7 +57,7 @@ def bounds(method, as_json, **facts) -> None:
 @overrides
 @as_json
 def step(recipe, steps, overrides, as_json) -> None:
-    """Audit the engine's step with the recipe's noise and clip, from inside, in seconds; touches no data.
+    """Audit the recipe's mechanism from inside, a step of the engine or the sums of a head; touches no data.
 
     Exit code 1 if the step is not what it claims.
 

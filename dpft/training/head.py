@@ -168,7 +168,7 @@ class HeadSession(Session):
                 features[places] = features_of(self.model, head, batch)
                 labels[places] = batch["labels"].cpu()
                 done += len(places)
-                self.options.tell("say", f"features {done:,}")
+                self.options.tell("say", f"features {done / len(examples):.0%}")  # how many there are is private
         return Rows(features, labels, examples.members, head.layer.out_features, scale, head.layer.bias is not None)
 
 

@@ -86,6 +86,7 @@ class HeadSession(Session):
         mechanism = self.plan.mechanism
         if not isinstance(mechanism, LinearHead):
             raise RecipeError(f"The mechanism {mechanism.name!r} learns no head by itself: use Session for it.")
+        number = round(self.plan.expected_batch_size)
         with self.releases.held(), self._account(go_on):
             self.options.tell("say", "checks")
             head = self._checked(checks)
@@ -101,7 +102,7 @@ class HeadSession(Session):
                     known=known,
                     keep=kept.keep,
                 )
-                found = mechanism.fit(rows, sums, round(self.plan.expected_batch_size))
+                found = mechanism.fit(rows, sums, number)
             put(head, found)
         return head
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from dpft.errors import BudgetError, GuaranteeError, IsolationError, RecipeError, SubsetError
+from dpft.errors import BudgetError, GuaranteeError, IsolationError, PlanError, RecipeError, SubsetError
 from dpft.gradients.evaluating import evaluating
 from dpft.ledger import Ledger
 from dpft.privacy.mechanisms.head_descent import HeadDescent
@@ -268,6 +268,13 @@ def test_logits_that_no_layer_makes_are_refused(make):
     session = make()
     with pytest.raises(SubsetError, match="not what one linear layer gives"):
         make(model=scaled(session.model)).solve()
+    assert session.released == 0
+
+
+def test_a_plan_without_a_declared_number_is_refused_before_anything(make):
+    session = make(plan=Plan(mechanism=HeadDescent(noise_multiplier=9.0, steps=STEPS), delta=1e-3))
+    with pytest.raises(PlanError, match="declares no number of units"):
+        session.solve()
     assert session.released == 0
 
 

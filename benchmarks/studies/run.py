@@ -49,10 +49,6 @@ def _queries(folder: Path) -> tuple[str, ...]:
     return tuple(overrides)
 
 
-def _as_it_is(folder: Path) -> tuple[str, ...]:
-    return ()
-
-
 # Of each table: its study's folder, what writes its data, and what it changes in the recipe.
 TABLES: dict[str, tuple[str, Callable[[Path], tuple[str, ...]], tuple[str, ...]]] = {
     "icd10": ("icd10", _diagnoses, ()),
@@ -62,7 +58,6 @@ TABLES: dict[str, tuple[str, Callable[[Path], tuple[str, ...]], tuple[str, ...]]
         _queries,
         ('task.label="topic"', 'task.labels=["0", "1", "2", "3"]'),
     ),
-    "nm_appeals": ("nm_appeals", _as_it_is, ()),
 }
 
 

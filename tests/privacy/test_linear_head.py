@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from dpft.errors import GuaranteeError, PlanError
 from dpft.privacy.clipping import AutoClip, FlatClip
+from dpft.privacy.mechanisms.every_unit import symmetric, upper_triangle
 from dpft.privacy.mechanisms.head_descent import HeadDescent
 from dpft.privacy.mechanisms.least_squares import LeastSquares
-from dpft.privacy.mechanisms.linear_head import Rows, Sums, kept_share, symmetric, upper_triangle
+from dpft.privacy.mechanisms.linear_head import Rows, Sums, kept_share
 from dpft.privacy.mechanisms.prototypes import Prototypes
 from dpft.privacy.noise import SeededRandomness
 from tests.support.heads import (

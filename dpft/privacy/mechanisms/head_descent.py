@@ -20,21 +20,17 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 from dpft.privacy.clipping import FlatClip
+from dpft.privacy.mechanisms.every_unit import bounded, symmetric, upper_triangle
 from dpft.privacy.mechanisms.linear_head import (
     CHUNK,
-    Centre,
     Head,
     LinearHead,
     Rows,
     Sums,
-    bounded,
     output_sum,
     second_moment,
-    symmetric,
     unit_means,
-    upper_triangle,
 )
-from dpft.privacy.mechanisms.mechanism import require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,12 +63,8 @@ class HeadDescent(LinearHead):
 
     name: ClassVar[str] = "head-descent"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.steps >= FEWEST,
-            f"steps is {self.steps}, and counts, mean, second moment and gradients need {FEWEST}: plan about 70.",
-        )
+    fewest: ClassVar[int] = FEWEST
+    too_few: ClassVar[str] = f"and counts, mean, second moment and gradients need {FEWEST}: plan about 70"
 
     @property
     def statistics(self) -> tuple[int, int, int]:
@@ -137,9 +129,7 @@ class HeadDescent(LinearHead):
 
         _, mean_steps, moment_steps = self.statistics
         width = rows.features.shape[1]
-        centre = self._centre(rows, sums, number, mean_steps)
-        if not rows.has_bias:  # nothing can stand for what centring takes away
-            centre = Centre(torch.zeros_like(centre.mean), 1.0)
+        centre = self._centre_if_constant(rows, sums, number, mean_steps)
         size, bound = width * (width + 1) // 2, centre.radius**2
         released = sums.release(lambda: upper_triangle(second_moment(rows, centre)), (size,), bound, moment_steps)
         spread, directions = torch.linalg.eigh(symmetric(released / number, width))

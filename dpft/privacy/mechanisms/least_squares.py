@@ -33,8 +33,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Self
 
+from dpft.privacy.mechanisms.every_unit import symmetric, upper_triangle
 from dpft.privacy.mechanisms.linear_head import (
-    Centre,
     Head,
     LinearHead,
     Rows,
@@ -42,10 +42,7 @@ from dpft.privacy.mechanisms.linear_head import (
     cross_moment,
     output_sum,
     second_moment,
-    symmetric,
-    upper_triangle,
 )
-from dpft.privacy.mechanisms.mechanism import require
 
 OUTPUTS, MEAN, LEAST, CROSS = 0.02, 0.03, 0.02, 0.3  # shares of the steps; the rest are the second moment
 FEWEST = 5  # steps: one of each sum
@@ -60,13 +57,10 @@ class LeastSquares(LinearHead):
 
     name: ClassVar[str] = "head-least-squares"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.steps >= FEWEST,
-            f"steps is {self.steps}, and outputs, mean, least spread, second moment and cross moment need {FEWEST}: "
-            "plan about 50.",
-        )
+    fewest: ClassVar[int] = FEWEST
+    too_few: ClassVar[str] = (
+        f"and outputs, mean, least spread, second moment and cross moment need {FEWEST}: plan about 50"
+    )
 
     def sums(self) -> tuple[int, ...]:
         outputs, mean, least, cross = (max(1, int(share * self.steps)) for share in (OUTPUTS, MEAN, LEAST, CROSS))
@@ -89,10 +83,9 @@ class LeastSquares(LinearHead):
 
         output_steps, mean_steps, least_steps, moment_steps, cross_steps = self.sums()
         average = sums.release(lambda: output_sum(rows), (rows.classes,), 1.0, output_steps) / number
-        centre = self._centre(rows, sums, number, mean_steps)
-        if not rows.has_bias:  # nothing can stand for what centring takes away
-            centre = Centre(torch.zeros_like(centre.mean), 1.0)
+        if not rows.has_bias:
             average = torch.zeros_like(average)
+        centre = self._centre_if_constant(rows, sums, number, mean_steps)
         width, bound = len(centre.mean), centre.radius**2
         exact = cache(lambda: second_moment(rows, centre))  # for two sums; private
         least = float(sums.release(lambda: torch.linalg.eigvalsh(exact())[:1], (1,), bound, least_steps))

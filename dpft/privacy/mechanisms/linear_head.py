@@ -10,18 +10,16 @@ together.
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from dpft.errors import GuaranteeError
-from dpft.privacy.clipping import FlatClip
-from dpft.privacy.events import Event
-from dpft.privacy.mechanisms.mechanism import Mechanism, Words, require
+from dpft.privacy.mechanisms.every_unit import EveryUnit, bounded, noisy
+from dpft.privacy.mechanisms.mechanism import Words
 from dpft.privacy.rounding import rounded_down
-from dpft.privacy.sampling import ALL, PoissonSampler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -196,15 +194,13 @@ class Sums:
             return torch.zeros(shape, dtype=torch.float64) if value is None else value.double().reshape(shape)
         self._before(steps)
         value = total().double().reshape(shape)
-        if self._noise_multiplier > 0:
-            noise = self._randomness.gaussian(value.numel()).view(shape)
-            value = value + noise * (self._noise_multiplier * sensitivity / steps**0.5)
+        value = noisy(value, self._noise_multiplier * sensitivity / steps**0.5, self._randomness)
         self._keep(value)
         return value
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearHead(Mechanism):
+class LinearHead(EveryUnit):
     """A head from sums over all units.
 
     Attributes:
@@ -214,24 +210,7 @@ class LinearHead(Mechanism):
     """
 
     releases: ClassVar[Literal["gradients", "rows", "head"]] = "head"
-    sample_rate: ClassVar[float] = 1.0  # nobody is sampled: every unit is in every sum
-    examples_per_unit: ClassVar[int] = ALL
-    unit_gradient: ClassVar[str] = "mean"
-
-    noise_multiplier: float
-    steps: int
-    clip: FlatClip = field(default_factory=FlatClip)
-
-    def __post_init__(self) -> None:
-        require(
-            self.noise_multiplier >= 0,
-            f"noise_multiplier is {self.noise_multiplier}, and noise cannot be negative: use a positive number.",
-        )
-        require(self.steps >= 1, f"steps is {self.steps}, so nothing would be released: plan at least one step.")
-        require(
-            isinstance(self.clip, FlatClip),
-            f"clip is {self.clip}, and a head has one layer: give FlatClip.",
-        )
+    flat_because: ClassVar[str] = "a head has one layer"
 
     @property
     def clipping(self) -> str:
@@ -242,15 +221,6 @@ class LinearHead(Mechanism):
     def rounds(self) -> Sequence[int]:
         """One: a head of some of its sums is no head, so all are charged together."""
         return (self.steps,)
-
-    def events(self, steps: int | None = None) -> tuple[Event, ...]:
-        """One Gaussian without sampling for each step."""
-        count = self.steps if steps is None else steps
-        return (Event(count, self.noise_multiplier, 1.0),) if count else ()
-
-    def sampler(self, randomness: "Randomness") -> PoissonSampler:
-        """Takes every unit with all its rows."""
-        return PoissonSampler(self.sample_rate, self.examples_per_unit, randomness)
 
     def describe(self, steps: int | None = None) -> Words:
         """Number and noise of the releases, and what they are."""
@@ -301,6 +271,13 @@ class LinearHead(Mechanism):
         around = math.sqrt(max(0.01, 1 - length + kept * width * variance))
         return Centre(mean * kept, min(SPREAD * around, 1 + kept * float(mean.norm())))
 
+    def _centre_if_constant(self, rows: Rows, sums: Sums, number: int, steps: int) -> "Centre":
+        """The same, at zero where the head has no constant, which alone could stand for what centring takes away."""
+        import torch
+
+        centre = self._centre(rows, sums, number, steps)
+        return centre if rows.has_bias else Centre(torch.zeros_like(centre.mean), 1.0)
+
 
 def feature_sum(rows: Rows) -> "Tensor":
     """``(d,)``: the sum over units of their mean features."""
@@ -328,25 +305,7 @@ def cross_moment(rows: Rows, centre: Centre) -> "Tensor":
     return rows.total(part, (rows.classes, len(centre.mean)))
 
 
-def upper_triangle(matrix: "Tensor") -> "Tensor":
-    """``(d, d)`` to the ``(d (d + 1) / 2,)`` numbers on and above the diagonal."""
-    import torch
-
-    above = torch.triu_indices(*matrix.shape)
-    return matrix[above[0], above[1]]
-
-
-def symmetric(numbers: "Tensor", width: int) -> "Tensor":
-    """The symmetric ``(d, d)`` matrix of which :func:`upper_triangle` made ``numbers``."""
-    import torch
-
-    above = torch.triu_indices(width, width)
-    matrix = numbers.new_zeros(width, width)
-    matrix[above[0], above[1]] = numbers
-    return matrix + matrix.triu(1).T
-
-
-def kept_share(noisy: "Tensor", variance: "float | Tensor") -> "Tensor":
+def kept_share(vectors: "Tensor", variance: "float | Tensor") -> "Tensor":
     """``(…, d)`` vectors with noise of this variance on each number to ``(…)``: what a vector is to be multiplied with.
 
     It is 1 - (d - 2) s² / ‖v‖², and 0 where that is negative (James & Stein 1961; Efron & Morris 1973 for the positive
@@ -354,19 +313,8 @@ def kept_share(noisy: "Tensor", variance: "float | Tensor") -> "Tensor":
     """
     import torch
 
-    noise = max(0, noisy.shape[-1] - 2) * torch.as_tensor(variance, dtype=torch.float64)
-    return (1 - noise / noisy.square().sum(-1).clamp_min(1e-30)).clamp_min(0.0)
-
-
-def bounded(rows: "Tensor", length: float) -> "Tensor":
-    """``(n, d)`` rows, none longer than ``length``; zero where they are not finite."""
-    import torch
-
-    norms = rows.norm(dim=1, keepdim=True)
-    finite = torch.isfinite(norms)
-    rows = rows.masked_fill(~finite, 0.0)  # 0 · inf would be NaN
-    factors: Tensor = (length / norms.masked_fill(~finite, 1.0).clamp_min(1e-30)).clamp_max(1.0)
-    return rows * factors
+    noise = max(0, vectors.shape[-1] - 2) * torch.as_tensor(variance, dtype=torch.float64)
+    return (1 - noise / vectors.square().sum(-1).clamp_min(1e-30)).clamp_min(0.0)
 
 
 def unit_means(values: "Tensor", units: "Tensor") -> "Tensor":

@@ -36,7 +36,6 @@ from dpft.privacy.mechanisms.linear_head import (
     kept_share,
     output_sum,
 )
-from dpft.privacy.mechanisms.mechanism import require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,12 +55,8 @@ class Prototypes(LinearHead):
 
     name: ClassVar[str] = "head-prototypes"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.steps >= FEWEST,
-            f"steps is {self.steps}, and counts, mean, class sums and spread need {FEWEST}: plan about 20.",
-        )
+    fewest: ClassVar[int] = FEWEST
+    too_few: ClassVar[str] = f"and counts, mean, class sums and spread need {FEWEST}: plan about 20"
 
     def sums(self) -> tuple[int, ...]:
         counts, mean, spread = (max(1, round(share * self.steps)) for share in (COUNTS, MEAN, SPREAD))

@@ -16,15 +16,15 @@ public number of units; the true number is private.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
 
 from dpft.errors import GuaranteeError
 from dpft.privacy.clipping import FlatClip
 from dpft.privacy.events import Event
-from dpft.privacy.mechanisms.mechanism import Mechanism, Words, require
+from dpft.privacy.mechanisms.every_unit import EveryUnit, bounded, noisy, symmetric, upper_triangle
+from dpft.privacy.mechanisms.mechanism import Words, require
 from dpft.privacy.rounding import rounded_down
-from dpft.privacy.sampling import ALL, PoissonSampler
 from dpft.privacy.units import unit_ids
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Statistic(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statistics(Mechanism):
+class Statistics(EveryUnit):
     """``steps`` statistics over all units, each one Gaussian release. Charge ``events()`` before the first call.
 
     Attributes:
@@ -62,33 +62,11 @@ class Statistics(Mechanism):
 
     name: ClassVar[str] = "statistics"
     releases: ClassVar[Literal["gradients", "rows", "head"]] = "rows"
-    sample_rate: ClassVar[float] = 1.0  # nobody is sampled: every unit is in every sum
-    examples_per_unit: ClassVar[int] = ALL
-    unit_gradient: ClassVar[str] = "mean"
+    fewest: ClassVar[int] = 1
+    too_few: ClassVar[str] = "so nothing would be released: plan at least one statistic"
+    flat_because: ClassVar[str] = "a row is bounded by its own norm"
 
-    noise_multiplier: float
     steps: int = 1
-    clip: FlatClip = field(default_factory=FlatClip)
-
-    def __post_init__(self) -> None:
-        require(
-            self.noise_multiplier >= 0,
-            f"noise_multiplier is {self.noise_multiplier}, and noise cannot be negative: use a positive number.",
-        )
-        require(self.steps >= 1, f"steps is {self.steps}, so nothing would be released: plan at least one statistic.")
-        require(
-            isinstance(self.clip, FlatClip),
-            f"clip is {self.clip}, and a row is bounded by its own norm: give FlatClip.",
-        )
-
-    def events(self, steps: int | None = None) -> tuple[Event, ...]:
-        """One Gaussian without sampling for each statistic."""
-        count = self.steps if steps is None else steps
-        return (Event(count, self.noise_multiplier, 1.0),) if count else ()
-
-    def sampler(self, randomness: "Randomness") -> PoissonSampler:
-        """Takes every unit with all its rows."""
-        return PoissonSampler(self.sample_rate, self.examples_per_unit, randomness)
 
     def describe(self, steps: int | None = None) -> Words:
         """Number, noise and bound of the statistics."""
@@ -136,16 +114,10 @@ class Statistics(Mechanism):
         Returns:
             ``(d, d)``, symmetric; noise may make an eigenvalue negative.
         """
-        import torch
-
         clipped = self._clipped(rows)
-        width = clipped.shape[1]
         total = (clipped * _weights(units, len(clipped))).T @ clipped
-        above = torch.triu_indices(width, width)
-        released = self._released(total[above[0], above[1]], self.clip.sensitivity**2, number, randomness)
-        matrix = total.new_zeros(width, width)
-        matrix[above[0], above[1]] = released.value
-        return Statistic(matrix + matrix.triu(1).T, released.event)
+        released = self._released(upper_triangle(total), self.clip.sensitivity**2, number, randomness)
+        return Statistic(symmetric(released.value, len(total)), released.event)
 
     def class_means(
         self,
@@ -211,10 +183,7 @@ class Statistics(Mechanism):
             raise GuaranteeError(
                 f"rows has shape {tuple(rows.shape)}, but each row is bounded by itself: give (n, d) features."
             )
-        norms = rows.norm(dim=1, keepdim=True)
-        finite = torch.isfinite(norms)
-        rows = rows.masked_fill(~finite, 0.0)  # 0 · inf would be NaN
-        return rows * self.clip.factors(norms.masked_fill(~finite, 1.0))
+        return bounded(rows, self.clip.sensitivity)
 
     def _released(self, total: "Tensor", sensitivity: float, number: int, randomness: "Randomness | None") -> Statistic:
         """``(size,)``: the noisy sum over the public number."""
@@ -223,10 +192,8 @@ class Statistics(Mechanism):
         require(
             number >= 1, f"number is {number}: declare how many units the data have, at least 1, and do not count them."
         )
-        if self.noise_multiplier > 0:
-            noise = (randomness or SecureRandomness()).gaussian(len(total))
-            total = total + noise * (self.noise_multiplier * sensitivity)
-        return Statistic(total / number, *self.events(1))
+        released = noisy(total, self.noise_multiplier * sensitivity, randomness or SecureRandomness())
+        return Statistic(released / number, *self.events(1))
 
 
 def _weights(units: Sequence[object] | None, rows: int) -> "Tensor":

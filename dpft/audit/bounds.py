@@ -137,6 +137,12 @@ def least_mu(false_positives: int, negatives: int, false_negatives: int, positiv
     return max(0.0, float(ndtri(1 - fpr) - ndtri(fnr)))
 
 
+def mu_told(present: np.ndarray, said: np.ndarray, significance: float) -> float:
+    """:func:`least_mu` of who was ``present`` and what was ``said`` of each, both ``(trials,)`` booleans."""
+    wrong = int((said & ~present).sum()), int((~said & present).sum())
+    return least_mu(wrong[0], int((~present).sum()), wrong[1], int(present.sum()), significance)
+
+
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """ε at ``delta`` of μ-Gaussian DP (Dong et al. 2022, Corollary 2.13)."""
     # e to the ε alone would overflow where the product with a tail does not

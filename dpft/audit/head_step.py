@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpft.audit.bounds import gaussian_epsilon, least_mu
+from dpft.audit.bounds import gaussian_epsilon, mu_told
+from dpft.audit.step import SCALE_ERRORS, StepAudit, verdict
 from dpft.privacy.mechanisms.linear_head import LinearHead, Rows, Sums
 from dpft.privacy.noise import SecureRandomness
 
 if TYPE_CHECKING:
-    from dpft.audit.step import StepAudit
     from dpft.privacy.plan import Plan
 
 WIDTH, CLASSES, OTHERS = 6, 4, 9
@@ -34,7 +34,6 @@ AUDIBLE = 2.0  # the μ at which games are played
 MEASURED = 30  # runs that measure the noise
 FEWEST = 60  # trials of a game
 SHARE = 25  # steps of an engine for which a run is played
-ERRORS = 6.0  # standard errors by which the noise may miss what is planned
 ROUNDING = 1e-5  # of a leak
 LONG = 1e3
 
@@ -159,8 +158,7 @@ def trials_of(mechanism: LinearHead, canary: Canary, trials: int) -> tuple[np.nd
 def least(coins: np.ndarray, runs: list[Run], significance: float) -> float:
     """The lower bound on μ of a whole run; a release that is not finite betrays its canary."""
     said = np.array([run.ratio > 0 or not run.finite for run in runs])
-    wrong = int((said & ~coins).sum()), int((~said & coins).sum())
-    return least_mu(wrong[0], int((~coins).sum()), wrong[1], int(coins.sum()), significance)
+    return mu_told(coins, said, significance)
 
 
 def measured(coins: np.ndarray, runs: list[Run]) -> float:
@@ -177,7 +175,7 @@ def noise_of(runs: list[Run]) -> tuple[float, list[str]]:
     for place in range(len(runs[0].noise)):
         part = torch.stack([run.noise[place].flatten() for run in runs])
         size = float(part.square().mean().sqrt())
-        if abs(size - 1) > ERRORS / math.sqrt(2 * part.numel()):
+        if abs(size - 1) > SCALE_ERRORS / math.sqrt(2 * part.numel()):
             problems.append(f"the noise of release {place + 1} is {size:.3f} of what is planned")
     steps = [(a, b) for run in runs for a, b in zip(run.noise, run.noise[1:], strict=False) if a.shape == b.shape]
     shared = {
@@ -187,19 +185,17 @@ def noise_of(runs: list[Run]) -> tuple[float, list[str]]:
     }
     for who, pairs in shared.items():
         products = torch.cat([(one * other).flatten() for one, other in pairs] or [torch.zeros(1)])
-        if float(products.mean().abs()) > ERRORS / math.sqrt(len(products)):
+        if float(products.mean().abs()) > SCALE_ERRORS / math.sqrt(len(products)):
             problems.append(f"{who} have noise in common")
     return float(flat.square().mean().sqrt()), problems
 
 
-def audit_head(plan: "Plan", steps: int, significance: float, progress: Callable[[int, int], None]) -> "StepAudit":
+def audit_head(plan: "Plan", steps: int, significance: float, progress: Callable[[int, int], None]) -> StepAudit:
     """Play the games on whole runs; arguments are those of :func:`~dpft.audit.step.audit_step`, and one run is played
     for each 25 ``steps``.
 
     The verdict and ``mu_claimed``, √steps/σ, are of the run as it was played.
     """
-    from dpft.audit.step import INFORMATIVE, StepAudit
-
     quiet = plan.mechanism
     assert isinstance(quiet, LinearHead)
     mechanism = replace(quiet, noise_multiplier=math.sqrt(quiet.steps) / AUDIBLE)
@@ -222,9 +218,8 @@ def audit_head(plan: "Plan", steps: int, significance: float, progress: Callable
         if found[name] > claimed:
             problems.append(f"{canary.about} shows in the run, μ ≥ {found[name]:.3f} where {claimed:.3f} is claimed")
     shown = found["long"]
-    verdict = "VIOLATION" if problems else "consistent" if shown > INFORMATIVE * claimed else "uninformative"
     return StepAudit(
-        verdict,
+        verdict(problems, shown, claimed),
         claimed,
         mu,
         shown,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpft.audit.bounds import gaussian_epsilon, least_mu
+from dpft.audit.bounds import gaussian_epsilon, mu_told
 from dpft.errors import GuaranteeError, PlanError
 from dpft.gradients.engine import Engine
 from dpft.privacy.clipping import to_dict
@@ -110,7 +110,7 @@ def audit_step(
     spread = np.sqrt((scores[present].var(ddof=1) + scores[~present].var(ddof=1)) / 2)
     half = len(scores) // 2  # the threshold is chosen on one half and judged on the other
     threshold = _best_threshold(scores[:half], present[:half], each)
-    bound = _bound(present[half:], scores[half:] > threshold, each)
+    bound = mu_told(present[half:], scores[half:] > threshold, each)
     games = {name: _played(game, tried, max(200, steps // SHARES[game.width]), each) for name, game in chosen.items()}
     claimed, noise = mechanism.mu, float(spread / mechanism.gradient_noise_multiplier)
     problems = []
@@ -125,9 +125,8 @@ def audit_step(
         for name, found in games.items()
         if found > claimed
     ]
-    verdict = "VIOLATION" if problems else "consistent" if bound > INFORMATIVE * claimed else "uninformative"
     return StepAudit(
-        verdict,
+        verdict(problems, bound, claimed),
         claimed,
         float((scores[present].mean() - scores[~present].mean()) / spread),
         bound,
@@ -141,6 +140,11 @@ def audit_step(
         games,
         problems,
     )
+
+
+def verdict(problems: list[str], bound: float, claimed: float) -> str:
+    """VIOLATION, consistent or uninformative, by what contradicts the claim and by the lower bound on μ."""
+    return "VIOLATION" if problems else "consistent" if bound > INFORMATIVE * claimed else "uninformative"
 
 
 def _parts_mu(mechanism: Mechanism) -> float:
@@ -268,17 +272,12 @@ def _played(game: Game, plan: Plan, trials: int, significance: float) -> float:
     coins = SecureRandomness().bernoulli(trials, 0.5)
     with arena.engine:
         said = [game.betrays(game.play(arena, bool(there))) for there in coins]
-    return _bound(coins, np.array(said), significance)
-
-
-def _bound(present: np.ndarray, said: np.ndarray, significance: float) -> float:
-    errors = int((said & ~present).sum()), int((~said & present).sum())
-    return least_mu(errors[0], int((~present).sum()), errors[1], int(present.sum()), significance)
+    return mu_told(coins, np.array(said), significance)
 
 
 def _best_threshold(scores: np.ndarray, present: np.ndarray, significance: float) -> float:
     candidates = np.quantile(scores, np.linspace(0.02, 0.98, 49))
-    return max(candidates, key=lambda threshold: _bound(present, scores > threshold, significance))
+    return max(candidates, key=lambda threshold: mu_told(present, scores > threshold, significance))
 
 
 def describe(found: StepAudit) -> str:

@@ -282,17 +282,13 @@ class Engine:
     @property
     def guarantee(self) -> str:
         """The claim after the steps released so far; or NOT PRIVATE or NOT PROVEN, and why."""
-        if not self.randomness.private:
-            return f"NOT PRIVATE: {self.steps_released:,} steps with noise from a seed, which anyone can subtract."
-        if self.steps_released == 0:
-            return "Nothing was released."
-        if self._unproven:
+        if self._unproven and self.randomness.private:
             return (
                 f"NOT PROVEN: {self._unproven:,} of {self.steps_released:,} steps were released before a preflight "
                 "had compared the gradients with those of one example at a time: call dpft.preflight before the "
                 "first release."
             )
-        return self.plan.guarantee(self.steps_released)
+        return self.plan.claim(self.steps_released, private=self.randomness.private)
 
     # -- units ---------------------------------------------------------------------------------------------------
 

@@ -176,6 +176,12 @@ class Plan:
             f"{self.adjacency}; sampler: {words.sampler}; mechanism: {words.mechanism}."
         )
 
+    def claim(self, released: int, *, private: bool) -> str:
+        """What may be said of ``released`` steps, by noise that is ``private`` or follows from a seed."""
+        if not private:
+            return f"NOT PRIVATE: {released:,} steps with noise from a seed, which anyone can subtract."
+        return self.guarantee(released) if released else "Nothing was released."
+
     @classmethod
     def calibrate(  # noqa: PLR0913  (each is what a user types, by its name)
         cls,

@@ -152,32 +152,26 @@ class Recipe(Table):
     def plan(self) -> Plan:
         """The plan, calibrated; takes seconds when ε is the target."""
         privacy, data = self.privacy, self.data
+        if self.learns_head:
+            facts: dict[str, Any] = dict(mechanism=self.method, clip=privacy.clip, steps=privacy.steps or HEAD_STEPS)
+        else:
+            facts = dict(
+                batch_size=privacy.batch_size,
+                steps=privacy.steps,
+                epochs=privacy.epochs,
+                **privacy.mechanism,
+                examples_per_unit=data.examples_per_unit,
+                unit_gradient=data.unit_gradient,
+            )
         try:
-            if self.learns_head:
-                return Plan.calibrate(
-                    epsilon=privacy.epsilon,
-                    noise_multiplier=privacy.noise_multiplier,
-                    delta=privacy.delta,
-                    units=data.units,
-                    steps=privacy.steps or HEAD_STEPS,
-                    mechanism=self.method,
-                    clip=privacy.clip,
-                    adjacency=privacy.adjacency,
-                    unit=data.unit,
-                )
             return Plan.calibrate(
                 epsilon=privacy.epsilon,
                 noise_multiplier=privacy.noise_multiplier,
                 delta=privacy.delta,
                 units=data.units,
-                batch_size=privacy.batch_size,
-                steps=privacy.steps,
-                epochs=privacy.epochs,
-                **privacy.mechanism,
                 adjacency=privacy.adjacency,
                 unit=data.unit,
-                examples_per_unit=data.examples_per_unit,
-                unit_gradient=data.unit_gradient,
+                **facts,
             )
         except DPFTError as error:
             raise RecipeError(str(error)) from error

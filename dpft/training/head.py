@@ -68,9 +68,7 @@ class HeadSession(Session):
     def guarantee(self) -> str:
         """See :attr:`Session.guarantee`."""
         self.releases.check()
-        if not self.randomness.private:
-            return f"NOT PRIVATE: {self.released:,} steps with noise from a seed, which anyone can subtract."
-        return self.plan.guarantee(self.released) if self.released else "Nothing was released."
+        return self.plan.claim(self.released, private=self.randomness.private)
 
     def solve(self, *, go_on: bool = False, checks: Sequence[Callable[[], None]] = ()) -> OutputLayer:
         """Make the features, learn the head, and put it into the model's output layer.
@@ -91,8 +89,7 @@ class HeadSession(Session):
             self.options.tell("say", "checks")
             head = self._checked(checks)
             rows = self.features = self.features or self._made_features(head)
-            if self.released < self.plan.steps:
-                self.pay()
+            self.pay()
             with KeptSums(self.folder) as kept:
                 known = kept.known(mechanism.sums(), self.released)
                 sums = Sums(
@@ -108,7 +105,7 @@ class HeadSession(Session):
 
     def pay(self) -> None:
         """Have the ledger pay for all of it; raises BudgetError: it does not fit."""
-        while self.account is not None and self.account.covered < self.plan.steps:
+        if self.account is not None and self.account.covered < self.plan.steps:
             self.account.charge_block()
 
     @contextmanager
@@ -123,15 +120,12 @@ class HeadSession(Session):
         try:
             yield
         finally:
-            if self.account is not None:
-                self.halted = self.account.settle() or self.halted
+            self._end()
 
     def _before(self, steps: int) -> None:
         """Count a release, as ``steps`` steps, before it happens."""
         last = self.released + steps
-        if self.account is not None:
-            self.account.check(last)
-        self.releases.charge(last, steps)
+        self._before_release(last, steps)
         self.options.tell("released", last, self.plan, self.randomness.private)
 
     def _checked(self, checks: Sequence[Callable[[], None]]) -> OutputLayer:

@@ -1,6 +1,6 @@
 """What a session may be told."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,6 +8,13 @@ from typing import Any, Literal
 from dpft.ledger import Dataset
 from dpft.privacy.noise import Randomness
 from dpft.tasks.task import Batch
+
+
+def tell_each(callbacks: Iterable[Any], name: str, *facts: Any) -> None:
+    """Call the method of this name of every callback that has one."""
+    for callback in callbacks:
+        if hasattr(callback, name):
+            getattr(callback, name)(*facts)
 
 
 @dataclass(frozen=True, kw_only=True)

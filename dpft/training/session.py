@@ -389,10 +389,10 @@ class Session:
         about = About(rows, self.options.purpose, model=model)
         return BudgetMeter.of(self.options.ledger, self.plan, self.randomness, self.folder, released, about)
 
-    def _before_release(self, number: int) -> None:
+    def _before_release(self, number: int, steps: int = 1) -> None:
         if self.account is not None:
             self.account.check(number)
-        self.releases.charge(number)
+        self.releases.charge(number, steps)
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

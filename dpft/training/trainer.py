@@ -18,6 +18,7 @@ from dpft.training.batches import LogicalBatch, LogicalBatches
 from dpft.training.checks import check_evaluation, copied_optimizer, try_optimizer
 from dpft.training.defaults import default_task, refuse_data, refuse_unused
 from dpft.training.evaluation import Evaluation
+from dpft.training.options import tell_each
 from dpft.training.session import Session
 
 OPTIONS = ("randomness", "token_budget", "memory", "frozen_prefix", "ledger", "purpose", "account_rows", "draws")
@@ -75,7 +76,7 @@ class DPTrainerMixin(Evaluation):
             self.args.output_dir,
             autocast=self.compute_loss_context_manager if self.args.bf16 else None,
             prepare=self._prepare_inputs,
-            tell=self._tell,
+            tell=lambda name, *facts: tell_each(self.callback_handler.callbacks, name, *facts),
             **options,
         )
         self.add_callback(_StopWhenSpent(self.session))
@@ -84,12 +85,6 @@ class DPTrainerMixin(Evaluation):
     def guarantee(self) -> str:
         """The claim for everything released into this output directory so far."""
         return self.session.guarantee
-
-    def _tell(self, name: str, *facts: Any) -> None:
-        """Call the method of this name of every callback that has one."""
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, name):
-                getattr(callback, name)(*facts)
 
     # -- training ------------------------------------------------------------------------------------------------
 

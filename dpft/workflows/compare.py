@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,7 @@ def compare(  # noqa: PLR0913  (each is what a user types, by its name)
     """
     from dpft.errors import RecipeError
     from dpft.workflows.record import versions
-    from dpft.workflows.setup import set_up
+    from dpft.workflows.setup import Setup, set_up
     from dpft.workflows.train import go_on_unless_interrupted, train
 
     if recipe.data.validation is None:
@@ -85,7 +85,7 @@ def compare(  # noqa: PLR0913  (each is what a user types, by its name)
         private = recipe.model_copy(update=dict(privacy=privacy))
         settings.append((f"ε = {epsilon if epsilon else private.plan().epsilon:.3g}", epsilon, private))
     rows = [_untouched(recipe, seeds, announce)]
-    shared = set_up(recipe) if recipe.learns_head else None  # its features are the same for every setting and seed
+    shared: Setup | None = None  # of heads, whose features are the same for every setting and seed
     for name, asked, setting in settings:
         metrics, folders = [], []
         for seed in seeds:
@@ -95,10 +95,10 @@ def compare(  # noqa: PLR0913  (each is what a user types, by its name)
             place = sweep.private if name == NON_PRIVATE else sweep.path
             folder = RunFolder(place / (f"{label}-seed-{seed}" if len(seeds) > 1 else label))
             if not _finished(folder, seeded):
-                setup = shared and replace(shared, recipe=seeded)
-                train(seeded, folder.path, callbacks=callbacks(), resume=folder.goes_on, setup=setup)
-                if setup and shared:
-                    shared.features = setup.features
+                if seeded.learns_head:
+                    shared = shared or set_up(seeded)
+                    shared.recipe = seeded
+                train(seeded, folder.path, callbacks=callbacks(), resume=folder.goes_on, setup=shared)
                 go_on_unless_interrupted(folder.path)
             metrics.append(folder.metrics() or {})
             folders.append(str(folder))

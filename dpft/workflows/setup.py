@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from dpft.privacy.mechanisms.linear_head import Rows
     from dpft.privacy.plan import Plan
     from dpft.training.trainer import DPTrainer
+    from dpft.workflows.head import HeadTrainer
 
 
 @dataclass
@@ -137,13 +139,27 @@ def make_trainer(
     randomness: Randomness | None = None,
     callbacks: "Sequence[TrainerCallback]" = (),
     plan: "Plan | None" = None,
-) -> "DPTrainer":
-    """A :class:`dpft.DPTrainer` for the recipe."""
+) -> "DPTrainer | HeadTrainer":
+    """A :class:`dpft.DPTrainer` for the recipe, or what learns its head."""
+    recipe = setup.recipe
+    plan = plan or recipe.plan()
+    options: dict[str, Any] = dict(
+        randomness=randomness,
+        ledger=open_account(recipe),
+        purpose=recipe.ledger.purpose,
+        account_rows=setup.account_rows,
+    )
+    if recipe.learns_head:
+        from dpft.training.head import HeadSession
+        from dpft.training.options import tell_each
+        from dpft.workflows.head import HeadTrainer
+
+        options |= dict(features=setup.features, tell=partial(tell_each, callbacks))
+        return HeadTrainer(setup, HeadSession(setup.model, plan, setup.task, setup.train, output, **options))
     from transformers import TrainingArguments
 
     from dpft.training.trainer import DPTrainer
 
-    recipe = setup.recipe
     settings = dict(
         output_dir=str(output),
         optim=recipe.optimizer.name,
@@ -168,18 +184,15 @@ def make_trainer(
         args=arguments,
         train_dataset=setup.train,
         eval_dataset=setup.validation,
-        plan=plan or recipe.plan(),
+        plan=plan,
         task=setup.task,
-        randomness=randomness,
         token_budget=recipe.run.token_budget,
         memory=None if recipe.run.memory is None else int(recipe.run.memory * 2**30),
         frozen_prefix=recipe.run.frozen_prefix,
         draws=recipe.data.draws,
-        ledger=open_account(recipe),
-        purpose=recipe.ledger.purpose,
-        account_rows=setup.account_rows,
         evaluation_is_public=recipe.data.validation_is_public,
         callbacks=list(callbacks),
+        **options,
     )
     from transformers import PrinterCallback
 

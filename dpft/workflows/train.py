@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from dpft.errors import BudgetError, RecipeError
 from dpft.privacy.noise import Randomness
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from dpft.training.trainer import DPTrainer
-
-
-class _Options(TypedDict):
-    randomness: Randomness | None
-    callbacks: "Sequence[TrainerCallback]"
 
 
 def train(  # noqa: PLR0913  (each is what a user types, by its name)
@@ -67,12 +62,7 @@ def train(  # noqa: PLR0913  (each is what a user types, by its name)
     from dpft.workflows.head import HeadTrainer
 
     output.mkdir(parents=True, exist_ok=True)
-    options: _Options = {"randomness": randomness, "callbacks": callbacks}
-    trainer: DPTrainer | HeadTrainer
-    if recipe.learns_head:
-        trainer = HeadTrainer(setup, output, plan, **options)
-    else:
-        trainer = make_trainer(setup, output, plan=plan, **options)
+    trainer = make_trainer(setup, output, randomness=randomness, callbacks=callbacks, plan=plan)
     session = trainer.session
     session.releases.check()
     before = session.releases.charged

@@ -109,10 +109,10 @@ def test_an_error_says_whether_the_folder_can_be_used_again(in_folder, monkeypat
     """Before its first release a run costs nothing, and its folder is free; afterwards it goes on where it can."""
     charge, allowed = Releases.charge, 0
 
-    def on_a_disk_that_fills(self, number):
+    def on_a_disk_that_fills(self, number, *steps):
         if number > allowed:
             raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
-        charge(self, number)
+        charge(self, number, *steps)
 
     monkeypatch.setattr(Releases, "charge", on_a_disk_that_fills)
     train = "train recipe.toml --output x --set run.save_steps=2".split()

@@ -71,11 +71,16 @@ def add_adapter(model: nn.Module, part: Lora | Tuner, *, with_head: bool) -> nn.
         model, part, known
     )  # said of the model as it is: PEFT leaves one that it cannot adapt half adapted
     try:
-        return _place(get_peft_model, model, config_class, settings, known)
+        model = _place(get_peft_model, model, config_class, settings, known)
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         reason = first_line(error).removesuffix(".")
         reason = reason.replace("target_modules", "targets") if isinstance(part, Lora) else reason
         raise SubsetError(f"PEFT cannot place {part} on {type(model).__name__} ({reason}): {way_out}.") from error
+    if isinstance(part, Lora) and part.freeze_a:
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name or ".lora_embedding_A." in name:
+                parameter.requires_grad_(False)
+    return model
 
 
 def _way_out(model: nn.Module, part: Lora | Tuner, known: set[str]) -> str:

@@ -43,6 +43,10 @@ class Lora(Part):
         last_blocks: adapt only the last k blocks (0: all of them).
         dora: with a trained magnitude for each output (Liu et al. 2024).
         rslora: scaled by 1/√rank (Kalajdzievski 2023).
+        freeze_a: train B alone and leave A at its random start (FFA-LoRA, Sun et al. 2024, arXiv:2403.12313). Half the
+            numbers take noise, and no noise is multiplied by noise.
+        init: ``"random"``, PEFT's own start, or ``"whitened"``: A reads uncorrelated directions of public text
+            (:mod:`dpft.subset.whitening`), which ``data.public`` holds or a language model writes itself.
     """
 
     rank: int = 8
@@ -52,6 +56,12 @@ class Lora(Part):
     last_blocks: int = 0
     dora: bool = False
     rslora: bool = False
+    freeze_a: bool = False
+    init: str = "random"
+
+    def __post_init__(self) -> None:
+        if self.init not in ("random", "whitened"):
+            raise SubsetError(f"lora has init={self.init!r}: choose random or whitened.")
 
 
 @dataclass(frozen=True)

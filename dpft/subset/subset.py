@@ -10,6 +10,7 @@ from dpft.errors import SubsetError
 from dpft.subset.adapters import add_adapter, is_adapted, tuner_kinds
 from dpft.subset.parts import WORDS, Head, Lora, Part, Sparse, Tuner
 from dpft.subset.sparse import add_sparse, gradient_scores
+from dpft.subset.whitening import whiten
 
 
 class Subset:
@@ -53,6 +54,11 @@ class Subset:
         """Whether a part looks at gradients to choose its weights."""
         return any(isinstance(part, Sparse) and part.choose == "gradient" for part in self.parts)
 
+    @property
+    def whitens(self) -> bool:
+        """Whether a part looks at the inputs of layers, on public data or on what the model makes up itself."""
+        return any(isinstance(part, Lora) and part.init == "whitened" for part in self.parts)
+
     def apply(
         self,
         model: nn.Module,
@@ -62,7 +68,8 @@ class Subset:
         """Freeze the model, then let exactly this subset require gradients.
 
         Args:
-            public_losses, public_examples: public data and their losses ``(B,)``, for parts that choose by gradients.
+            public_losses, public_examples: public data and their losses ``(B,)``, for parts that choose by gradients
+                or look at inputs.
 
         Returns:
             The same model, or PEFT's model around it if the subset has an adapter.
@@ -97,6 +104,10 @@ class Subset:
             model = add_adapter(model, adapter, with_head=with_head)
             moved = {id(p) for name, p in model.named_parameters() if ".original_module." in name}
             selected = [p for p in selected if id(p) not in moved]
+        if self.whitens:
+            if public_losses is None or not public_examples:
+                raise SubsetError(f"{self} looks at what public examples are inside the model: give public data.")
+            whiten(model, public_losses, public_examples)
         for parameter in selected:
             if not parameter.is_floating_point():
                 raise SubsetError(

@@ -5,6 +5,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -137,3 +138,25 @@ def load_weights(model: nn.Module, folder: Path | str) -> nn.Module:
         else:
             tensors[name].view(-1).index_add_(0, sparse.long(), tensor.to(tensors[name]))
     return model
+
+
+def save_kept(model: nn.Module, file: Path) -> None:
+    """What a checkpoint holds of a model: all that trains, and what stands beside it in an adapter.
+
+    An adapter's frozen numbers follow from chance and from public data as another machine may not compute them again.
+    """
+    save_file({name: p.detach().contiguous() for name, p in _kept(model)}, file)
+
+
+def load_kept(model: nn.Module, file: Path) -> None:
+    """Load what :func:`save_kept` saved."""
+    saved = load_file(file)
+    with torch.no_grad():
+        for name, parameter in _kept(model):
+            if parameter.requires_grad or name in saved:  # a checkpoint of 0.1.0 holds what trains alone
+                parameter.copy_(saved[name])
+
+
+def _kept(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    adapter = saved_by_peft(model) if is_adapted(model) else set()
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad or id(p) in adapter]

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
+from dpft.gradients.evaluating import evaluating
 from dpft.recipe import TaskTable
 from dpft.tasks.head import before_head
 from dpft.tasks.losses import IGNORED, pad_features, token_losses, token_sums, without_labels
@@ -23,6 +25,8 @@ from dpft.values import Column
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SAMPLES, SAMPLE_LENGTH = 64, 64  # texts that the model makes up, and their tokens: enough for thousands of inputs
 
 
 @task("causal_lm")
@@ -111,6 +115,24 @@ class CausalLM(Task):
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         given, head = before_head(model, without_labels(batch))
         return token_losses(given, batch["labels"], shift=True, head=head)
+
+    def samples(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Texts that the model writes from nothing, by torch's generator."""
+        first = next(t for t in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0) if t is not None)
+        start = torch.full((SAMPLES, 1), first, device=next(model.parameters()).device)
+        length = min(SAMPLE_LENGTH, self.max_length)
+        generate: Any = getattr(model, "generate")  # noqa: B009  (of transformers' mixin, which no type says)
+        with evaluating(model), torch.no_grad():
+            ids = generate(
+                input_ids=start,
+                attention_mask=torch.ones_like(start),
+                do_sample=True,
+                top_k=0,
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+                pad_token_id=self._pad,
+            )
+        return [{"input_ids": row, "labels": list(row)} for row in ids.tolist()]
 
     def metrics(self) -> "Perplexity":
         return Perplexity()

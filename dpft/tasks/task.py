@@ -155,6 +155,10 @@ class Task(ABC):
                 metrics.update(model, batch)
         return metrics.compute()
 
+    def samples(self, model: nn.Module) -> Sequence[Features]:
+        """Examples that the untouched model makes up, as public as the model; by default none."""
+        return ()
+
     # -- audits ----------------------------------------------------------------------------------------------------
 
     def canary(self, random: np.random.Generator) -> dict[str, Any] | None:

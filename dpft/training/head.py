@@ -18,7 +18,7 @@ from dpft.tasks.own_loss import check_own_loss
 from dpft.tasks.task import Task, made_up
 from dpft.training.batches import EVALUATION_TOKENS, check_units, cut
 from dpft.training.features import OutputLayer, check_isolated, features_of, output_layer
-from dpft.training.session import Session, trainable
+from dpft.training.session import Session
 
 
 class HeadSession(Session):
@@ -62,7 +62,7 @@ class HeadSession(Session):
     @property
     def trainable_parameters(self) -> int:
         """Of the output layer."""
-        return sum(parameter.numel() for _, parameter in trainable(self.model))
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     @property
     def guarantee(self) -> str:

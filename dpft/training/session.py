@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpft.errors import BudgetError, GuaranteeError, LedgerError
@@ -25,6 +24,7 @@ from dpft.ledger import About
 from dpft.privacy.noise import SecureRandomness
 from dpft.privacy.plan import Plan
 from dpft.runs.folder import STATE, RunFolder
+from dpft.subset.weights import load_kept, save_kept
 from dpft.tasks.own_loss import check_own_loss
 from dpft.tasks.task import Batch, Features, Task
 from dpft.training.batches import (
@@ -134,7 +134,7 @@ class Session:
             self.engine.workspace_bytes = workspace(device, memory)
             if self.options.token_budget == "auto":
                 self.budget = timed_budget(self, memory)
-            self._frozen = FrozenState(self.model, [p for p in self.model.parameters() if not p.requires_grad])
+            self._remember_frozen()
             yield self
             self.check_frozen()
 
@@ -293,18 +293,18 @@ class Session:
 
     def load_checkpoint(self, folder: Path | str, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Load what :meth:`save_checkpoint` saved, into the model and an optimizer of the same kind."""
-        saved = load_file(Path(folder) / TRAINABLE)
-        with torch.no_grad():
-            for name, parameter in trainable(self.model):
-                parameter.copy_(saved[name])
+        self.check_frozen()
+        load_kept(self.model, Path(folder) / TRAINABLE)
+        if self._frozen is not None:
+            self._remember_frozen()
         self.releases.take_up_numbers(folder, self._engine)
         if optimizer is not None:
             optimizer.load_state_dict(torch.load(Path(folder) / "optimizer.pt", weights_only=True))
 
     def save_trainable(self, folder: Path) -> None:
-        """All that trains, and how much was released."""
+        """All that trains, what stands beside it in an adapter, and how much was released."""
         self.check_frozen()
-        save_file({name: p.detach().contiguous() for name, p in trainable(self.model)}, folder / TRAINABLE)
+        save_kept(self.model, folder / TRAINABLE)
         if folder != self.folder:
             self.releases.save(folder, self.engine)
 
@@ -375,6 +375,9 @@ class Session:
             findings = self.engine.capture.findings
             self._frozen.check(() if findings is None else findings.caches)
 
+    def _remember_frozen(self) -> None:
+        self._frozen = FrozenState(self.model, [p for p in self.model.parameters() if not p.requires_grad])
+
     def _spent_engine(self) -> Engine:
         """An engine that has released what this folder's runs have."""
         engine = Engine(self.model, self.plan, self.randomness, before_release=self._before_release)
@@ -393,8 +396,3 @@ class Session:
         if self.account is not None:
             self.account.check(number)
         self.releases.charge(number, steps)
-
-
-def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters of the subset, tied ones once."""
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

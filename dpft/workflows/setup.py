@@ -49,12 +49,29 @@ def set_up(recipe: Recipe, *, with_validation: bool = True) -> Setup:
     from dpft.training.batches import Examples
 
     subset = Subset(recipe.subset)
-    examples = Examples.encode(public, task).features if subset.needs_public_data else ()
+    examples: Sequence[Any] = ()
+    if subset.needs_public_data or subset.whitens:
+        examples = own_samples(task, model, recipe) if public is None else Examples.encode(public, task).features
     model = subset.apply(model, lambda some: task.losses(model, task.collate(some)), examples)
     if recipe.learns_head:
         only_output_layer(task, model)
     fit(task, recipe.task, model)  # again, because a prompt tuner takes positions
     return Setup(recipe, model, task, train, validation)
+
+
+def own_samples(task: Any, model: "nn.Module", recipe: Recipe) -> Sequence[Any]:
+    """What the untouched model makes up, which is as public as the model.
+
+    Raises:
+        RecipeError: it makes up nothing.
+    """
+    samples: Sequence[Any] = task.samples(model) if hasattr(task, "samples") else ()
+    if not samples:
+        raise RecipeError(
+            f"{recipe.subset} looks at public examples, and a model of {recipe.task.name} makes up none: declare "
+            "public data in data.public, or leave out init='whitened'."
+        )
+    return samples
 
 
 def only_output_layer(task: Any, model: "nn.Module") -> None:

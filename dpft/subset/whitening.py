@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dpft.errors import SubsetError
-from dpft.gradients.evaluating import evaluating
+from dpft.subset.evaluating import evaluating
 
 RIDGE = 0.01  # of the mean eigenvalue: directions that public text hardly shows are not blown up
 MOST = 256  # examples that are looked at

@@ -13,8 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from dpft.gradients.evaluating import evaluating
 from dpft.recipe import TaskTable
+from dpft.subset.evaluating import evaluating
 from dpft.tasks.head import before_head
 from dpft.tasks.losses import IGNORED, pad_features, token_losses, token_sums, without_labels
 from dpft.tasks.registry import task

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dpft.errors import RecipeError
-from dpft.gradients.evaluating import evaluating
+from dpft.subset.evaluating import evaluating
 from dpft.tasks.labelled import LabelledTask
 from dpft.tasks.rules import RULES, Rule, likeliest, unwrapped
 from dpft.tasks.task import Batch, Features

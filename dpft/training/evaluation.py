@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from dpft.errors import RecipeError
-from dpft.gradients.evaluating import evaluating
+from dpft.subset.evaluating import evaluating
 from dpft.training.batches import Examples
 from dpft.training.session import Session
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from dpft.errors import BudgetError, RecipeError
-from dpft.gradients.evaluating import evaluating
 from dpft.privacy.mechanisms.linear_head import Head, LinearHead, Rows, Sums
 from dpft.privacy.plan import Plan
 from dpft.runs.sums import KeptSums
+from dpft.subset.evaluating import evaluating
 from dpft.tasks.losses import class_losses, without_labels
 from dpft.tasks.own_loss import check_own_loss
 from dpft.tasks.task import Task, made_up

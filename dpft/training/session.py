@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from dpft.errors import BudgetError, GuaranteeError, LedgerError
 from dpft.gradients.engine import Engine
-from dpft.gradients.evaluating import evaluating
 from dpft.gradients.findings import Findings
 from dpft.gradients.preflight import Preflight, preflight
 from dpft.gradients.preflight.fingerprint import fingerprint
@@ -24,6 +23,7 @@ from dpft.ledger import About
 from dpft.privacy.noise import SecureRandomness
 from dpft.privacy.plan import Plan
 from dpft.runs.folder import STATE, RunFolder
+from dpft.subset.evaluating import evaluating
 from dpft.subset.weights import load_kept, save_kept
 from dpft.tasks.own_loss import check_own_loss
 from dpft.tasks.task import Batch, Features, Task

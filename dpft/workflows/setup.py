@@ -82,7 +82,7 @@ def only_output_layer(task: Any, model: "nn.Module") -> None:
     """
     import torch
 
-    from dpft.gradients.evaluating import evaluating
+    from dpft.subset.evaluating import evaluating
     from dpft.tasks.task import made_up
     from dpft.training.features import output_layer
 

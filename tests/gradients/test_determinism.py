@@ -11,9 +11,9 @@ from transformers.integrations import neftune
 
 from dpft.errors import GuaranteeError, IsolationError
 from dpft.gradients.engine import Engine
-from dpft.gradients.evaluating import evaluating
 from dpft.gradients.preflight import preflight
 from dpft.subset import Subset
+from dpft.subset.evaluating import evaluating
 
 
 class Layer(nn.Module):

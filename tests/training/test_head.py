@@ -10,7 +10,6 @@ import transformers
 from torch import nn
 
 from dpft.errors import BudgetError, GuaranteeError, IsolationError, PlanError, RecipeError, SubsetError
-from dpft.gradients.evaluating import evaluating
 from dpft.ledger import Ledger
 from dpft.privacy.mechanisms.head_descent import HeadDescent
 from dpft.privacy.mechanisms.linear_head import Head
@@ -19,6 +18,7 @@ from dpft.privacy.plan import Plan
 from dpft.recipe import Recipe
 from dpft.runs import RunFolder
 from dpft.runs.sums import KeptSums
+from dpft.subset.evaluating import evaluating
 from dpft.tasks.pooling import mean_pooled
 from dpft.tasks.task import made_up
 from dpft.training import head as module

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from dpft.privacy.rounding import rounded_down, rounded_up
 from dpft.report import sweep_plots
 from dpft.report.card import VERDICTS
-from dpft.report.summary import SIGNIFICANCE, Summary, Trend, at, budget, listed, number
+from dpft.report.summary import SIGNIFICANCE, Summary, Trend, at, budget, listed, number, signed
 from dpft.runs.folder import RunFolder
 from dpft.runs.record import read_json
 from dpft.runs.sweep import Cell
@@ -76,9 +76,10 @@ def utility(summary: Summary) -> Section | None:
     (low, _, first), (high, _, last) = best[0], best[-1]
     said = []
     if len(best) > 1:
-        way = "better" if summary.better(last.mean, first.mean) else "no better"
-        difference = number(abs(last.mean - first.mean))
-        said.append(f"The best setting {at(high)} is {way} than the best {at(low)}, by {difference}.")
+        way = "better" if summary.better(last.mean, first.mean) else "worse"
+        gap = abs(last.mean - first.mean)
+        beside = f"{way} than the best {at(low)}, by {number(gap)}" if gap else f"as good as the best {at(low)}"
+        said.append(f"The best setting {at(high)} is {beside}.")
     if summary.untouched is not None:
         said.append(f"The untouched model has {summary.untouched}.")
     if summary.majority is not None:
@@ -121,7 +122,7 @@ def size(summary: Summary) -> Section | None:
             f"{trend.pairs}",
             NONE if trend.told_apart is None else f"{trend.told_apart}",
             NONE if trend.told_apart is None else f"{trend.fewer_won}",
-            NONE if trend.correlation is None else f"{trend.correlation:+.2f}",
+            NONE if trend.correlation is None else signed(trend.correlation, 2),
         ]
         for trend in trends
     ]
@@ -158,7 +159,7 @@ def classes(summary: Summary) -> Section | None:
         rho = float(spearmanr([counts[name] for name in lost], list(lost.values()))[0])
         who = {-1: "rare classes lose more", 0: "rarity hardly matters", 1: "frequent classes lose more"}
         said.append(
-            f"Rank correlation between a class's examples and what it loses: {rho:+.2f}; {who[_sign(rho, 0.3)]}."
+            f"Rank correlation between a class's examples and what it loses: {signed(rho, 2)}; {who[_sign(rho, 0.3)]}."
         )
     said.append(f"{_of_chosen(summary)} The most frequent class is first.")
     return Section("classes", "Classes", said, tables=[("F1 of each class", _parts(summary, "per_class", "f1", lost))])
@@ -180,7 +181,9 @@ def groups(summary: Summary) -> Section | None:
             )
     least = min(counts, key=lambda name: counts[name])
     error = number(min(1.0, max(1, counts[least]) ** -0.5))
-    said.append(f"{counts[least]:,} examples, as of {least}, tell an accuracy to about ±{error}.")
+    said.append(
+        f"An accuracy over {counts[least]:,} example{'s' * (counts[least] != 1)} ({least}) is known to about ±{error}."
+    )
     said.append(_of_chosen(summary))
     table = _parts(summary, "groups", "accuracy", summary.lost("groups", "accuracy"))
     column = summary.sweep.recipe.get("task", {}).get("group")
@@ -199,7 +202,7 @@ def calibration(summary: Summary) -> Section | None:
     for e, found in bins.items():
         gap = sum(n * (confidence - right) for confidence, right, n in found) / sum(n for _, _, n in found)
         error = _figure(summary.at(summary.chosen, e, "ece"))
-        rows.append([budget(e), error, f"{gap:+.3f}"])
+        rows.append([budget(e), error, signed(gap)])
         if e in ends:
             way = {-1: "less confident than it is right", 0: "as confident as it is right"}
             said.append(
@@ -284,7 +287,7 @@ def _parts(summary: Summary, metric: str, figure: str, lost: dict[str, float]) -
         rows.append([name, f"{count:,}", *("–" if one is None else f"{one.mean:.2f}" for one in values)])
         shade.append([None, None, *(None if one is None else one.mean for one in values)])
         if lost:
-            rows[-1].append(f"{-lost[name]:+.2f}" if name in lost else NONE)
+            rows[-1].append(signed(-lost[name], 2) if name in lost else NONE)
             shade[-1].append(None)
     change = [f"{budget(summary.budgets[0])} less {budget(summary.reference)}"] if lost else []
     head = ["class" if metric == "per_class" else "group", "examples", *map(budget, summary.budgets), *change]

@@ -61,6 +61,14 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
+def signed(value: float, digits: int = 3) -> str:
+    """
+    >>> signed(0.25), signed(-0.0001), signed(-0.25, 2)
+    ('+0.250', '0.000', '-0.25')
+    """
+    return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
+
+
 def budget(epsilon: float | None) -> str:
     """A budget's name.
 

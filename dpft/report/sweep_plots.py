@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.ticker import FixedLocator, LogFormatterMathtext, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
 
 from dpft.privacy.rounding import rounded_up
 from dpft.report.plots import ACCENT, INK, SECOND, Labels, svg
-from dpft.report.summary import PRIVACY_FREE, Summary, budget, is_control, number
+from dpft.report.summary import PRIVACY_FREE, Mean, Summary, budget, is_control, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +20,7 @@ FREE: dict[str, Any] = {"color": INK, "marker": "x", "linestyle": "--", "markers
 HOLLOW: dict[str, Any] = {"linestyle": "", "markerfacecolor": "none"}
 FAR = 1.5  # times the height of all points: a level that is farther from them is named and not drawn
 APART = 0.065  # of the height of the axes, between two names
+DECADES = 30.0  # times: sizes that lie closer are written out, not as powers of ten
 DIFFERENT = 10.0  # times: from there on what should be low is shown on a logarithmic axis
 
 
@@ -46,7 +47,7 @@ def over_epsilon(summary: Summary, said: str) -> str:
             look = style(place)
             _bars(axes, points, look)
             for e, figure in known:
-                seen += figure.values
+                seen += _reach(figure)
                 where = [x[e] + shift] * len(figure.values)
                 axes.plot(where, figure.values, ".", color=look["color"], markersize=3, alpha=0.6)
                 if e is None:
@@ -90,11 +91,13 @@ def over_parameters(summary: Summary, said: str) -> str:
                 _bars(axes, points, look | (HOLLOW if controls else {}))
                 if points and not controls:
                     ends.append((points[-1][1], budget(e), look["color"]))
-            seen += [value for _, figure in known for value in figure.values]
+            seen += [value for _, figure in known for value in _reach(figure)]
         axes.set_xscale("log")
         sizes = [size for size in summary.parameters.values() if size]
         axes.set_xlim(min(sizes) / 1.6, max(sizes) * (max(sizes) / min(sizes)) ** 0.2 * 1.3)
-        axes.xaxis.set_major_formatter(LogFormatterMathtext() if max(sizes) / min(sizes) > 10 else _count)
+        if max(sizes) < DECADES * min(sizes):
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter(_count)
         axes.xaxis.set_minor_formatter(NullFormatter())
         _scale(axes, summary, seen)
         _names(axes, ends)
@@ -132,6 +135,11 @@ def _bars(axes: Any, points: Sequence[tuple[float, float, float]], look: dict[st
     if points:
         x, means, spreads = zip(*points, strict=True)
         axes.errorbar(x, means, spreads, elinewidth=1, capsize=2, **{"linewidth": 1.6, **look})
+
+
+def _reach(figure: Mean) -> list[float]:
+    """All that is drawn of it."""
+    return [*figure.values, figure.mean - figure.spread, figure.mean + figure.spread]
 
 
 def _words(summary: Summary) -> str:

@@ -254,7 +254,7 @@ def test_classes_and_groups_are_those_of_the_best_subset(whole, tmp_path):
     )
     assert "north 64 0.80 0.80 0.81 -0.01" in page.text
     assert "At ε = 1 accuracy lies between 0.550 (south) and 0.800 (north), a gap of 0.250." in page.text
-    assert "36 examples, as of south, tell an accuracy to about ±0.167." in page.text
+    assert "An accuracy over 36 examples (south) is known to about ±0.167." in page.text
     assert (
         "F1 falls most for common (0.188, 90 examples) and rare (0.094, 10 examples), at ε = 1 beside no privacy."
         in private.text

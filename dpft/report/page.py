@@ -86,7 +86,7 @@ def _page(summary: Summary, shown: list[Section], private: bool) -> str:
         seeds=len({cell.seed for cell in sweep.cells if cell.kind != "untouched"}),
         runs=sum(cell.kind != "untouched" for cell in sweep.cells),
         private_runs=sum(cell.kind == "private" for cell in sweep.cells),
-        commands=list(_commands(summary)),
+        command=_command(summary),
         recipe=_recipe(sweep.recipe),
         metric=summary.metric.replace("_", " "),
         number=number,
@@ -128,6 +128,7 @@ def _cells(sweep: Sweep) -> str:
             "trainable_parameters": cell.trainable_parameters,
             "seconds": cell.seconds,
             "peak_memory": cell.peak_memory,
+            "folder": cell.folder,
             **dict(_numbers(cell.metrics)),
         }
         for cell in sweep.cells
@@ -149,14 +150,12 @@ def _numbers(metrics: Mapping[str, Any], above: str = "") -> Iterator[tuple[str,
             yield f"{above}{name}", value
 
 
-def _commands(summary: Summary) -> Iterator[str]:
-    """What makes every run of the sweep again."""
+def _command(summary: Summary) -> str:
+    """What makes the sweep again."""
+    budgets = ",".join("inf" if e is None else f"{e:g}" for e in summary.budgets)
     seeds = 1 + max(cell.seed for cell in summary.sweep.cells)
-    budgets = [word for e in summary.epsilons for word in ("--epsilon", f"{e:g}")]
-    for place, subset in enumerate(summary.subsets, 1):
-        words = ["dpft", "compare", "recipe.toml", "--output", f"runs/{place}", "--set", f"subset={subset}", *budgets]
-        free = [] if None in summary.budgets else ["--private-only"]
-        yield shlex.join([*words, "--seeds", str(seeds), *free])
+    words = ["dpft", "sweep", "recipe.toml", "--output", "again", "--epsilon", budgets]
+    return shlex.join([*words, "--subset", ", ".join(summary.subsets), "--seeds", str(seeds)])
 
 
 def _recipe(tables: Mapping[str, Any]) -> str:

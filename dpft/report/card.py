@@ -71,6 +71,13 @@ def _known(write: Callable[..., str]) -> Callable[..., str]:
     )
 
 
+def unit_words(unit: str) -> str:
+    """Whom a guarantee protects."""
+    return (
+        "one example (a row of the training data)" if unit == "example" else f"all rows that share one value of {unit}"
+    )
+
+
 def _as_model_card(readme: Path, card: str) -> None:
     """Put the card where Hugging Face shows a model's card, below the metadata that PEFT left there."""
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
@@ -79,13 +86,8 @@ def _as_model_card(readme: Path, card: str) -> None:
 
 
 def _facts(run: RunRecord) -> dict:
-    unit = (
-        "one example (a row of the training data)"
-        if run.unit == "example"
-        else f"all rows that share one value of {run.unit}"
-    )
     facts = {
-        "unit_words": unit,
+        "unit_words": unit_words(run.unit),
         "adjacency_words": ADJACENCY_WORDS[run.adjacency],
         "steps": [event for event in run.events if not event.name],
         "others": [event for event in run.events if event.name],

@@ -31,11 +31,12 @@ STYLES: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Labels:
-    """What is written at a plot and at its axes."""
+    """What is written at a plot and at its axes, and what is said to those who cannot see it: by default the title."""
 
     title: str
     x: str
     y: str
+    said: str = ""
 
 
 def line(
@@ -66,7 +67,7 @@ def line(
         if all(isinstance(value, int) for value in x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    return _svg(draw, labels)
+    return svg(draw, labels)
 
 
 def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], labels: Labels, *, log: str = "") -> str:
@@ -79,7 +80,7 @@ def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], labels:
         axes.set_yscale("log" if "y" in log else "linear")
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 
-    return _svg(draw, labels)
+    return svg(draw, labels)
 
 
 def roc(curves: dict[str, list[tuple[float, float]]], *, title: str = "Who was in the data?") -> str:
@@ -99,7 +100,7 @@ def roc(curves: dict[str, list[tuple[float, float]]], *, title: str = "Who was i
         axes.set_xlim(least, 1)
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 
-    return _svg(draw, Labels(title, "false alarms", "detected"))
+    return svg(draw, Labels(title, "false alarms", "detected"))
 
 
 def trade_off(curve: list[tuple[float, float]]) -> str:
@@ -130,14 +131,15 @@ def staircase(times: list[datetime], values: list[float], *, limit: float, title
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 
-    return _svg(draw, Labels(title, "", y_label))
+    return svg(draw, Labels(title, "", y_label))
 
 
-def _svg(draw: "Callable[[Axes], None]", labels: Labels) -> str:
+def svg(draw: "Callable[[Axes], None]", labels: Labels, height: float = 3.0) -> str:
+    """What ``draw`` draws as an ``<svg>`` element, five inches wide and ``height`` high."""
     with pyplot.rc_context(
         {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "dpft"}
     ):
-        figure, axes = pyplot.subplots(figsize=(5.0, 3.0), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(5.0, height), layout="constrained")
         draw(axes)
         axes.set_title(labels.title, parse_math=False, color=INK, fontsize=11, loc="left")
         axes.set_xlabel(labels.x)
@@ -152,6 +154,6 @@ def _svg(draw: "Callable[[Axes], None]", labels: Labels) -> str:
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
         pyplot.close(figure)
-    svg = out.getvalue()[out.getvalue().index("<svg") :]
-    label = f'role="img" aria-label="{html.escape(labels.title)}"'
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: label, svg, count=1)
+    text = out.getvalue()[out.getvalue().index("<svg") :]
+    label = f'role="img" aria-label="{html.escape(labels.said or labels.title)}"'
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: label, text, count=1)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dpft.errors import RecipeError
 from dpft.recipe import Labels, TaskTable
+from dpft.tasks.class_metrics import ClassMetrics
 from dpft.tasks.losses import declared_class_losses
 from dpft.tasks.registry import task
-from dpft.tasks.sequence_classification import ClassMetrics
 from dpft.tasks.source import Source
 from dpft.tasks.task import Columns, Size, Task
 from dpft.values import INLINE, Column, class_number, label_fault, plain
@@ -59,6 +59,10 @@ class ImageClassification(Task):
             description="Crop each picture anew whenever it is drawn, to this share of its area or more; off if unset.",
         )
         flip: bool = Field(False, description="Exchange left and right by a coin whenever a picture is drawn.")
+        group: str | None = Field(
+            None,
+            description="A column of the validation data, such as a clinic, whose values get figures of their own.",
+        )
 
         @property
         def columns(self) -> dict[str, Column]:
@@ -105,6 +109,7 @@ class ImageClassification(Task):
             flip=settings.flip,
             patch_size=patch if isinstance(patch, int) else PATCH_SIZE,
         )
+        task.group = settings.group
         return task, model
 
     def _one_shape(self) -> tuple[int, int, int]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dpft.errors import RecipeError
 from dpft.recipe import Labels, TaskTable
-from dpft.tasks.losses import declared_class_losses, pad_features, without_labels
+from dpft.tasks.class_metrics import ClassMetrics
+from dpft.tasks.losses import declared_class_losses, pad_features
 from dpft.tasks.pooling import mean_pooled
 from dpft.tasks.registry import task
 from dpft.tasks.source import Source
@@ -45,7 +46,10 @@ class SequenceClassification(Task):
             ge=4,
             description="Texts are cut after this many tokens; by default 128, or the model's positions if fewer.",
         )
-
+        group: str | None = Field(
+            None,
+            description="A column of the validation data, such as a clinic, whose values get figures of their own.",
+        )
         pooling: Literal["auto", "mean", "model"] = Field(
             "auto",
             description="What the output layer is given: the mean over tokens (BERT's architectures), or what the "
@@ -78,6 +82,7 @@ class SequenceClassification(Task):
     def load(cls, settings: Settings, source: Source) -> tuple["SequenceClassification", nn.Module]:
         tokenizer = source.processor()
         task = cls(tokenizer, settings.labels, text=settings.text, label=settings.label)
+        task.group = settings.group
         model = source.labelled_model("AutoModelForSequenceClassification", settings.labels, tokenizer)
         wanted = settings.pooling == "mean" or settings.pooling == "auto" and source.head_alone
         if wanted and not mean_pooled(model) and settings.pooling == "mean":
@@ -115,7 +120,7 @@ class SequenceClassification(Task):
         """Raises RecipeError: the model has fewer classes than the task."""
         return declared_class_losses(model, batch, len(self.labels))
 
-    def metrics(self) -> "ClassMetrics":
+    def metrics(self) -> ClassMetrics:
         return ClassMetrics(self.labels)
 
     def canary(self, random: np.random.Generator) -> dict[str, str]:
@@ -125,33 +130,3 @@ class SequenceClassification(Task):
     @cached_property
     def words(self) -> Words:
         return Words(self.tokenizer)
-
-
-class ClassMetrics:
-    """Accuracy, macro-F1 over the labels that occur, and each label's F1 and count."""
-
-    def __init__(self, labels: Sequence[str]) -> None:
-        self._labels = labels
-        self._wanted: list[int] = []
-        self._found: list[int] = []
-
-    def update(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        self._wanted += batch["labels"].tolist()
-        self._found += model(**without_labels(batch)).logits.argmax(-1).tolist()
-
-    def compute(self) -> dict[str, Any]:
-        from sklearn.metrics import accuracy_score, precision_recall_fscore_support
-
-        wanted, found = self._wanted, self._found
-        present = sorted(set(wanted))
-        precision, recall, f1, count = precision_recall_fscore_support(wanted, found, labels=present, zero_division=0)
-        rows = zip(present, precision, recall, f1, count, strict=True)
-        return {
-            "accuracy": float(accuracy_score(wanted, found)),
-            "macro_f1": float(f1.mean()),
-            "examples": len(wanted),
-            "per_class": {
-                self._labels[i]: {"precision": float(p), "recall": float(r), "f1": float(f), "count": int(n)}
-                for i, p, r, f, n in rows
-            },
-        }

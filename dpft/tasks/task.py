@@ -67,6 +67,8 @@ class Task(ABC):
         template: what ``dpft init`` writes for it: ``subset``, and the keys of ``task`` that must be declared.
         takes_files: whether ``encode`` is given pictures and sounds of ``datasets`` as ``{bytes, path}``, not decoded.
         has_chance: whether ``draw`` does anything, where the settings decide it.
+        group: a column of the evaluation data whose values get figures of their own; its metrics then have ``add``,
+            which takes in other metrics of the same task.
         tokenizer, max_length: of a task that says what follows a cue (``follow``); the length is in tokens.
     """
 
@@ -78,6 +80,7 @@ class Task(ABC):
     template: ClassVar[Mapping[str, Any]] = {"subset": "lora(rank=8)", "task": {}}
     takes_files: ClassVar[bool] = False
     has_chance: bool = True
+    group: str | None = None
     tokenizer: "PreTrainedTokenizerBase"
     max_length: int
 

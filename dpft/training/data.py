@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dpft.errors import RecipeError
 from dpft.recipe import DataTable, Recipe, TaskTable, expand, listed
 from dpft.training.files import read
 from dpft.training.units import check_count, unit_ids
-from dpft.values import INLINE
+from dpft.values import INLINE, kind, missing
 
-__all__ = ["check", "column_of", "load", "load_public", "read", "read_for"]
+__all__ = ["check", "check_groups", "column_of", "load", "load_public", "read", "read_for"]
 FILE_KINDS = ("image", "audio")
 FILES_AT_A_TIME = 16
+MOST_GROUPS = 100
 
 
 def load(recipe: Recipe, *, validation: bool = True):
@@ -30,6 +32,9 @@ def load(recipe: Recipe, *, validation: bool = True):
     held_out = _row_by_row(recipe, recipe.data.validation, "data.validation")
     if recipe.data.validation_rows is not None and recipe.data.validation_rows < len(held_out):
         held_out = held_out.shuffle(seed=0, keep_in_memory=True).select(range(recipe.data.validation_rows))
+    group = getattr(recipe.task, "group", None)
+    if group is not None:
+        check_groups(held_out, group, "data.validation")
     return train, held_out
 
 
@@ -103,3 +108,22 @@ def check(rows, task: TaskTable, data: DataTable, where: str) -> None:
                 raise RecipeError(f"{where} row {i:,} {fault}")
     if data.unit != "example":
         unit_ids(column_of(rows, data.unit), data.unit, where)
+
+
+def check_groups(rows: Any, column: str, where: str) -> None:
+    """Refuse, before anything is charged, what would fail when it is measured.
+
+    Raises:
+        RecipeError: the column is missing, a cell is neither a text nor a whole number, or there are too many values.
+    """
+    if column not in rows.column_names:
+        raise RecipeError(f"{where} has no column {column!r} for task.group: it has {', '.join(rows.column_names)}.")
+    seen: dict[Any, None] = {}
+    for i, value in enumerate(column_of(rows, column), 1):
+        if missing(value) or type(value) not in (str, int):
+            fault = "has no group" if missing(value) else f"has {kind(value)}, which is no group,"
+            raise RecipeError(f"{where} row {i:,} {fault} in column {column!r}: write groups as text.")
+        seen[value] = None
+    if len(seen) > MOST_GROUPS or len(set(map(type, seen))) > 1:
+        fault = f"more than {MOST_GROUPS} values" if len(seen) > MOST_GROUPS else "texts and whole numbers"
+        raise RecipeError(f"{where} has {fault} in column {column!r}: name a column of few groups, written as text.")

@@ -28,16 +28,15 @@ from dpft.subset.weights import load_kept, save_kept
 from dpft.tasks.own_loss import check_own_loss
 from dpft.tasks.task import Batch, Features, Task
 from dpft.training.batches import (
-    EVALUATION_TOKENS,
     Examples,
     Limits,
     LogicalBatch,
     LogicalBatches,
     check_units,
-    plain_batches,
 )
 from dpft.training.checks import try_optimizer
 from dpft.training.heap import keep_freed_memory
+from dpft.training.measuring import measure
 from dpft.training.meter import BudgetMeter
 from dpft.training.options import SessionOptions
 from dpft.training.prefix import FrozenPrefix
@@ -269,10 +268,8 @@ class Session:
 
     def evaluate(self, rows: Any) -> dict[str, Any]:
         """The task's metrics on other rows, un-noised: private if the rows are."""
-        examples = rows if isinstance(rows, Examples) else Examples.encode(rows, self.task)
-        batches = map(self._prepared, plain_batches(examples, self.task, EVALUATION_TOKENS))
         with evaluating(self.model):
-            return self.task.evaluate(self.model, batches)
+            return measure(rows, self.task, self.model, self._prepared)
 
     def take_rows(self, rows: Any) -> None:
         """Train on other rows from the next :meth:`open` on."""

@@ -139,8 +139,8 @@ def _untouched(recipe: Recipe, seeds: Sequence[int], announce: Callable[[str], N
     import torch
 
     from dpft.tasks.registry import find
-    from dpft.training.batches import EVALUATION_TOKENS, Examples, plain_batches
     from dpft.training.data import load
+    from dpft.training.measuring import measure
     from dpft.workflows.setup import load_model
 
     announce("untouched model")
@@ -151,9 +151,7 @@ def _untouched(recipe: Recipe, seeds: Sequence[int], announce: Callable[[str], N
         task, model = load_model(recipe.model_copy(update=dict(run=recipe.run.model_copy(update=dict(seed=seed)))))
         model.eval()
         with torch.no_grad():
-            metrics.append(
-                task.evaluate(model, plain_batches(Examples.encode(validation, task), task, EVALUATION_TOKENS))
-            )
+            metrics.append(measure(validation, task, model))
     return _row(recipe, ("untouched", None), metrics, [])
 
 

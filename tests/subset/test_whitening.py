@@ -9,7 +9,7 @@ from dpft.subset import Subset
 from dpft.subset.weights import load_kept, save_kept
 from dpft.workflows.setup import set_up
 from dpft.workflows.train import train
-from tests.support.recipes import classifier_in, language_in
+from tests.support.recipes import NAMES, classifier_in, language_in, write
 from tests.support.zoo import llama as tiny_llama
 
 WHITENED = "lora(rank=3, freeze_a=True, init='whitened')"
@@ -100,3 +100,14 @@ def test_a_language_model_makes_up_its_own_and_a_classifier_needs_public_data(tm
         set_up(Recipe.parse(classifier))
     classifier["data"] |= {"public": classifier["data"]["validation"], "validation": None}
     assert set_up(Recipe.parse(classifier)).model is not None
+
+
+def test_the_start_does_not_follow_the_training_data(tmp_path):
+    recipe = language_in(tmp_path) | {"subset": WHITENED.replace("rank=3", "rank=2")}
+    starts = []
+    for rows in (40, 20):
+        write(tmp_path / "train.csv", [("text",), *[(f"{NAMES[0]} {NAMES[i % 9]}",) for i in range(rows)]])
+        recipe["data"]["units"] = rows
+        model = set_up(Recipe.parse(recipe)).model
+        starts.append([p for name, p in model.named_parameters() if ".lora_A." in name])
+    assert starts[0] and all(torch.equal(one, two) for one, two in zip(*starts, strict=True))

@@ -10,7 +10,7 @@ import click
 from dpft.cli.common import as_json, overrides, recipe_file, recipe_to_run, show, table
 from dpft.errors import RecipeError
 
-DP_SGD = {"batch_size": 256, "epochs": 3.0}  # to start from, where more than a head trains
+OPEN = {"plan": "auto", "epochs": 3.0}  # where more than a head trains
 
 
 class _TaskName(click.ParamType):
@@ -55,13 +55,13 @@ def init(task: str, model: str, data: str, output: Path) -> None:
     if output.exists():
         raise RecipeError(f"{output} exists already: choose another --output.")
     template = find(task).template
-    starting = Recipe.parse(
+    starting = Recipe.checked(
         {
             "subset": template["subset"],
             "model": {"path": model},
             "task": {"name": task, **template["task"]},
             "data": {"train": data, "units": 10_000},
-            "privacy": {"epsilon": 3.0, "delta": 1e-6, **({} if template["subset"] == "head" else DP_SGD)},
+            "privacy": {"epsilon": 3.0, "delta": 1e-6, **({} if template["subset"] == "head" else OPEN)},
         }
     )
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -94,6 +94,8 @@ class Recipe(Table):
 
     def _check_dp_sgd(self) -> None:
         privacy = self.privacy
+        if privacy.plan == "auto":
+            return self._check_open_plan()
         if privacy.batch_size is None:
             raise ValueError(
                 "privacy.batch_size is missing, without which only subset = 'head' can train: add it, and steps or "
@@ -105,6 +107,21 @@ class Recipe(Table):
             raise ValueError(
                 f"privacy.batch_size is {privacy.batch_size:,} of {self.data.units:,} units: expect at most all of them"
             )
+
+    def _check_open_plan(self) -> None:
+        chosen = {
+            "privacy.batch_size": self.privacy.batch_size is not None,
+            "privacy.steps": self.privacy.steps is not None,
+            "privacy.clipping": self.privacy.clipping != "flat" or self.privacy.clip_norm != 1.0,
+            "optimizer": self.optimizer != OptimizerTable(),
+        }
+        for key in (key for key, is_set in chosen.items() if is_set):
+            raise ValueError(
+                f'{key} is set, and privacy.plan = "auto" chooses it: remove one of them; `dpft plan --advise` writes '
+                "out what it would choose, to change"
+            )
+        if self.privacy.epsilon is None:
+            raise ValueError('privacy.plan = "auto" chooses a plan for an ε, and there is none: give privacy.epsilon')
 
     def _check_head(self, subset: "Subset") -> None:
         """A head's sums are over all units and all of their rows, and nothing else trains."""
@@ -144,10 +161,36 @@ class Recipe(Table):
 
     @classmethod
     def parse(cls, tables: dict[str, Any]) -> "Recipe":
+        """The recipe of these tables, with its plan written out."""
+        return cls.checked(tables).planned()
+
+    @classmethod
+    def checked(cls, tables: dict[str, Any]) -> "Recipe":
+        """The recipe as it stands, with a plan that may be open."""
         try:
             return cls.model_validate(tables)
         except ValidationError as error:
             raise RecipeError(_sentence(error)) from error
+
+    def planned(self) -> "Recipe":
+        """The same, where ``privacy.plan`` is ``auto`` with what it stands for (:mod:`dpft.recipe.advice`)."""
+        privacy = self.privacy
+        if privacy.plan == "declared":
+            return self
+        closed: dict[str, Any] = dict(plan="declared")
+        if self.learns_head or privacy.epsilon is None:
+            return self.model_copy(update=dict(privacy=privacy.model_copy(update=closed)))
+        from dpft.recipe.advice import advised, rate_of
+        from dpft.tasks.registry import find
+
+        new_layers = find(self.task.name).adds_layers
+        passes = privacy.epochs or 1.0
+        plan = advised(self.data.units, passes, epsilon=privacy.epsilon, delta=privacy.delta, new_layers=new_layers)
+        closed |= dict(batch_size=plan.batch_size, steps=plan.steps, epochs=None, clipping="automatic")
+        chosen = OptimizerTable(name="adamw_torch", learning_rate=0.02, schedule="linear")
+        if not new_layers:
+            chosen = OptimizerTable(name="sgd", learning_rate=rate_of(plan.steps), schedule="linear")
+        return self.model_copy(update=dict(privacy=privacy.model_copy(update=closed), optimizer=chosen))
 
     def plan(self) -> Plan:
         """The plan, calibrated; takes seconds when ε is the target."""

@@ -131,6 +131,11 @@ class PrivacyTable(Table):
         "about a thousand units) and head-least-squares, which learn from sums over all units; auto is dp-sgd where "
         "batch_size is given, else one of the first two by the number of units.",
     )
+    plan: Literal["declared", "auto"] = Field(
+        "declared",
+        description="auto: batch size, steps, clipping and optimizer follow from units, ε, δ and epochs (the passes "
+        "over the data that there is time for, 1 by default); all of these are public.",
+    )
     batch_size: int | None = Field(
         None, ge=1, description="dp-sgd: expected units per step; a draw's true size is random and private."
     )

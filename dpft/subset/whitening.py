@@ -11,8 +11,9 @@ one noise serves all (the input side of DP-KFC's preconditioner, arXiv:2605.1341
 was at PEFT's random start. A follows from public data and a seed, and B is zero, so the model is the same.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from dpft.subset.evaluating import evaluating
 
 RIDGE = 0.01  # of the mean eigenvalue: directions that public text hardly shows are not blown up
 MOST = 256  # examples that are looked at
+TOGETHER = 8
 
 
 class _Moments:
@@ -52,7 +54,7 @@ def whiten(model: nn.Module, run: Callable[[list[Any]], Tensor], examples: Seque
 
     Args:
         run: runs the model on some examples.
-        examples: public; each is run by itself, so no padding is read.
+        examples: public; those of one length are run together, so no padding is read.
 
     Raises:
         SubsetError: an adapted layer is no linear layer, or no example reached it.
@@ -63,13 +65,23 @@ def whiten(model: nn.Module, run: Callable[[list[Any]], Tensor], examples: Seque
         for name, layer in layers.items():
             take = lambda module, args, moments=moments[name]: moments.add(args[0])
             hooks.callback(layer.register_forward_pre_hook(take).remove)
-        for example in list(examples)[:MOST]:
-            run([example])
+        for _, same in groupby(sorted(list(examples)[:MOST], key=_shape), key=_shape):
+            some = list(same)
+            for start in range(0, len(some), TOGETHER):
+                run(some[start : start + TOGETHER])
     for name, layer in layers.items():
         if moments[name].number < 2:
             raise SubsetError(f"No public example reached {name}, so its inputs are unknown: give public data.")
         with torch.no_grad():
             layer.weight.copy_(_whitened(layer.weight.double().cpu(), moments[name]))
+
+
+def _shape(example: Any) -> str:
+    """What two examples of one length have in common."""
+    if isinstance(example, Mapping):
+        return str({name: _shape(value) for name, value in example.items()})
+    shape = getattr(example, "shape", None)
+    return str(len(example) if shape is None and isinstance(example, Sized) else shape)
 
 
 def _whitened(random: Tensor, moments: _Moments) -> Tensor:

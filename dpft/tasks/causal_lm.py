@@ -26,7 +26,7 @@ from dpft.values import Column
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLES, SAMPLE_LENGTH = 64, 64  # texts that the model makes up, and their tokens: enough for thousands of inputs
+SAMPLES, SAMPLE_LENGTH = 32, 64  # texts that the model makes up, and their tokens: enough for thousands of inputs
 
 
 @task("causal_lm")

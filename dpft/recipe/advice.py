@@ -1,0 +1,67 @@
+"""How many steps, of how many units: a plan from public numbers alone, for a recipe that leaves it open.
+
+With N units, T steps and E passes over the data that a user has time for, each step draws a unit with q = E/T. What
+counts is the noise on the mean gradient of the whole run (the noise-batch ratio of McKenna et al. 2025,
+arXiv:2501.18914, averaged over the steps),
+
+    ν(T) = σ(q, T; ε, δ) / (q N √T)
+
+At q = 1 it is 1/(μN) for every T; below that fewer and larger steps have less of it. So the advice is the most steps
+whose ν is at most SLACK above the least that is possible, and at least as many as learning needs.
+
+σ is taken from the central limit of subsampled Gaussians, σ = 1/√ln(1 + μ²/(q²T)) (Dong et al. 2022, Corollary 5.4).
+That orders plans and claims nothing: the plan's own noise is calibrated by the accountant.
+"""
+
+import math
+from dataclasses import dataclass
+
+from dpft.privacy.gaussian import mu_for
+
+SLACK = 1.15
+FEWEST = 2  # steps that move an adapter of a model which does its task already
+FEWEST_NEW = 64  # steps in which layers that begin at random learn anything
+MOST = 200  # beyond which more steps bring nothing but overhead
+DISPLACEMENT = 12.0  # learning rate times steps, of normalised gradients and plain descent: see mts_notes in benchmarks
+
+
+@dataclass(frozen=True)
+class Steps:
+    """``steps`` steps of ``batch_size`` expected units, and their noise ν beside that of the best number of steps."""
+
+    steps: int
+    batch_size: int
+    noise: float
+    least: float
+
+
+def noise_of(steps: int, passes: float, units: int, mu: float) -> float:
+    """ν of so many steps that take so many expected passes over the data together."""
+    rate = min(1.0, passes / steps)
+    if rate == 1.0:
+        return 1 / (mu * units)
+    sigma = math.log1p((mu / rate) ** 2 / steps) ** -0.5
+    return sigma / (rate * units * math.sqrt(steps))
+
+
+def advised(units: int, passes: float, *, epsilon: float, delta: float, new_layers: bool) -> Steps:
+    """The steps for a budget of noise and of time.
+
+    Args:
+        units: N, the declared number of units.
+        passes: E, expected passes over the data.
+        new_layers: whether layers train that begin at random.
+    """
+    mu = mu_for(epsilon, delta)
+    fewest = FEWEST_NEW if new_layers else FEWEST
+    possible = range(fewest, max(fewest, min(MOST, round(passes * units))) + 1)
+    noise = {steps: noise_of(steps, passes, units, mu) for steps in possible}
+    least = min(noise.values())
+    steps = max(steps for steps, value in noise.items() if value <= SLACK * least)
+    batch_size = max(1, min(units, round(units * passes / steps)))
+    return Steps(steps, batch_size, noise[steps], least)
+
+
+def rate_of(steps: int) -> float:
+    """The first rate of a linear schedule whose rates sum to half of :data:`DISPLACEMENT`."""
+    return round(DISPLACEMENT / (steps + 1), 4)

@@ -1,0 +1,173 @@
+"""``dpft plan --advise``: how a recipe spends its ε best, from public facts and the model; no private row is read."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from dpft.recipe import Recipe
+
+# Noise beside a signal of at most 1, and what the studies lost at so much (benchmarks/studies).
+HEAD_BANDS = (
+    (0.01, "within about a point of the head without privacy"),
+    (0.05, "one to three points below the head without privacy"),
+    (0.2, "several points below the head without privacy, rare labels more"),
+)
+ADAPTER_BANDS = (
+    (1.0, "most of what the run without privacy gains"),
+    (3.0, "a part of what the run without privacy gains"),
+)
+LITTLE = "little more than the untouched model: more units, a larger ε or fewer trained numbers would help"
+REPEATS = 3  # timings of a batch
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A plan, and why.
+
+    Attributes:
+        recipe: the recipe with the plan written out.
+        trainable_parameters: P.
+        noise_multiplier: σ of each release.
+        noise_batch_ratio: σ/(qN₀), the noise on each number of a step's mean gradient (McKenna et al. 2025).
+        noise: σ√P/(qN₀√T), the length of the noise on the mean of all steps' gradients, beside a signal of at most 1.
+        expects: what such noise left in the studies.
+        why: a sentence for each choice.
+        hours: how long the steps take here; None where it was not measured.
+    """
+
+    recipe: Recipe
+    trainable_parameters: int
+    noise_multiplier: float
+    noise_batch_ratio: float
+    noise: float
+    expects: str
+    why: tuple[str, ...]
+    hours: float | None
+
+    def facts(self) -> dict[str, Any]:
+        """For a table."""
+        privacy, optimizer, plan = self.recipe.privacy, self.recipe.optimizer, self.recipe.plan()
+        descends = not self.recipe.learns_head
+        return {
+            "subset": self.recipe.subset,
+            "method": self.recipe.method,
+            "epsilon": privacy.epsilon,
+            "delta": privacy.delta,
+            "batch_size": privacy.batch_size if descends else self.recipe.data.units,
+            "steps": plan.steps,
+            "clipping": privacy.clipping,
+            "optimizer": optimizer.name if descends else None,
+            "learning_rate": optimizer.learning_rate if descends else None,
+            "trainable_parameters": self.trainable_parameters,
+            "noise_multiplier": self.noise_multiplier,
+            "noise_batch_ratio": self.noise_batch_ratio,
+            "noise": self.noise,
+            "expects": self.expects,
+            "hours": self.hours,
+        }
+
+
+def advise(recipe: Recipe, hours: float | None = None) -> Advice:
+    """The best known plan for a recipe's units, ε, δ and model.
+
+    Args:
+        recipe: its own plan, open or declared, is not looked at, but for ``privacy.epochs``.
+        hours: the time for training on this machine; without it ``privacy.epochs`` passes over the data, or one.
+
+    Raises:
+        RecipeError: the recipe names no ε, or its model cannot be loaded.
+    """
+    from dpft.errors import RecipeError
+    from dpft.tasks.registry import find
+
+    if recipe.privacy.epsilon is None:
+        raise RecipeError("A plan is advised for an ε, and the recipe names none: give privacy.epsilon.")
+    why = []
+    usual = find(recipe.task.name).template["subset"]
+    passes = recipe.privacy.epochs or 1.0
+    subset = "head" if usual == "head" else recipe.subset
+    if subset != recipe.subset:
+        why.append(
+            f"A head over well-made features costs the least noise: it beat {recipe.subset!r} at every ε where both were "
+            "measured."
+        )
+    choice = _open(recipe, subset, passes)
+    seconds = None
+    numbers, timed = _measured(choice, measure_time=not choice.learns_head)
+    if timed is not None:
+        seconds = timed * choice.data.units
+        if hours is not None:
+            passes = max(1 / choice.data.units, hours * 3600 / seconds)
+            choice = _open(recipe, subset, passes)
+        why.append(f"A pass over {choice.data.units:,} units takes about {_duration(seconds)} here.")
+    choice = choice.planned()
+    plan = choice.plan()
+    ratio = plan.noise_multiplier / plan.expected_batch_size
+    noise = ratio * (numbers / plan.steps) ** 0.5
+    if choice.learns_head:
+        why.append("Every unit enters every sum, so nobody is sampled and one noise serves the whole run.")
+    else:
+        why.append(
+            f"{plan.steps:,} steps of {choice.privacy.batch_size:,}: more steps in {passes:.3g} passes would add noise, "
+            "and fewer would not learn."
+        )
+        why.append("Clipping is automatic, because then no bound has to be tuned on private data.")
+    bands = HEAD_BANDS if choice.learns_head else ADAPTER_BANDS
+    expects = next((words for most, words in bands if noise < most), LITTLE)
+    taken = None if seconds is None else plan.steps * plan.sample_rate * seconds / 3600
+    return Advice(choice, numbers, plan.noise_multiplier, ratio, noise, expects, tuple(why), taken)
+
+
+def _open(recipe: Recipe, subset: str, passes: float) -> Recipe:
+    """The recipe without a plan of its own."""
+    from dpft.recipe import OptimizerTable, PrivacyTable
+
+    privacy = PrivacyTable(
+        epsilon=recipe.privacy.epsilon,
+        delta=recipe.privacy.delta,
+        adjacency=recipe.privacy.adjacency,
+        plan="auto",
+        epochs=None if subset == "head" else passes,
+    )
+    tables = recipe.model_dump() | {"subset": subset, "privacy": privacy.model_dump()}
+    tables["optimizer"] = OptimizerTable().model_dump()
+    if subset == "head":
+        tables["data"] |= {"examples_per_unit": 1, "unit_gradient": "mean", "draws": 1}
+    return Recipe.checked(tables)
+
+
+def _measured(recipe: Recipe, *, measure_time: bool) -> tuple[int, float | None]:
+    """How many numbers train, and the seconds of one example, from made-up rows half as long as texts may be."""
+    from dpft.subset import Subset
+    from dpft.tasks.encoded import Encoded
+    from dpft.tasks.task import size_of
+    from dpft.workflows.setup import load_model, only_output_layer
+
+    task, model = load_model(recipe)
+    encoded = task.encode(task.examples())
+    made = list(encoded.features if isinstance(encoded, Encoded) else encoded)
+    model = Subset(recipe.subset).apply(model, lambda some: task.losses(model, task.collate(some)), made)
+    if recipe.learns_head:
+        only_output_layer(task, model)
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not measure_time:
+        return numbers, None
+    batch = task.collate(made * 4)
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        task.losses(model, batch).sum().backward()
+        times.append(time.perf_counter() - started)
+    costs = [size_of(task, one).cost for one in made * 4]
+    usual = getattr(task, "max_length", 0) / 2 or max(costs)
+    return numbers, min(times) / (len(costs) * max(costs)) * usual
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -74,9 +74,7 @@ def override(tables: dict[str, Any], assignment: str) -> None:
     """
     key, equals, value = assignment.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(
-            f"{assignment!r} is not of the form table.key=value: write for example privacy.epsilon=3."
-        )
+        raise RecipeError(f"{assignment!r} is not of the form table.key=value: write for example privacy.epsilon=3.")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

@@ -17,8 +17,10 @@ from dpft.errors import RecipeError
 from dpft.privacy.rounding import rounded_up
 from dpft.runs.record import write_whole
 
-SCHEMA = 1
 Kind = Literal["untouched", "non-private", "private"]
+UNTOUCHED: Kind = "untouched"
+NON_PRIVATE: Kind = "non-private"
+PRIVATE: Kind = "private"
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,14 @@ class Sweep:
     composed_epsilon: float | None
     cells: tuple[Cell, ...]
     selection: Literal["composition"] = "composition"
-    schema: Literal[1] = field(default=SCHEMA, kw_only=True)
+    schema: Literal[1] = field(default=1, kw_only=True)
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     @property
     def public(self) -> "Sweep":
         """The same without runs that no guarantee covers, and without times and memory, which follow the data."""
-        covered = [cell for cell in self.cells if cell.kind != "non-private"]
+        covered = [cell for cell in self.cells if cell.kind != NON_PRIVATE]
         return replace(self, cells=tuple(replace(cell, seconds=None, peak_memory=None) for cell in covered))
 
     def rows(self) -> tuple[Row, ...]:

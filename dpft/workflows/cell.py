@@ -10,7 +10,7 @@ from dpft.errors import BudgetError, RecipeError
 from dpft.runs.count import Count
 from dpft.runs.folder import RunFolder
 from dpft.runs.record import read_json
-from dpft.runs.sweep import Cell
+from dpft.runs.sweep import UNTOUCHED, Cell
 from dpft.workflows.grid import Planned, same_run
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def is_done(cell: Planned) -> bool:
         RecipeError: its folder holds a run of another recipe.
     """
     files = cell.files
-    if cell.kind == "untouched":
+    if cell.kind == UNTOUCHED:
         return files.cell_file.exists() and same_run(files.recipe(), cell.recipe)
     if files.releases_file.exists() and not same_run(files.recipe(), cell.recipe):
         raise RecipeError(
@@ -38,6 +38,13 @@ def is_done(cell: Planned) -> bool:
 def released(cell: Planned) -> int:
     """How many of the cell's steps were released by now; zero of the untouched model."""
     return Count.read(cell.files.releases_file).charged
+
+
+def progress_of(cell: Planned) -> float:
+    """The share of the cell that is done: of its steps while it runs, and all of it only when a sweep saw its end."""
+    if cell.files.cell_file.exists():
+        return 1.0
+    return 0.0 if cell.plan is None else min(0.99, released(cell) / cell.plan.steps)
 
 
 def run_cells(
@@ -82,13 +89,19 @@ def run_cells(
 def result(cell: Planned, output: Path) -> Cell:
     """What a cell that is done found."""
     files, known = cell.files, read_json(cell.files.cell_file)
-    facts = dict(kind=cell.kind, subset=cell.subset, epsilon=cell.epsilon, seed=cell.seed)
-    facts |= dict(seconds=known["seconds"], peak_memory=known["peak_memory"])
-    if cell.kind == "untouched":
-        return Cell(**facts, trainable_parameters=None, metrics=known["metrics"], folder=None)
-    metrics = {name: value for name, value in (files.metrics() or {}).items() if name != "notice"}
-    folder = cell.folder.relative_to(output).as_posix()
-    return Cell(**facts, trainable_parameters=files.record().trainable_parameters, metrics=metrics, folder=folder)
+    trained = cell.plan is not None
+    metrics = files.metrics() if trained else known["metrics"]
+    return Cell(
+        kind=cell.kind,
+        subset=cell.subset,
+        epsilon=cell.epsilon,
+        seed=cell.seed,
+        trainable_parameters=files.record().trainable_parameters if trained else None,
+        seconds=known["seconds"],
+        peak_memory=known["peak_memory"],
+        metrics={name: value for name, value in (metrics or {}).items() if name != "notice"},
+        folder=cell.folder.relative_to(output).as_posix() if trained else None,
+    )
 
 
 def _train(cell: Planned, setup: "Setup | None", callbacks: "Sequence[TrainerCallback]") -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dpft.recipe import Recipe
 from dpft.runs.sweep import Sweep
+from dpft.workflows.grid import Planned
 from dpft.workflows.sweep import sweep
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def compare(  # noqa: PLR0913  (each is what a user types, by its name)
     epsilons: Sequence[float] | None = None,
     seeds: Sequence[int] = (0,),
     non_private: bool = True,
+    watch: Callable[[Sequence[Planned]], None] = lambda cells: None,
     announce: Callable[[str], None] = lambda title: None,
     callbacks: Callable[[], "Sequence[TrainerCallback]"] = lambda: (),
 ) -> Sweep:
@@ -32,13 +34,14 @@ def compare(  # noqa: PLR0913  (each is what a user types, by its name)
     Raises:
         DPFTError: see :func:`dpft.sweep`.
     """
-    budgets = list(epsilons or [recipe.privacy.epsilon])
+    budgets: Sequence[float | None] = epsilons or [None]
     return sweep(
         recipe,
         output,
-        epsilons=[*([math.inf] if non_private else []), *budgets],
+        epsilons=[math.inf, *budgets] if non_private else [*budgets],
         seeds=seeds,
         jobs=1,
+        watch=watch,
         announce=announce,
         callbacks=callbacks,
     )

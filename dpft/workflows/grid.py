@@ -14,13 +14,15 @@ from dpft.privacy.plan import Plan
 from dpft.recipe import Recipe, toml
 from dpft.recipe.tables import BaselineTable, OptimizerTable, RunTable
 from dpft.runs.folder import RunFolder
-from dpft.runs.sweep import Kind
+from dpft.runs.sweep import NON_PRIVATE, PRIVATE, UNTOUCHED, Kind
 from dpft.subset import Subset
 
 # What may differ between subsets: how they train. All else is what a sweep compares on, or counts by.
 OWN_TABLES = ("optimizer", "baseline", "privacy", "run")
 SHARED = ("privacy.epsilon", "privacy.noise_multiplier", "privacy.delta", "privacy.adjacency", "run.seed")
-PIECES = 10  # a run that descends keeps a checkpoint after each of so many parts, so that little is lost if it is killed
+PIECES = (
+    10  # a run that descends keeps a checkpoint after each of so many parts, so that little is lost if it is killed
+)
 KEPT_OF_PRIVACY = ("epsilon", "noise_multiplier", "delta", "adjacency", "method")  # by a head beside other subsets
 
 
@@ -86,14 +88,14 @@ class Grid:
             for asked in self.epsilons or (None,):
                 budget = common if asked is None else _with_budget(common, asked)
                 plan = _plan(budget, plans)
-                epsilon = budget.privacy.epsilon or plan.epsilon
-                epsilon = None if epsilon == math.inf else epsilon
-                name = "non-private" if epsilon is None else f"epsilon-{epsilon:.3g}"
+                given = budget.privacy.epsilon or plan.epsilon
+                epsilon = None if given == math.inf else given
+                name = NON_PRIVATE if epsilon is None else f"epsilon-{epsilon:.3g}"
                 place = RunFolder(output).private if epsilon is None else output
                 for seed in self.seeds:
                     seeded = _with_run(budget, seed, plan)
                     folder = place / self._name(subset, name, seed)
-                    kind: Kind = "non-private" if epsilon is None else "private"
+                    kind = NON_PRIVATE if epsilon is None else PRIVATE
                     kept = recipe.run.save_steps is not None
                     cells.append(Planned(kind, common.subset, epsilon, seed, seeded, plan, folder, kept))
         folders = [cell.folder for cell in cells]
@@ -111,8 +113,8 @@ class Grid:
 
         for seed in self.seeds if find(recipe.task.name).adds_layers else self.seeds[:1]:
             seeded = _with_run(recipe, seed, None)
-            folder = RunFolder(output).private / f"untouched-seed-{seed}"
-            yield Planned("untouched", "", None, seed, seeded, None, folder, True)
+            folder = RunFolder(output).private / f"{UNTOUCHED}-seed-{seed}"
+            yield Planned(UNTOUCHED, "", None, seed, seeded, None, folder, True)
 
     def _recipes(self, recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         """Each subset as it stands in folders' names, and its recipe."""

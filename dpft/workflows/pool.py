@@ -3,19 +3,19 @@
 No cell is ever tried twice by itself: what a cell that died had released stays released. The same command goes on.
 """
 
+import logging
 import os
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 from dpft.errors import DPFTError, RecipeError
-from dpft.runs.folder import RunFolder
 from dpft.workflows.cell import run_cells
 from dpft.workflows.grid import Planned
 
@@ -60,6 +60,7 @@ def in_processes(cells: Sequence[Planned], jobs: int) -> None:
         DPFTError: of a cell; or its process was killed.
     """
     threads = max(1, cores() // jobs)
+    cells = [_with_memory(cell, jobs) for cell in cells]
     with ThreadPoolExecutor(jobs) as starters:
         started = [starters.submit(_in_own_process, group, threads) for group in groups(cells)]
         try:
@@ -69,6 +70,18 @@ def in_processes(cells: Sequence[Planned], jobs: int) -> None:
             for one in started:
                 one.cancel()
             raise
+
+
+def _with_memory(cell: Planned, jobs: int) -> Planned:
+    """The cell, whose micro-batches may take its share of what the machine has: a number that no data move."""
+    import psutil
+    import torch
+
+    run = cell.recipe.run
+    if run.memory is not None or torch.cuda.is_available():
+        return cell
+    run = run.model_copy(update=dict(memory=round(psutil.virtual_memory().total / GIGABYTES / 3 / jobs, 1)))
+    return replace(cell, recipe=cell.recipe.model_copy(update=dict(run=run)))
 
 
 def _in_own_process(group: Group, threads: int) -> None:
@@ -144,9 +157,11 @@ def _cluster(address: str, jobs: int | None) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise RecipeError("--ray needs Ray, which is not installed: run `pip install dpft[ray]`.") from error
-    new = {"num_cpus": jobs or cores(), "include_dashboard": False} if address == "local" else {}
+    facts: dict[str, Any] = dict(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    if address == "local":
+        facts |= dict(num_cpus=jobs or cores(), include_dashboard=False)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **new)
+        ray.init(**facts)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RecipeError(
             f"There is no Ray cluster at {address} ({error}): name a running one, or `local` for this machine."
@@ -168,8 +183,8 @@ def _share(ray: Any, jobs: int) -> dict[str, int]:
 
 def _died(group: Group) -> str:
     return (
-        f"The process of {', '.join(cell.title for cell in group[:3])} was killed, perhaps because memory ran out; what "
-        f"it said is in {RunFolder(group[0].folder).log_file}: run the same command again, with fewer --jobs."
+        f"The process of {', '.join(cell.title for cell in group[:3])} was killed, perhaps because memory ran out "
+        f"({group[0].files.log_file} has its last words): run the same command again, with fewer --jobs."
     )
 
 

@@ -1,6 +1,7 @@
 """``dpft sweep``: every subset with every ε and every seed, beside the untouched model, as one charge and one table."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from dpft.privacy.events import Event, merged
 from dpft.privacy.rounding import rounded_up
 from dpft.recipe import Recipe
 from dpft.runs.folder import RunFolder
-from dpft.runs.sweep import Sweep
+from dpft.runs.sweep import NON_PRIVATE, PRIVATE, Sweep
 from dpft.workflows import pool
 from dpft.workflows.cell import is_done, released, result, run_cells
 from dpft.workflows.grid import Grid, Planned
@@ -66,18 +67,13 @@ def sweep(  # noqa: PLR0913  (each is what a user types, by its name)
     pending = [cell for cell in cells if not is_done(cell)]
     _check_budget(recipe, pending)
     _check_subsets(pending)
-    files.private.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(files.lock_file, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RecipeError(f"Another sweep runs in {output}: wait for it, or choose another --output.") from None
-    with lock:
+    with _alone_in(files):
         watch(cells)
-        if ray is not None and pending:
+        pending = [cell for cell in pending if not is_done(cell)]  # again, because a sweep may just have ended here
+        if pending and ray is not None:
             pool.on_ray(pending, ray, jobs)
-        elif (jobs := jobs or pool.default_jobs(cells)) > 1 and pending:
-            pool.in_processes(pending, jobs)
+        elif pending and (at_once := jobs or pool.default_jobs(pending)) > 1:
+            pool.in_processes(pending, at_once)
         else:
             run_cells(pending, announce=announce, callbacks=callbacks)
         found = _found(recipe, cells, output)
@@ -89,20 +85,18 @@ def sweep(  # noqa: PLR0913  (each is what a user types, by its name)
 
 
 def spent(cells: Sequence[Planned]) -> float:
-    """ε of all private cells that have released something, each counted whole, and together: an upper bound, while
-    they run, of what the sweep has spent."""
-    begun = [cell.plan for cell in cells if cell.kind == "private" and released(cell)]
-    events = merged(event for plan in begun if plan is not None for event in plan.events())
-    if not events:
-        return 0.0
-    plan = next(plan for plan in begun if plan is not None)
-    return composition.epsilon(events, plan.delta, plan.adjacency)
+    """ε of all private cells that have begun, each counted whole, and together: an upper bound, while they run, of what
+    the sweep has spent."""
+    begun = [cell.plan for cell in cells if cell.kind == PRIVATE and cell.folder.exists()]
+    plans = [plan for plan in begun if plan is not None]
+    events = merged(event for plan in plans for event in plan.events())
+    return composition.epsilon(events, plans[0].delta, plans[0].adjacency) if plans else 0.0
 
 
 def _check(recipe: Recipe, cells: Sequence[Planned]) -> None:
     if recipe.data.validation is None:
         raise RecipeError("A comparison needs data.validation: name held-out data in the recipe.")
-    if any(cell.kind == "non-private" for cell in cells) and recipe.ledger.dataset is not None:
+    if any(cell.kind == NON_PRIVATE for cell in cells) and recipe.ledger.dataset is not None:
         raise RecipeError(
             f"A run without privacy would spend all of {recipe.ledger.dataset!r}, and a ledger is kept for it: "
             "run the private cells alone (compare --private-only, or a sweep without inf)."
@@ -143,11 +137,25 @@ def _check_subsets(pending: Sequence[Planned]) -> None:
             set_up(cell.recipe, with_validation=False)
 
 
+@contextmanager
+def _alone_in(files: RunFolder) -> Iterator[None]:
+    files.private.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(files.lock_file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RecipeError(f"Another sweep runs in {files}: wait for it, or choose another --output.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _found(recipe: Recipe, cells: Sequence[Planned], output: Path) -> Sweep:
     from dpft.tasks.registry import find
     from dpft.workflows.record import versions
 
-    records = [cell.files.record() for cell in cells if cell.kind == "private"]
+    records = [cell.files.record() for cell in cells if cell.kind == PRIVATE]
     private = [record for record in records if record.private]
     composed = None
     if private:

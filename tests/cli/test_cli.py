@@ -126,6 +126,7 @@ def test_train_prints_json(in_folder):
 
 def test_compare_composes_what_it_spends(in_folder):
     result = run("compare", "recipe.toml", "--output", "x", "--epsilon", "2", "--epsilon", "1", "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
     found = json.loads(result.stdout)
     assert [row["setting"] for row in found["rows"]] == ["untouched", "non-private", "ε = 2", "ε = 1"]
     assert 2.0 < found["composed_epsilon"] < 3.0

@@ -108,7 +108,7 @@ class RunFolder:
 
     def write_recipe(self, recipe: Recipe, *, comments: bool = False) -> None:
         """Make ``recipe.toml``."""
-        self.recipe_file.write_text(recipe.to_toml(comments=comments), encoding="utf-8")
+        write_whole(self.recipe_file, recipe.to_toml(comments=comments))
 
     def is_of(self, recipe: Recipe) -> bool:
         """Whether the folder's run is one of ``recipe``."""

@@ -44,7 +44,7 @@ def test_plan_finds_the_noise():
     assert found["steps"] == 586 and 2.98 < found["epsilon"] <= 3.0
 
 
-@pytest.mark.parametrize("command", ["plan", "init", "params", "preflight", "report", "train", "compare"])
+@pytest.mark.parametrize("command", ["plan", "init", "params", "preflight", "report", "train", "compare", "sweep"])
 def test_the_example_of_every_help_runs(command, in_folder):
     if command == "report":
         assert run("train", "recipe.toml", "--output", "runs/notes").exit_code == 0

@@ -303,6 +303,17 @@ def test_an_error_of_a_cell_is_the_sweeps(tables, tmp_path):
     assert not list((tmp_path / "sweep").rglob("releases.json"))
 
 
+def test_what_is_done_is_not_run_again(tables, tmp_path, monkeypatch):
+    """T15; and a longer list of settings runs those that are new."""
+    before = sweep(Recipe.parse(tables), tmp_path / "sweep", subsets=["bias"], jobs=1)
+    trained = []
+    monkeypatch.setattr("dpft.workflows.train.train", lambda *facts, **_: trained.append(facts[1]))
+    assert sweep(Recipe.parse(tables), tmp_path / "sweep", subsets=["bias"], jobs=1) == before and not trained
+    with pytest.raises(RecipeError, match="no finished run"):  # as nothing trained it
+        sweep(Recipe.parse(tables), tmp_path / "sweep", subsets=["bias", "head"], jobs=1)
+    assert trained == [tmp_path / "sweep" / "head-epsilon-8-seed-0"]
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 

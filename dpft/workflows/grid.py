@@ -11,6 +11,7 @@ from typing import Any
 
 from dpft.errors import RecipeError
 from dpft.privacy.plan import Plan
+from dpft.privacy.rounding import rounded_up
 from dpft.recipe import Recipe, toml
 from dpft.recipe.tables import BaselineTable, OptimizerTable, RunTable
 from dpft.runs.folder import RunFolder
@@ -49,7 +50,7 @@ class Planned:
     @property
     def title(self) -> str:
         """What a progress bar calls it."""
-        setting = self.kind if self.epsilon is None else f"ε = {self.epsilon:.3g}"
+        setting = self.kind if self.epsilon is None else f"ε = {rounded_up(self.epsilon)}"
         return ", ".join(filter(None, (self.subset, setting, f"seed {self.seed}")))
 
     @property
@@ -96,7 +97,7 @@ class Grid:
                     seeded = _with_run(budget, seed, plan)
                     folder = place / self._name(subset, name, seed)
                     kind = NON_PRIVATE if epsilon is None else PRIVATE
-                    kept = recipe.run.save_steps is not None
+                    kept = common.run.save_steps is not None
                     cells.append(Planned(kind, common.subset, epsilon, seed, seeded, plan, folder, kept))
         folders = [cell.folder for cell in cells]
         for folder in folders:

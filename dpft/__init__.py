@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # the names of _HOMES again, for type checkers and editors, w
     from dpft.training.batches import Examples as Examples, LogicalBatches as LogicalBatches
     from dpft.workflows.compare import compare as compare
     from dpft.workflows.preflight import preflight_recipe as preflight_recipe
+    from dpft.workflows.sweep import sweep as sweep
     from dpft.workflows.train import train as train
     from dpft.tasks.pooling import mean_pooled as mean_pooled
     from dpft.training.head import HeadSession as HeadSession
@@ -96,6 +97,7 @@ _HOMES = {
     "SessionOptions": "dpft.training.options",
     "compare": "dpft.workflows.compare",
     "preflight_recipe": "dpft.workflows.preflight",
+    "sweep": "dpft.workflows.sweep",
     "train": "dpft.workflows.train",
     "write_card": "dpft.report",
     "DPFTError": "dpft.errors",

@@ -81,6 +81,7 @@ def test_imports_run_one_way():
         ("sqlalchemy", {"ledger"}),
         ("alembic", {"ledger"}),
         ("matplotlib", {"report"}),
+        ("ray", {"workflows"}),
     ],
 )
 def test_one_door_for_each_library(library, homes):

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpft.recipe import Recipe
-from dpft.runs import RunFolder
 from dpft.workflows.compare import compare
 
 STUDIES = Path(__file__).parent
@@ -66,7 +65,7 @@ def run(table: str, output: Path, seeds: int) -> list[dict]:
     study, write, changes = TABLES[table]
     recipe = Recipe.read(STUDIES / study / "recipe.toml", (*write(output / "data" / study), *changes))
     started = time.monotonic()
-    rows = compare(
+    compared = compare(
         recipe,
         output / table,
         epsilons=EPSILONS,
@@ -74,8 +73,8 @@ def run(table: str, output: Path, seeds: int) -> list[dict]:
         announce=lambda text: print(f"{table}: {text}, {time.monotonic() - started:.0f} s", file=sys.stderr),
     )
     found = []
-    for row in rows:
-        metrics = [RunFolder(folder).metrics() or {} for folder in row.folders] or [{"accuracy": v} for v in row.values]
+    for row in compared.rows():
+        metrics = [c.metrics for c in compared.cells if (c.kind, c.epsilon) == (row.kind, row.epsilon)]
         cell = {"setting": row.setting, "epsilon": row.epsilon, "seeds": len(metrics)}
         for name in ("accuracy", "macro_f1"):
             values = [one[name] for one in metrics if name in one]
@@ -88,8 +87,7 @@ def run(table: str, output: Path, seeds: int) -> list[dict]:
         found.append(cell)
     results = STUDIES / study / "results.json"
     known = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
-    versions = json.loads((output / table / "private" / "sweep.json").read_text(encoding="utf-8"))["versions"]
-    known[table] = {"rows": found, "delta": recipe.privacy.delta, "units": recipe.data.units, "versions": versions}
+    known[table] = {"rows": found, "delta": compared.delta, "units": compared.units, "versions": compared.versions}
     results.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     return found
 

@@ -1,17 +1,32 @@
-"""The progress bar on stderr: step, ε spent, examples per second, time left."""
+"""The progress bar on stderr: step, ε spent, examples per second, time left; of a sweep, its cells as well."""
 
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 from transformers import TrainerCallback
 
 from dpft.privacy.plan import Plan
 from dpft.privacy.rounding import rounded_up
 
+if TYPE_CHECKING:
+    from dpft.workflows.grid import Planned
+
+LOOKS = 1.0  # seconds between two looks at what a sweep's cells have counted
 MARKS = 20  # ε is computed at so many points of a run; between them the next one, an upper bound, is shown
 
 
@@ -22,12 +37,24 @@ def progress() -> Iterator["Bar"]:
         SpinnerColumn("line" if console.options.ascii_only else "dots"),
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        _Count(),
         TextColumn("{task.fields[spent]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as shown:
-        yield Bar(shown)
+        bar = Bar(shown)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+
+class _Count(MofNCompleteColumn):
+    """Done and all; of cells, those that are done."""
+
+    def render(self, task: Task) -> Text:
+        done = task.fields.get("done")
+        return super().render(task) if done is None else Text(f"{done}/{task.total:.0f}", "progress.download")
 
 
 class Bar:
@@ -35,6 +62,37 @@ class Bar:
         self._shown = shown
         self._task = shown.add_task("reading data and model", total=None, spent="")
         self._title = "training"
+        self._ended = threading.Event()
+        self._watcher: threading.Thread | None = None
+
+    def watch(self, cells: "Sequence[Planned]") -> None:
+        """Show how far all cells of a sweep are, wherever they run: by what they counted in their folders."""
+        whole = self._shown.add_task("cells of the sweep", total=len(cells), spent="", done=0)
+        self._watcher = threading.Thread(target=self._look, args=(whole, cells), daemon=True)
+        self._watcher.start()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._ended.set()
+        if self._watcher is not None:
+            self._watcher.join()
+
+    def _look(self, whole: TaskID, cells: "Sequence[Planned]") -> None:
+        from dpft.workflows.cell import progress_of
+        from dpft.workflows.sweep import spent
+
+        before: list[bool] = []
+        goes_on = True
+        while goes_on:
+            goes_on = not self._ended.wait(LOOKS)  # the last look is after the end
+            with suppress(OSError, ValueError):  # a file that is being written is whole at the next look
+                shares = [progress_of(cell) for cell in cells]
+                done = sum(share == 1 for share in shares)
+                self._shown.update(whole, completed=sum(shares), done=done)
+                begun = [cell.folder.exists() for cell in cells]  # before anything of it is released
+                if begun != before:  # ε is composed only where it changed, since it takes a moment
+                    before = begun
+                    self._shown.update(whole, spent=f"ε ≤ {rounded_up(spent(cells))} together")
 
     def announce(self, title: str) -> None:
         """Name what the following run is."""

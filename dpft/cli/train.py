@@ -1,4 +1,4 @@
-"""``dpft train``, ``dpft compare`` and ``dpft demo``"""
+"""``dpft train`` and ``dpft demo``"""
 
 import json
 from collections.abc import Iterator
@@ -7,10 +7,9 @@ from pathlib import Path
 
 import click
 
-from dpft.cli.common import as_json, overrides, recipe_file, recipe_to_run, show, table
+from dpft.cli.common import as_json, overrides, recipe_file, recipe_to_run, show
+from dpft.cli.sweep import show_comparison
 from dpft.privacy.rounding import rounded_up
-
-NON_PRIVATE = "non-private"  # the setting of dpft.workflows.compare, whose import would slow --help
 
 
 @click.command()
@@ -56,37 +55,6 @@ def train(
 
 
 @click.command()
-@recipe_file
-@click.option(
-    "--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder for all runs."
-)
-@click.option("--epsilon", "epsilons", type=float, multiple=True, help="A budget to compare; repeat for several.")
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs per setting.")
-@click.option("--private-only", is_flag=True, help="Leave out the run without privacy, which no ledger can pay for.")
-@overrides
-@as_json
-def compare(
-    recipe: str,
-    output: Path,
-    epsilons: tuple[float, ...],
-    seeds: int,
-    private_only: bool,
-    overrides: tuple[str, ...],
-    as_json: bool,
-) -> None:
-    """Compare the untouched model, the non-private run and private runs on the validation data.
-
-    Every private run here spends budget of the same data; what they cost together is printed.
-
-    \b
-    Example:
-      dpft compare recipe.toml --output runs/sweep --epsilon 8 --epsilon 3 --epsilon 1 --seeds 3
-    """
-    chosen = recipe_to_run(recipe, overrides)
-    _compare(chosen, output, list(epsilons) or None, range(seeds), as_json, not private_only)
-
-
-@click.command()
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
@@ -111,7 +79,7 @@ def demo(output: Path, fast: bool, as_json: bool) -> None:
         raise RecipeError(f"{output} holds a demo already: choose another --output, or delete it.")
     chosen = demo_recipe(output / "data", fast=fast)
     RunFolder(output).write_recipe(chosen, comments=True)
-    rows = _compare(chosen, output / "runs", None, range(1), as_json)
+    rows = show_comparison(chosen, output / "runs", as_json)
     private, plain = rows[-1], rows[1]
     if not as_json:
         lost = 100 * (plain.mean - private.mean)
@@ -120,51 +88,9 @@ def demo(output: Path, fast: bool, as_json: bool) -> None:
             f"\nPrivacy cost {cost} here: every diagnosis' influence was bounded and "
             "covered by noise, which drowns what only a few of them say, so the rarest chapters lose most."
         )
-    made = RunFolder(private.folders[0])
+    made = RunFolder(output / "runs" / private.folders[0])
     for path in (*made.cards, made.weights):
         click.echo(path, err=as_json)
-
-
-def _compare(recipe, output: Path, epsilons: list[float] | None, seeds: range, as_json: bool, non_private: bool = True):
-    from dpft.cli.progress import progress
-    from dpft.workflows.compare import compare as run
-    from dpft.workflows.compare import composed_epsilon
-
-    with progress() as bar:
-        rows = run(
-            recipe,
-            output,
-            epsilons=epsilons,
-            seeds=list(seeds),
-            non_private=non_private,
-            announce=bar.announce,
-            callbacks=lambda: [bar.callback()],
-        )
-    composed = composed_epsilon(rows)
-    public = recipe.data.validation_is_public
-    lines = [
-        {"setting": r.setting, r.metric: r.mean, "spread": r.spread, "runs": len(r.values)}
-        | {"publish": public and r.setting != NON_PRIVATE}
-        for r in rows
-    ]
-    if as_json:
-        show({"rows": lines, "composed_epsilon": composed, "folders": [f for r in rows for f in r.folders]}, True)
-        return rows
-    table(lines)
-    if not public:
-        click.echo("\nPRIVATE: computed from the validation data without noise; the guarantee does not cover it.")
-    elif non_private:
-        click.echo(
-            f"\nDo not publish the row {NON_PRIVATE}: its model was trained on the private data without noise, "
-            "so no guarantee covers what its figures show."
-        )
-    private = sum(len(r.folders) for r in rows if r.setting.startswith("ε"))
-    if private > 1 and composed is not None:
-        click.echo(
-            f"\nThe {private} private runs used the same data: "
-            f"together they cost ε = {rounded_up(composed)} at δ = {rounded_up(recipe.privacy.delta, 6)}."
-        )
-    return rows
 
 
 @contextmanager

@@ -2,6 +2,16 @@
 
 from dpft.recipe.paths import expand, listed
 from dpft.recipe.recipe import Recipe
-from dpft.recipe.tables import DataTable, Labels, ModelTable, TaskTable
+from dpft.recipe.tables import DataTable, Labels, ModelTable, OptimizerTable, PrivacyTable, TaskTable
 
-__all__ = ["DataTable", "Labels", "ModelTable", "Recipe", "TaskTable", "expand", "listed"]
+__all__ = [
+    "DataTable",
+    "Labels",
+    "ModelTable",
+    "OptimizerTable",
+    "PrivacyTable",
+    "Recipe",
+    "TaskTable",
+    "expand",
+    "listed",
+]

@@ -225,7 +225,8 @@ class Recipe(Table):
         privacy |= {name: PrivacyTable.model_fields[name].default for name in CLIP_SETTINGS}
         if self.baseline.steps:
             privacy |= dict(steps=self.baseline.steps, epochs=None)
-        optimizer = dict(learning_rate=self.baseline.learning_rate or self.optimizer.learning_rate)
+        rate = None if self.learns_head else self.baseline.learning_rate  # a head's descent sets its own
+        optimizer = dict(learning_rate=rate or self.optimizer.learning_rate)
         return self.model_copy(
             update=dict(
                 privacy=self.privacy.model_copy(update=privacy), optimizer=self.optimizer.model_copy(update=optimizer)

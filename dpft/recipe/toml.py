@@ -25,8 +25,8 @@ def read(path: Path | str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not TOML ({error}): {_way_out(text, error)}") from error
-    for override in overrides:
-        _override(tables, override)
+    for assignment in overrides:
+        override(tables, assignment)
     return tables
 
 
@@ -66,12 +66,15 @@ def _way_out(text: str, error: tomllib.TOMLDecodeError) -> str:
     return WINDOWS_PATHS if "\\" in line else "fix that line."
 
 
-def _override(tables: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
+def override(tables: dict[str, Any], assignment: str) -> None:
+    """Set one key of ``tables`` in place: ``"table.key=value"``; an empty value removes the key.
+
+    Raises:
+        RecipeError: it is no assignment, or what it goes through is no table.
+    """
+    key, equals, value = assignment.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(
-            f"--set {override!r} is not of the form table.key=value: write for example privacy.epsilon=3."
-        )
+        raise RecipeError(f"{assignment!r} is not of the form table.key=value: write for example privacy.epsilon=3.")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -80,7 +83,7 @@ def _override(tables: dict[str, Any], override: str) -> None:
     for parent in parents:
         tables = tables.setdefault(parent, {})
         if not isinstance(tables, dict):
-            raise RecipeError(f"--set {override!r} goes through {parent}, which is no table.")
+            raise RecipeError(f"{assignment!r} goes through {parent}, which is no table.")
     if parsed == "":
         tables.pop(last, None)
     else:

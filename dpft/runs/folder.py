@@ -10,13 +10,14 @@
     DIR/weights/          the adapter or the model                      public: what the guarantee is for
     DIR/card.md, .html    the privacy card                              public
     DIR/audit.json        what an audit found                           public
-    DIR/sweep.json        a comparison's table                          public
+    DIR/sweep.json        what a sweep found                            public: dpft.runs.sweep
     DIR/checkpoint-N/     to resume from                                public
     DIR/private/          un-noised metrics, times, techniques          PRIVATE: never publish
 """
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 
 from dpft.errors import RecipeError
 from dpft.recipe import Recipe
-from dpft.runs.record import RunRecord, read_json
+from dpft.runs.record import RunRecord, read_json, write_whole
 
 RELEASES = "releases.json"  # also in each checkpoint
 ACCOUNT = "ledger.json"  # also in each checkpoint
@@ -39,7 +40,7 @@ NOTICE = "PRIVATE: computed from data without noise; the guarantee does not cove
 
 
 class RunFolder:
-    """The folder of one run, or of a comparison of several.
+    """The folder of one run, or of a sweep of several.
 
     Attributes:
         path: where it is; it need not exist.
@@ -61,6 +62,8 @@ class RunFolder:
         self.private = self.path / PRIVATE
         self.metrics_file = self.private / METRICS
         self.facts_file = self.private / RECORD  # times and techniques
+        self.cell_file = self.private / "cell.json"  # of a sweep: written last, when all of the cell is there
+        self.log_file = self.private / "log.txt"  # what libraries say in a cell's own process
         self.preflight_file = self.private / "preflight.json"
         self.canaries_file = self.private / "canaries.json"
         self.private_audit_file = self.private / AUDIT
@@ -91,7 +94,7 @@ class RunFolder:
 
     def write_record(self, record: RunRecord) -> None:
         """Make ``run.json``."""
-        self.record_file.write_text(record.to_json(), encoding="utf-8")
+        write_whole(self.record_file, record.to_json())
 
     # -- the recipe ----------------------------------------------------------------------------------------------
 
@@ -105,7 +108,7 @@ class RunFolder:
 
     def write_recipe(self, recipe: Recipe, *, comments: bool = False) -> None:
         """Make ``recipe.toml``."""
-        self.recipe_file.write_text(recipe.to_toml(comments=comments), encoding="utf-8")
+        write_whole(self.recipe_file, recipe.to_toml(comments=comments))
 
     def is_of(self, recipe: Recipe) -> bool:
         """Whether the folder's run is one of ``recipe``."""
@@ -124,7 +127,7 @@ class RunFolder:
     def write_private(self, file: Path, facts: Mapping[str, Any], notice: str = NOTICE) -> None:
         """Write facts below ``private/``, with a notice that says so."""
         self.private.mkdir(exist_ok=True)
-        file.write_text(json.dumps({"notice": notice, **facts}, indent=2), encoding="utf-8")
+        write_whole(file, json.dumps({"notice": notice, **facts}, indent=2))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -138,6 +141,11 @@ class RunFolder:
         """The newest checkpoint that was written to its end."""
         whole = [path.parent for path in self.path.glob(f"checkpoint-*/{STATE}")]
         return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    def remove_checkpoints(self) -> None:
+        """Leave the run with its weights alone."""
+        for path in self.path.glob("checkpoint-*"):
+            shutil.rmtree(path)
 
     # -- dates ---------------------------------------------------------------------------------------------------
 

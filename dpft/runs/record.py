@@ -13,6 +13,7 @@ Every field says where its value comes from:
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -178,6 +179,13 @@ def _from_2(facts: dict[str, Any]) -> None:
 
 
 MIGRATIONS = {1: _from_1, 2: _from_2}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of which, whatever happens, a reader finds all or nothing."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dpft.ledger import About, Dataset
 from dpft.privacy.noise import Randomness
 from dpft.privacy.plan import Plan
 from dpft.runs.folder import RunFolder
+from dpft.runs.record import write_whole
 
 BLOCKS = 20  # a run is charged in about so many blocks: what a crash may over-count is one of them
 
@@ -77,7 +78,7 @@ class BudgetMeter:
         """
         block = self._whole(math.ceil(self.plan.steps / BLOCKS), least=True)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps(self.facts), encoding="utf-8")
+        write_whole(self._path, json.dumps(self.facts))
         try:
             self.run.charge(block)
         except BudgetError:

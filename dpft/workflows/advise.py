@@ -88,8 +88,8 @@ def advise(recipe: Recipe, hours: float | None = None) -> Advice:
     subset = "head" if usual == "head" else recipe.subset
     if subset != recipe.subset:
         why.append(
-            f"A head over well-made features costs the least noise: it beat {recipe.subset!r} at every ε where both were "
-            "measured."
+            f"A head over well-made features costs the least noise: in the study of diagnoses it beat adapters, such as "
+            f"{recipe.subset!r}, at every ε."
         )
     choice = _open(recipe, subset, passes)
     seconds = None
@@ -108,8 +108,8 @@ def advise(recipe: Recipe, hours: float | None = None) -> Advice:
         why.append("Every unit enters every sum, so nobody is sampled and one noise serves the whole run.")
     else:
         why.append(
-            f"{plan.steps:,} steps of {choice.privacy.batch_size:,}: more steps in {passes:.3g} passes would add noise, "
-            "and fewer would not learn."
+            f"{plan.steps:,} steps of {choice.privacy.batch_size:,}: more steps in {passes:.3g} passes over the data "
+            "would add noise, and fewer would not learn."
         )
         why.append("Clipping is automatic, because then no bound has to be tuned on private data.")
     bands = HEAD_BANDS if choice.learns_head else ADAPTER_BANDS

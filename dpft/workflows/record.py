@@ -54,9 +54,9 @@ def write(
         date=today(),
         versions=versions(),
     )
-    folder.write_record(record)
     if found is not None and not public:
         folder.write_private(folder.metrics_file, found)
+    folder.write_record(record)  # last, because a record says that the run has ended
 
 
 def write_private(folder: RunFolder, session: "Session", started: datetime) -> None:

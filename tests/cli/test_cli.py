@@ -44,7 +44,7 @@ def test_plan_finds_the_noise():
     assert found["steps"] == 586 and 2.98 < found["epsilon"] <= 3.0
 
 
-@pytest.mark.parametrize("command", ["plan", "init", "params", "preflight", "report", "train", "compare"])
+@pytest.mark.parametrize("command", ["plan", "init", "params", "preflight", "report", "train", "compare", "sweep"])
 def test_the_example_of_every_help_runs(command, in_folder):
     if command == "report":
         assert run("train", "recipe.toml", "--output", "runs/notes").exit_code == 0
@@ -126,6 +126,7 @@ def test_train_prints_json(in_folder):
 
 def test_compare_composes_what_it_spends(in_folder):
     result = run("compare", "recipe.toml", "--output", "x", "--epsilon", "2", "--epsilon", "1", "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
     found = json.loads(result.stdout)
     assert [row["setting"] for row in found["rows"]] == ["untouched", "non-private", "ε = 2", "ε = 1"]
     assert 2.0 < found["composed_epsilon"] < 3.0

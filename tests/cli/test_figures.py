@@ -10,12 +10,12 @@ from click.testing import CliRunner
 
 from dpft.cli import main
 from dpft.cli.progress import _Callback
-from dpft.cli.train import NON_PRIVATE, _show_run
+from dpft.cli.train import _show_run
 from dpft.privacy.accounting import epsilon
 from dpft.privacy.events import Event
 from dpft.recipe import Recipe
+from dpft.runs.sweep import NON_PRIVATE, PRIVATE, UNTOUCHED, Cell, Sweep
 from dpft.workflows import compare
-from dpft.workflows.compare import Row
 
 OLD = Path(__file__).parent.parent / "report" / "run-0.1.0"
 
@@ -40,10 +40,10 @@ def compared(recipe, tmp_path, monkeypatch):
     """``dpft compare`` where the runs are there already: what is printed of them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.toml").write_text(Recipe.parse(recipe).to_toml())
-    names = ["untouched", NON_PRIVATE, "ε = 2", "ε = 1"]
-    rows = [Row(name, None, "accuracy", [0.5], [f"x/{name}"]) for name in names]
-    monkeypatch.setattr(compare, "compare", lambda *_, **__: rows)
-    monkeypatch.setattr(compare, "composed_epsilon", lambda rows: 2.3412)
+    settings = [(UNTOUCHED, None), (NON_PRIVATE, None), (PRIVATE, 2.0), (PRIVATE, 1.0)]
+    cells = [Cell(kind, "", e, 0, None, None, None, {"accuracy": 0.5}, f"x/{kind}-{e}") for kind, e in settings]
+    found = Sweep({}, {}, 1e-3, 40, "accuracy", 2.3412, tuple(cells))
+    monkeypatch.setattr(compare, "compare", lambda *_, **__: found)
     return lambda *more: run("compare", "recipe.toml", "--output", "x", *more)
 
 
@@ -53,7 +53,6 @@ PUBLIC = ("--set", "data.validation_is_public=true")
 @pytest.mark.parametrize(("public", "published"), [((), [False] * 4), (PUBLIC, [True, False, True, True])])
 def test_figures_of_the_model_without_privacy_are_never_to_be_published(compared, public, published):
     """Its validation data may be public; what they show of it was learned from private data without noise."""
-    assert NON_PRIVATE == compare.NON_PRIVATE
     rows = json.loads(compared("--json", *public).stdout)["rows"]
     assert [row["publish"] for row in rows] == published
     text = compared(*public).stdout

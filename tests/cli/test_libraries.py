@@ -16,6 +16,7 @@ init --task causal_lm --model m --output new.toml
 preflight recipe.toml
 train recipe.toml --output runs/notes
 compare recipe.toml --output runs/compared --epsilon 2
+sweep recipe.toml --output runs/swept --epsilon 2 --subset bias,norms --jobs 2
 report runs/notes
 ledger create notes --epsilon 8 --delta 1e-6 --data train.csv
 ledger list

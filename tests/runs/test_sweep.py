@@ -31,8 +31,6 @@ def test_cells_are_read_and_what_no_guarantee_covers_is_left_out(tmp_path):
     [
         {"schema": 2},
         {"cells": [{**CELL, "kind": "odd"}]},
-        {"cells": [{**CELL, "epsilon": None}]},
-        {"cells": [{**CELL, "kind": "non-private"}]},
         {"cells": [{**CELL, "more": 1}]},
         {"cells": [{"kind": "private"}]},
     ],

@@ -210,7 +210,7 @@ def test_a_comparison_has_heads_with_and_without_privacy(tables, tmp_path, monke
     """The features are made once for all of its runs."""
     made, calls = HeadSession._made_features, []
     monkeypatch.setattr(HeadSession, "_made_features", lambda self, head: calls.append(1) or made(self, head))
-    rows = compare(Recipe.parse(tables), tmp_path / "sweep", epsilons=[8.0, 1.0])
+    rows = compare(Recipe.parse(tables), tmp_path / "sweep", epsilons=[8.0, 1.0]).rows()
     assert [row.setting for row in rows] == ["untouched", "non-private", "ε = 8", "ε = 1"] and len(calls) == 1
 
 

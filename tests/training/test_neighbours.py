@@ -111,7 +111,8 @@ def test_neighbours_leave_the_same_comparison(tmp_path, recipe, monkeypatch, fix
         assert content == found[1][name] or name in figures, name
     for one in found:
         record = json.loads(one["sweep.json"])
-        assert [row["setting"] for row in record["rows"]] == ["untouched", "ε = 8"]
+        assert [cell["kind"] for cell in record["cells"]] == ["untouched", "private"]
+        assert all(cell["seconds"] is cell["peak_memory"] is None for cell in record["cells"])
         assert not any(name.startswith("non-private") for name in one)
 
 

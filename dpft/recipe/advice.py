@@ -40,7 +40,7 @@ def noise_of(steps: int, passes: float, units: int, mu: float) -> float:
     rate = min(1.0, passes / steps)
     if rate == 1.0:
         return 1 / (mu * units)
-    sigma = math.log1p((mu / rate) ** 2 / steps) ** -0.5
+    sigma = 1 / math.sqrt(math.log1p((mu / rate) ** 2 / steps))
     return sigma / (rate * units * math.sqrt(steps))
 
 

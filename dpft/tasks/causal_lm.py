@@ -64,7 +64,7 @@ class CausalLM(Task):
             return {name: Column("text") for name in _chosen(self.text, self.prompt, self.response)}
 
     headline = "perplexity"
-    template: ClassVar = {"subset": "lora(rank=8)", "task": {"max_length": 512}}
+    template: ClassVar = {"subset": "lora(rank=8, freeze_a=True, init='whitened')", "task": {"max_length": 512}}
 
     def __init__(
         self,

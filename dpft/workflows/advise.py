@@ -78,19 +78,12 @@ def advise(recipe: Recipe, hours: float | None = None) -> Advice:
         RecipeError: the recipe names no ε, or its model cannot be loaded.
     """
     from dpft.errors import RecipeError
-    from dpft.tasks.registry import find
 
     if recipe.privacy.epsilon is None:
         raise RecipeError("A plan is advised for an ε, and the recipe names none: give privacy.epsilon.")
-    why = []
-    usual = find(recipe.task.name).template["subset"]
+    why: list[str] = []
     passes = recipe.privacy.epochs or 1.0
-    subset = "head" if usual == "head" else recipe.subset
-    if subset != recipe.subset:
-        why.append(
-            f"A head over well-made features costs the least noise: in the study of diagnoses it beat adapters, such as "
-            f"{recipe.subset!r}, at every ε."
-        )
+    subset = _subset(recipe, why)
     choice = _open(recipe, subset, passes)
     seconds = None
     numbers, timed = _measured(choice, measure_time=not choice.learns_head)
@@ -116,6 +109,36 @@ def advise(recipe: Recipe, hours: float | None = None) -> Advice:
     expects = next((words for most, words in bands if noise < most), LITTLE)
     taken = None if seconds is None else plan.steps * plan.sample_rate * seconds / 3600
     return Advice(choice, numbers, plan.noise_multiplier, ratio, noise, expects, tuple(why), taken)
+
+
+def _subset(recipe: Recipe, why: list[str]) -> str:
+    """The head, where the task has one to learn by itself; else the recipe's, with the best start that a LoRA has."""
+    from dataclasses import replace
+
+    from dpft.subset import Lora, Subset
+    from dpft.tasks.registry import find
+    from dpft.tasks.task import Task
+
+    kind, asked = find(recipe.task.name), Subset(recipe.subset)
+    if kind.template["subset"] == "head":
+        if str(asked) != "head":
+            why.append(
+                "A head over well-made features costs the least noise: in the study of diagnoses it beat adapters at "
+                "every ε."
+            )
+        return "head"
+    if recipe.data.public is None and kind.samples is Task.samples:
+        return str(asked)
+    better = [
+        replace(part, freeze_a=True, init="whitened") if isinstance(part, Lora) and not part.dora else part
+        for part in asked.parts
+    ]
+    if str(Subset(*better)) != str(asked):
+        why.append(
+            "A LoRA whose A stays where public text puts it has half the numbers that take noise, and more signal in "
+            "each."
+        )
+    return str(Subset(*better))
 
 
 def _open(recipe: Recipe, subset: str, passes: float) -> Recipe:

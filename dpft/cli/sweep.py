@@ -107,6 +107,7 @@ def sweep(
             callbacks=lambda: [bar.callback()],
         ),
         chosen,
+        output,
         as_json,
     )
 
@@ -166,17 +167,21 @@ def show_comparison(
             callbacks=lambda: [bar.callback()],
         ),
         recipe,
+        output,
         as_json,
     )
 
 
-def show_sweep(run: "Callable[[Bar], Sweep]", recipe: "Recipe", as_json: bool) -> "tuple[Row, ...]":
-    """Run below a progress bar, and print the table and what its private runs cost together; returns the rows."""
+def show_sweep(run: "Callable[[Bar], Sweep]", recipe: "Recipe", output: Path, as_json: bool) -> "tuple[Row, ...]":
+    """Run below a progress bar, make the page, and print the table and what its private runs cost together; returns the
+    rows."""
     from dpft.cli.progress import progress
+    from dpft.report.page import write_page
     from dpft.runs.sweep import NON_PRIVATE, PRIVATE
 
     with progress() as bar:
         found = run(bar)
+    pages = [str(page) for page in write_page(found, output) if page.suffix == ".html"]
     rows, public = found.rows(), recipe.data.validation_is_public
     several = len({row.subset for row in rows if row.subset}) > 1
     lines = [
@@ -186,8 +191,9 @@ def show_sweep(run: "Callable[[Bar], Sweep]", recipe: "Recipe", as_json: bool) -
         for row in rows
     ]
     if as_json:
-        folders = [folder for row in rows for folder in row.folders]
-        show({"rows": lines, "composed_epsilon": found.composed_epsilon, "folders": folders}, True)
+        folders = [str(output / folder) for row in rows for folder in row.folders]
+        composed = found.composed_epsilon
+        show({"rows": lines, "composed_epsilon": composed, "folders": folders, "pages": pages}, True)
         return rows
     table(lines)
     if not public:
@@ -203,6 +209,7 @@ def show_sweep(run: "Callable[[Bar], Sweep]", recipe: "Recipe", as_json: bool) -
             f"\nThe {private} private runs used the same data: together they cost "
             f"ε = {rounded_up(found.composed_epsilon)} at δ = {rounded_up(recipe.privacy.delta, 6)}."
         )
+    click.echo("\nPages: " + ", ".join(pages))
     return rows
 
 

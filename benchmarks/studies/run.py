@@ -1,6 +1,6 @@
 """Repeat a study: every cell of its table from its recipe, on real data.
 
-    python benchmarks/models.py minilm-l6 multilingual-e5-small --output models
+    python benchmarks/models.py minilm-l6 multilingual-e5-small smollm2-135m --output models
     export DPFT_MODELS=$PWD/models DPFT_DATA=...
     python benchmarks/studies/run.py icd10 --json
 
@@ -48,6 +48,10 @@ def _queries(folder: Path) -> tuple[str, ...]:
     return tuple(overrides)
 
 
+def _as_they_are(folder: Path) -> tuple[str, ...]:
+    return ()
+
+
 # Of each table: its study's folder, what writes its data, and what it changes in the recipe.
 TABLES: dict[str, tuple[str, Callable[[Path], tuple[str, ...]], tuple[str, ...]]] = {
     "icd10": ("icd10", _diagnoses, ()),
@@ -57,7 +61,10 @@ TABLES: dict[str, tuple[str, Callable[[Path], tuple[str, ...]], tuple[str, ...]]
         _queries,
         ('task.label="topic"', 'task.labels=["0", "1", "2", "3"]'),
     ),
+    "nm_appeals": ("nm_appeals", _as_they_are, ()),
+    "mts_notes": ("mts_notes", _as_they_are, ()),
 }
+FIGURES = ("accuracy", "macro_f1", "loss_per_token", "perplexity")
 
 
 def run(table: str, output: Path, seeds: int) -> list[dict]:
@@ -76,14 +83,17 @@ def run(table: str, output: Path, seeds: int) -> list[dict]:
     for row in compared.rows():
         metrics = [c.metrics for c in compared.cells if (c.kind, c.epsilon) == (row.kind, row.epsilon)]
         cell = {"setting": row.setting, "epsilon": row.epsilon, "seeds": len(metrics)}
-        for name in ("accuracy", "macro_f1"):
+        for name in FIGURES:
             values = [one[name] for one in metrics if name in one]
             if values:
                 cell |= {name: round(statistics.fmean(values), 4)}
                 cell |= {f"{name}_spread": round(statistics.stdev(values), 4) if len(values) > 1 else 0.0}
         rare = [min(one["per_class"].values(), key=lambda c: c["count"]) for one in metrics if "per_class" in one]
         if rare:
-            cell |= {"rarest_f1": round(statistics.fmean(c["f1"] for c in rare), 4)}
+            for name in ("f1", "average_precision"):
+                values = [one[name] for one in rare]
+                cell |= {f"rarest_{name}": round(statistics.fmean(values), 4)}
+                cell |= {f"rarest_{name}_spread": round(statistics.stdev(values), 4) if len(values) > 1 else 0.0}
         found.append(cell)
     results = STUDIES / study / "results.json"
     known = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
@@ -106,7 +116,8 @@ def main() -> None:
             continue
         print(f"\n{table}")
         for row in rows:
-            print("  ".join(f"{row.get(key, '-')!s:>12}" for key in ("setting", "accuracy", "macro_f1", "rarest_f1")))
+            shown = ("setting", *FIGURES, "rarest_f1", "rarest_average_precision")
+            print("  ".join(f"{row[key]!s:>12}" for key in shown if key in row))
 
 
 if __name__ == "__main__":

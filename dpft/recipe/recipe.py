@@ -71,6 +71,11 @@ class Recipe(Table):
                     "name public data"
                 )
         self._check_dp_sgd() if self.method == "dp-sgd" else self._check_head(subset)
+        if getattr(self.task, "hints", ()) and not self.learns_head:
+            raise ValueError(
+                "task.hints is set, in the span of which only a head by itself is learned: remove it, or train "
+                'subset = "head" without privacy.batch_size'
+            )
         check_delta(self.privacy.delta, self.data.units, subject="privacy.delta")
         if self.data.examples_per_unit > 1 and self.data.unit == "example":
             raise ValueError(
@@ -85,7 +90,8 @@ class Recipe(Table):
             return self.privacy.method
         if self.privacy.batch_size is not None or self.subset.strip() != "head":
             return "dp-sgd"
-        return "head-prototypes" if self.data.units <= FEW_UNITS else "head-descent"
+        few = self.data.units <= FEW_UNITS and not getattr(self.task, "hints", ())
+        return "head-prototypes" if few else "head-descent"
 
     @property
     def learns_head(self) -> bool:

@@ -56,6 +56,12 @@ class SequenceClassification(Task):
             "model's own class makes of a text; auto is the mean where the head alone is learned.",
         )
 
+        hints: list[str] = Field(
+            [],
+            description="Public sentences, such as typical ones of each label. A head by itself is then learned in the "
+            "span of their features alone, whose few numbers need far less noise: for data of few units.",
+        )
+
         @property
         def columns(self) -> dict[str, Column]:
             return {self.text: Column("text"), self.label: Column("label", tuple(self.labels))}
@@ -64,6 +70,7 @@ class SequenceClassification(Task):
     groups = "per_class"
     adds_layers = True
     template: ClassVar = {"subset": "head", "task": {"labels": ["first label", "second label"]}}
+    hints: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -82,7 +89,7 @@ class SequenceClassification(Task):
     def load(cls, settings: Settings, source: Source) -> tuple["SequenceClassification", nn.Module]:
         tokenizer = source.processor()
         task = cls(tokenizer, settings.labels, text=settings.text, label=settings.label)
-        task.group = settings.group
+        task.group, task.hints = settings.group, tuple(settings.hints)
         model = source.labelled_model("AutoModelForSequenceClassification", settings.labels, tokenizer)
         wanted = settings.pooling == "mean" or settings.pooling == "auto" and source.head_alone
         if wanted and not mean_pooled(model) and settings.pooling == "mean":
@@ -109,6 +116,10 @@ class SequenceClassification(Task):
             )
         texts = self.tokenizer(list(rows[self.text]), truncation=True, max_length=self.max_length)["input_ids"]
         return [{"input_ids": ids, "labels": label} for ids, label in zip(texts, labels, strict=True)]
+
+    def hinted(self) -> list[dict[str, Any]]:
+        """The hints, encoded; their labels mean nothing."""
+        return self.encode({self.text: list(self.hints), self.label: [self.labels[0]] * len(self.hints)})
 
     def size(self, features: Mapping[str, Any]) -> Size:
         return Size(len(features["input_ids"]), len(features["input_ids"]))

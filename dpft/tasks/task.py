@@ -162,6 +162,10 @@ class Task(ABC):
         """Examples that the untouched model makes up, as public as the model; by default none."""
         return ()
 
+    def hinted(self) -> Sequence[Features]:
+        """Public examples in the span of whose features a head by itself is learned; by default none: in all of it."""
+        return ()
+
     # -- audits ----------------------------------------------------------------------------------------------------
 
     def canary(self, random: np.random.Generator) -> dict[str, Any] | None:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpft.errors import BudgetError, RecipeError
 from dpft.privacy.mechanisms.linear_head import Head, LinearHead, Rows, Sums
@@ -19,6 +20,8 @@ from dpft.tasks.task import Task, made_up
 from dpft.training.batches import EVALUATION_TOKENS, check_units, cut
 from dpft.training.features import OutputLayer, check_isolated, features_of, output_layer
 from dpft.training.session import Session
+
+SAME = 1e-3  # of the largest singular value: hints that say the same count once
 
 
 class HeadSession(Session):
@@ -89,6 +92,9 @@ class HeadSession(Session):
             self.options.tell("say", "checks")
             head = self._checked(checks)
             rows = self.features = self.features or self._made_features(head)
+            basis = self._span(head)
+            if basis is not None:
+                rows = spanned(rows, basis)
             self.pay()
             with KeptSums(self.folder) as kept:
                 known = kept.known(mechanism.sums(), self.released)
@@ -100,7 +106,7 @@ class HeadSession(Session):
                     keep=kept.keep,
                 )
                 found = mechanism.fit(rows, sums, number)
-            put(head, found)
+            put(head, found if basis is None else found._replace(weight=found.weight @ basis.double()))
         return head
 
     def pay(self) -> None:
@@ -148,6 +154,16 @@ class HeadSession(Session):
             check()
         return head
 
+    def _span(self, head: OutputLayer) -> Tensor | None:
+        """``(h, d)``: an orthonormal basis of the span of the hints' features; None if the task has no hints."""
+        hints = self.task.hinted() if hasattr(self.task, "hinted") else ()
+        if not hints:
+            return None
+        with evaluating(self.model), torch.no_grad():
+            features = torch.cat([features_of(self.model, head, self.collated([one])) for one in hints])
+        _, sizes, directions = torch.linalg.svd(features.double(), full_matrices=False)
+        return directions[sizes > SAME * sizes[0]].float()
+
     def _made_features(self, head: OutputLayer) -> Rows:
         """Every example's features and label."""
         examples = self.examples
@@ -165,6 +181,11 @@ class HeadSession(Session):
                 done += len(places)
                 self.options.tell("say", f"features {done / len(examples):.0%}")  # how many there are is private
         return Rows(features, labels, examples.members, head.layer.out_features, scale, head.layer.bias is not None)
+
+
+def spanned(rows: Rows, basis: Tensor) -> Rows:
+    """The rows by their features' coordinates in an orthonormal ``(h, d)`` basis, where none is longer than before."""
+    return replace(rows, features=rows.features @ basis.T)
 
 
 def put(head: OutputLayer, found: Head) -> None:

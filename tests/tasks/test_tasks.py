@@ -195,7 +195,13 @@ def test_classification_metrics(tokenizer):
 
     found = task.evaluate(model, [{"input_ids": None, "labels": torch.tensor([0, 1, 1, 1])}])
     assert found["accuracy"] == 0.5 and found["examples"] == 4
-    assert found["per_class"]["a"] == {"precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), "count": 1, "average_precision": 0.5}
+    assert found["per_class"]["a"] == {
+        "precision": 0.5,
+        "recall": 1.0,
+        "f1": pytest.approx(2 / 3),
+        "count": 1,
+        "average_precision": 0.5,
+    }
     assert found["macro_f1"] == pytest.approx((2 / 3 + 0.5) / 2)
 
 

@@ -25,12 +25,12 @@ from dpft.cli.common import as_json, printed, show
 def plan(as_json: bool, recipe: str | None, hours: float | None, write: Path | None, **facts) -> None:
     """Find ε, the noise or the number of steps: give two of the three. Or have a plan advised for a recipe.
 
-    Advice comes from public facts and the model. No private row is read, and nothing is charged.
+    Advice (`dpft plan --advise recipe.toml --hours 2`) comes from public facts and the model. No private row is read, and
+    nothing is charged.
 
     \b
     Example:
       dpft plan --noise-multiplier 1.0 --sample-rate 0.02 --steps 500 --delta 1e-5
-      dpft plan --advise recipe.toml --hours 2
     """
     if recipe is not None:
         return _advise(recipe, hours, write, as_json)

@@ -25,7 +25,7 @@ from dpft.cli.common import as_json, printed, show
 def plan(as_json: bool, recipe: str | None, hours: float | None, write: Path | None, **facts) -> None:
     """Find ε, the noise or the number of steps: give two of the three. Or have a plan advised for a recipe.
 
-    Advice (`dpft plan --advise recipe.toml --hours 2`) comes from public facts and the model. No private row is read, and
+    Advice (`dpft plan --advise recipe.toml`) comes from public facts and the model. No private row is read, and
     nothing is charged.
 
     \b

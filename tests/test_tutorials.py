@@ -80,7 +80,6 @@ def test_an_installed_task_trains_from_the_command_line(installed, tmp_path):
         "data.validation": "train.jsonl",
         "data.units": "40",
         "privacy.delta": "0.001",
-        "privacy.batch_size": "10",
         "run.token_budget": "128",
     }
     changed = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]

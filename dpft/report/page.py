@@ -16,7 +16,7 @@ from dpft.report.sections import Section
 from dpft.report.summary import Summary, number
 from dpft.report.sweep_plots import style
 from dpft.runs.folder import RunFolder
-from dpft.runs.sweep import Sweep
+from dpft.runs.sweep import PRIVATE, Sweep
 
 PAGE, CELLS = "index.html", "cells.csv"
 REFERENCE = r"""(?:url\(|href=")#([\w.-]+)"""
@@ -85,7 +85,7 @@ def _page(summary: Summary, shown: list[Section], private: bool) -> str:
         adjacency=ADJACENCY_WORDS.get(privacy.get("adjacency", ""), "not known"),
         seeds=len({cell.seed for cell in sweep.cells if cell.kind != "untouched"}),
         runs=sum(cell.kind != "untouched" for cell in sweep.cells),
-        private_runs=sum(cell.kind == "private" for cell in sweep.cells),
+        private_runs=sum(cell.kind == PRIVATE for cell in sweep.cells),
         command=_command(summary),
         recipe=_recipe(sweep.recipe),
         metric=summary.metric.replace("_", " "),

@@ -12,7 +12,7 @@ from dpft.report.card import VERDICTS
 from dpft.report.summary import SIGNIFICANCE, Summary, Trend, at, budget, listed, number, signed
 from dpft.runs.folder import RunFolder
 from dpft.runs.record import read_json
-from dpft.runs.sweep import Cell
+from dpft.runs.sweep import NON_PRIVATE, PRIVATE, Cell
 
 NONE = "–"
 LONG = 12  # rows: a longer table is folded, unless it is shaded and so a figure itself
@@ -256,7 +256,7 @@ def resources(summary: Summary) -> Section | None:
             name: one.mean / scale for name in summary.subsets if (one := summary.resource(name, kind, key)) is not None
         }
         for key, scale in scales.items()
-        for kind in ("private", "non-private")
+        for kind in (PRIVATE, NON_PRIVATE)
     }
     kept = {head: values for head, values in found.items() if values}
     if not kept:

@@ -69,6 +69,7 @@ def made(request, tmp_path_factory):
             f"data.train={folder / 'rows'}",
             f"data.validation={folder / 'rows'}",
             "data.units=8",
+            "privacy.plan=declared",
             "privacy.batch_size=4",
             "privacy.epochs=1",
             "privacy.delta=0.01",

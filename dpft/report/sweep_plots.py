@@ -197,8 +197,9 @@ def _levels(axes: "Axes", levels: dict[str, float], seen: Sequence[float]) -> No
             axes.axhline(value, color=INK, linestyle="--" if name.startswith("un") else ":", linewidth=1.3)
         _, place = axes.transAxes.inverted().transform(axes.transData.transform((axes.get_xlim()[0], value)))
         place = min(max(float(place) + 0.01, 0.01), 0.93)
+        away = 0.005 if place < 0.5 else -0.005
         while any(abs(place - other) < APART for other in written):
-            place += 0.005 if place < 0.5 else -0.005
+            place += away
         written.append(place)
         arrow = "" if inside else "↓ " if value <= bottom else "↑ "
         said = f"{arrow}{name} {number(value)}"

@@ -119,6 +119,8 @@ class SequenceClassification(Task):
 
     def hinted(self) -> list[dict[str, Any]]:
         """The hints, encoded; their labels mean nothing."""
+        if not self.hints:
+            return []  # tokenizers take no empty list
         return self.encode({self.text: list(self.hints), self.label: [self.labels[0]] * len(self.hints)})
 
     def size(self, features: Mapping[str, Any]) -> Size:

@@ -386,3 +386,17 @@ def test_the_page_in_a_browser_is_no_wider_than_the_screen(whole, tmp_path, widt
     ).stdout
     wide, seen = re.search(r"<title>(\d+) (\d+)</title>", dom).groups()
     assert int(wide) <= int(seen)
+
+
+@pytest.mark.parametrize("levels", [(0.5, 0.5), (0.49, 0.5), (0.495, 0.505), (0.0, 1.0), (0.93, 0.94)])
+def test_names_of_levels_find_places_wherever_they_lie(levels):
+    from matplotlib import pyplot
+
+    from dpft.report.sweep_plots import APART, _levels
+
+    figure, axes = pyplot.subplots()
+    axes.set_ylim(0, 1)
+    _levels(axes, {"majority class": levels[0], "untouched model": levels[1]}, [0.0, 1.0])
+    one, two = (text.get_position()[1] for text in axes.texts)
+    assert abs(one - two) >= APART - 1e-9
+    pyplot.close(figure)

@@ -10,7 +10,7 @@ from dpft.cli.common import as_json, printed, show
 @click.command()
 @click.option("--epsilon", type=float, help="Target ε; the noise (or the steps) follow.")
 @click.option("--noise-multiplier", type=float, help="Noise in units of the clip; ε (or the steps) follow.")
-@click.option("--delta", type=float, help="δ, below 1/units; needed unless a recipe says it.")
+@click.option("--delta", type=float, help="δ, below 1/units. Needed but with --advise.")
 @click.option("--units", type=int, help="Declared, public number of units.")
 @click.option("--batch-size", type=int, help="Expected units per step; needs --units.")
 @click.option("--sample-rate", type=float, help="Instead of --batch-size: each unit's probability per step.")

@@ -256,7 +256,8 @@ def test_a_sweep_in_several_processes_ends_with_its_command_and_goes_on(tables, 
     command.communicate()
     wait_until(lambda: not any(process.is_running() and process.status() != "zombie" for process in below))
     counted = [steps_of(folder) for folder in folders]
-    assert 25 <= max(counted) < 200
+    # Ray's workers end when its own processes have noticed, which takes seconds: a short cell may be done by then.
+    assert 25 <= max(counted) <= (200 if where else 199)
 
     output, said = dpft(*words, folder=tmp_path).communicate()
     assert "composed_epsilon" in output.decode(), said.decode()

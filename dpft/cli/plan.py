@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from dpft.cli.common import as_json, printed, show
+from dpft.cli.common import as_json, printed, recipe_to_run, show
 
 
 @click.command()
@@ -62,7 +62,6 @@ def plan(as_json: bool, recipe: str | None, hours: float | None, write: Path | N
 
 
 def _advise(recipe: str, hours: float | None, write: Path | None, as_json: bool) -> None:
-    from dpft.cli.common import recipe_to_run
     from dpft.errors import RecipeError
 
     if write is not None and write.exists():

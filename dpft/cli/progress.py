@@ -71,6 +71,10 @@ class Bar:
         self._watcher = threading.Thread(target=self._look, args=(whole, cells), daemon=True)
         self._watcher.start()
 
+    def hears(self) -> dict[str, Any]:
+        """What a sweep is given, by its own names, to be shown here."""
+        return {"watch": self.watch, "announce": self.announce, "callbacks": lambda: [self.callback()]}
+
     def close(self) -> None:
         """Look no more."""
         self._ended.set()

@@ -2,14 +2,12 @@
 
 from dpft.recipe.paths import expand, listed
 from dpft.recipe.recipe import Recipe
-from dpft.recipe.tables import DataTable, Labels, ModelTable, OptimizerTable, PrivacyTable, TaskTable
+from dpft.recipe.tables import DataTable, Labels, ModelTable, TaskTable
 
 __all__ = [
     "DataTable",
     "Labels",
     "ModelTable",
-    "OptimizerTable",
-    "PrivacyTable",
     "Recipe",
     "TaskTable",
     "expand",

@@ -14,7 +14,7 @@ That orders plans and claims nothing: the plan's own noise is calibrated by the 
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from dpft.privacy.gaussian import mu_for
 
@@ -25,14 +25,11 @@ MOST = 200  # beyond which more steps bring nothing but overhead
 DISPLACEMENT = 12.0  # learning rate times steps, of normalised gradients and plain descent: see mts_notes in benchmarks
 
 
-@dataclass(frozen=True)
-class Steps:
-    """``steps`` steps of ``batch_size`` expected units, and their noise ν beside that of the best number of steps."""
+class Steps(NamedTuple):
+    """``steps`` steps of ``batch_size`` expected units."""
 
     steps: int
     batch_size: int
-    noise: float
-    least: float
 
 
 def noise_of(steps: int, passes: float, units: int, mu: float) -> float:
@@ -58,8 +55,7 @@ def advised(units: int, passes: float, *, epsilon: float, delta: float, new_laye
     noise = {steps: noise_of(steps, passes, units, mu) for steps in possible}
     least = min(noise.values())
     steps = max(steps for steps, value in noise.items() if value <= SLACK * least)
-    batch_size = max(1, min(units, round(units * passes / steps)))
-    return Steps(steps, batch_size, noise[steps], least)
+    return Steps(steps, max(1, min(units, round(units * passes / steps))))
 
 
 def rate_of(steps: int) -> float:

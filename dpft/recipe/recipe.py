@@ -15,6 +15,7 @@ from dpft.recipe.paths import PATHS, check_path, expanded_path, listed
 from dpft.recipe.tables import (
     CLIP_SETTINGS,
     FEW_UNITS,
+    HEAD_DATA,
     HEAD_STEPS,
     BaselineTable,
     DataTable,
@@ -140,9 +141,7 @@ class Recipe(Table):
             "privacy.batch_size": self.privacy.batch_size is not None,
             "privacy.epochs": self.privacy.epochs is not None,
             "privacy.clipping": self.privacy.clipping != "flat",
-            "data.examples_per_unit": self.data.examples_per_unit != 1,
-            "data.draws": self.data.draws != 1,
-            "data.unit_gradient": self.data.unit_gradient != "mean",
+            **{f"data.{key}": getattr(self.data, key) != value for key, value in HEAD_DATA.items()},
             "optimizer": self.optimizer != OptimizerTable(),
         }
         for key in (key for key, is_set in unused.items() if is_set):

@@ -18,6 +18,8 @@ CLIP_SETTINGS = {  # of the privacy table, and the clipping that uses each
 
 
 FEW_UNITS = 1_000  # up to which prototypes are the better head
+# What a head by itself leaves of the data table as it is: each of its sums is over all rows of all units, once.
+HEAD_DATA: dict[str, Any] = {"examples_per_unit": 1, "draws": 1, "unit_gradient": "mean"}
 HEAD_STEPS = 64  # of a head's mechanism: noise of so many releases costs what one of all of them would
 Method = Literal["auto", "dp-sgd", "head-descent", "head-prototypes", "head-least-squares"]
 

@@ -16,7 +16,7 @@ from dpft.report.sections import Section
 from dpft.report.summary import Summary, number
 from dpft.report.sweep_plots import style
 from dpft.runs.folder import RunFolder
-from dpft.runs.sweep import PRIVATE, Sweep
+from dpft.runs.sweep import NON_PRIVATE, PRIVATE, UNTOUCHED, Sweep
 
 PAGE, CELLS = "index.html", "cells.csv"
 REFERENCE = r"""(?:url\(|href=")#([\w.-]+)"""
@@ -38,7 +38,7 @@ def write_page(sweep: Sweep, folder: Path | str) -> list[Path]:
         RecipeError: nothing was trained in the sweep.
     """
     files = RunFolder(folder)
-    if not any(cell.kind != "untouched" for cell in sweep.cells):
+    if not any(cell.kind != UNTOUCHED for cell in sweep.cells):
         raise RecipeError(f"The sweep in {files} has no run, so there is nothing to show: run it first.")
     found: list[Path] = []
     if _may_be_published(sweep) and Summary(sweep.public).subsets:
@@ -83,8 +83,8 @@ def _page(summary: Summary, shown: list[Section], private: bool) -> str:
         model=Path(str(model.get("path", "not known"))).name,
         unit=unit_words(data.get("unit", "example")),
         adjacency=ADJACENCY_WORDS.get(privacy.get("adjacency", ""), "not known"),
-        seeds=len({cell.seed for cell in sweep.cells if cell.kind != "untouched"}),
-        runs=sum(cell.kind != "untouched" for cell in sweep.cells),
+        seeds=len({cell.seed for cell in sweep.cells if cell.kind != UNTOUCHED}),
+        runs=sum(cell.kind != UNTOUCHED for cell in sweep.cells),
         private_runs=sum(cell.kind == PRIVATE for cell in sweep.cells),
         command=_command(summary),
         recipe=_recipe(sweep.recipe),
@@ -99,7 +99,7 @@ def _page(summary: Summary, shown: list[Section], private: bool) -> str:
 def _uncovered(sweep: Sweep) -> list[str]:
     """What on a private page may not be published, in words."""
     reasons = {
-        "models that were trained on the private data without noise": any(c.kind == "non-private" for c in sweep.cells),
+        "models that were trained on the private data without noise": any(c.kind == NON_PRIVATE for c in sweep.cells),
         "times and memory, which follow the data": any(c.seconds or c.peak_memory for c in sweep.cells),
         "metrics on validation data that are not declared public": not _may_be_published(sweep),
     }

@@ -12,7 +12,8 @@ from typing import Any
 from scipy.stats import spearmanr, ttest_ind_from_stats
 
 from dpft.privacy.rounding import rounded_up
-from dpft.runs.sweep import Cell, Sweep
+from dpft.runs.sweep import NON_PRIVATE, UNTOUCHED, Cell, OverSeeds, Sweep
+from dpft.tasks.class_metrics import BINS
 
 LOWER_IS_BETTER = {"loss", "perplexity", "error", "ece", "mae", "mse", "rmse", "wer", "cer"}
 SIGNIFICANCE = 0.05
@@ -22,19 +23,10 @@ PRIVACY_FREE = "no privacy"
 
 
 @dataclass(frozen=True)
-class Mean:
+class Mean(OverSeeds):
     """A metric over the seeds of one setting."""
 
     values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values)
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation over seeds; zero for one."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def __str__(self) -> str:
         """
@@ -140,11 +132,11 @@ class Summary:
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep, self.metric = sweep, sweep.headline
-        trained = [cell for cell in sweep.cells if cell.kind != "untouched"]
+        trained = [cell for cell in sweep.cells if cell.kind != UNTOUCHED]
         self.parameters = {cell.subset: cell.trainable_parameters for cell in trained}
         self.subsets = sorted(self.parameters, key=lambda name: (self.parameters[name] or math.inf, name))
         self.epsilons = sorted({cell.epsilon for cell in trained if cell.epsilon is not None})
-        has_free = any(cell.kind == "non-private" for cell in trained)
+        has_free = any(cell.kind == NON_PRIVATE for cell in trained)
         self.budgets: list[float | None] = [*self.epsilons, *([None] if has_free else [])]
         self.lower_is_better = is_lower_better(self.metric)
 
@@ -153,7 +145,7 @@ class Summary:
         return [
             cell
             for cell in self.sweep.cells
-            if cell.kind != "untouched" and (cell.subset, cell.epsilon) == (subset, epsilon)
+            if cell.kind != UNTOUCHED and (cell.subset, cell.epsilon) == (subset, epsilon)
         ]
 
     def at(self, subset: str, epsilon: float | None, metric: str | None = None) -> Mean | None:
@@ -163,7 +155,7 @@ class Summary:
     @cached_property
     def untouched(self) -> Mean | None:
         """The headline of the model before training; a new head is random, so each seed has its own."""
-        return mean(cell.metrics.get(self.metric) for cell in self.sweep.cells if cell.kind == "untouched")
+        return mean(cell.metrics.get(self.metric) for cell in self.sweep.cells if cell.kind == UNTOUCHED)
 
     @cached_property
     def majority(self) -> float | None:
@@ -274,7 +266,7 @@ class Summary:
         bins: dict[int, list[tuple[float, float, int]]] = {}
         for cell in self.cells(self.chosen, epsilon) if self.chosen is not None else ():
             for one in cell.metrics.get("reliability", ()):
-                place = math.ceil(round(one["confidence"] * 15, 9))
+                place = math.ceil(round(one["confidence"] * BINS, 9))
                 bins.setdefault(place, []).append((one["confidence"], one["accuracy"], one["count"]))
         return [_pooled(bins[place]) for place in sorted(bins)]
 

@@ -49,8 +49,24 @@ class Cell:
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
 
+class OverSeeds:
+    """Mean and spread of ``values``, one for each seed."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds; zero for one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+
 @dataclass(frozen=True)
-class Row:
+class Row(OverSeeds):
     """Cells that differ in their seed alone, and their headline metric."""
 
     kind: Kind
@@ -64,16 +80,6 @@ class Row:
     def setting(self) -> str:
         """``ε = 3``, or the kind of a row without privacy."""
         return f"ε = {rounded_up(self.epsilon)}" if self.epsilon is not None else self.kind
-
-    @property
-    def mean(self) -> float:
-        """Over the seeds."""
-        return statistics.fmean(self.values)
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation over seeds; zero for one."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
 
 @dataclass(frozen=True)

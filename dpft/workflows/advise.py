@@ -1,10 +1,13 @@
 """``dpft plan --advise``: how a recipe spends its ε best, from public facts and the model; no private row is read."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
+from dpft.privacy.plan import Plan
 from dpft.recipe import Recipe
+from dpft.recipe.tables import HEAD_DATA, OptimizerTable, PrivacyTable
 
 # Noise beside a signal of at most 1, and what the studies lost at so much (benchmarks/studies).
 HEAD_BANDS = (
@@ -26,27 +29,42 @@ class Advice:
 
     Attributes:
         recipe: the recipe with the plan written out.
+        plan: the recipe's, calibrated.
         trainable_parameters: P.
-        noise_multiplier: σ of each release.
-        noise_batch_ratio: σ/(qN₀), the noise on each number of a step's mean gradient (McKenna et al. 2025).
-        noise: σ√P/(qN₀√T), the length of the noise on the mean of all steps' gradients, beside a signal of at most 1.
-        expects: what such noise left in the studies.
         why: a sentence for each choice.
         hours: how long the steps take here; None where it was not measured.
     """
 
     recipe: Recipe
+    plan: Plan
     trainable_parameters: int
-    noise_multiplier: float
-    noise_batch_ratio: float
-    noise: float
-    expects: str
     why: tuple[str, ...]
     hours: float | None
 
+    @property
+    def noise_multiplier(self) -> float:
+        """σ of each release."""
+        return self.plan.noise_multiplier
+
+    @property
+    def noise_batch_ratio(self) -> float:
+        """σ/(qN₀), the noise on each number of a step's mean gradient (McKenna et al. 2025)."""
+        return self.noise_multiplier / self.plan.expected_batch_size
+
+    @property
+    def noise(self) -> float:
+        """σ√P/(qN₀√T), the length of the noise on the mean of all steps' gradients, beside a signal of at most 1."""
+        return self.noise_batch_ratio * math.sqrt(self.trainable_parameters / self.plan.steps)
+
+    @property
+    def expects(self) -> str:
+        """What such noise left in the studies."""
+        bands = HEAD_BANDS if self.recipe.learns_head else ADAPTER_BANDS
+        return next((words for most, words in bands if self.noise < most), LITTLE)
+
     def facts(self) -> dict[str, Any]:
         """For a table."""
-        privacy, optimizer, plan = self.recipe.privacy, self.recipe.optimizer, self.recipe.plan()
+        privacy, optimizer = self.recipe.privacy, self.recipe.optimizer
         descends = not self.recipe.learns_head
         return {
             "subset": self.recipe.subset,
@@ -54,7 +72,7 @@ class Advice:
             "epsilon": privacy.epsilon,
             "delta": privacy.delta,
             "batch_size": privacy.batch_size if descends else self.recipe.data.units,
-            "steps": plan.steps,
+            "steps": self.plan.steps,
             "clipping": privacy.clipping,
             "optimizer": optimizer.name if descends else None,
             "learning_rate": optimizer.learning_rate if descends else None,
@@ -95,8 +113,6 @@ def advise(recipe: Recipe, hours: float | None = None) -> Advice:
         why.append(f"A pass over {choice.data.units:,} units takes about {_duration(seconds)} here.")
     choice = choice.planned()
     plan = choice.plan()
-    ratio = plan.noise_multiplier / plan.expected_batch_size
-    noise = ratio * (numbers / plan.steps) ** 0.5
     if choice.learns_head:
         why.append("Every unit enters every sum, so nobody is sampled and one noise serves the whole run.")
     else:
@@ -105,10 +121,8 @@ def advise(recipe: Recipe, hours: float | None = None) -> Advice:
             "would add noise, and fewer would not learn."
         )
         why.append("Clipping is automatic, because then no bound has to be tuned on private data.")
-    bands = HEAD_BANDS if choice.learns_head else ADAPTER_BANDS
-    expects = next((words for most, words in bands if noise < most), LITTLE)
     taken = None if seconds is None else plan.steps * plan.sample_rate * seconds / 3600
-    return Advice(choice, numbers, plan.noise_multiplier, ratio, noise, expects, tuple(why), taken)
+    return Advice(choice, plan, numbers, tuple(why), taken)
 
 
 def _subset(recipe: Recipe, why: list[str]) -> str:
@@ -143,8 +157,6 @@ def _subset(recipe: Recipe, why: list[str]) -> str:
 
 def _open(recipe: Recipe, subset: str, passes: float) -> Recipe:
     """The recipe without a plan of its own."""
-    from dpft.recipe import OptimizerTable, PrivacyTable
-
     privacy = PrivacyTable(
         epsilon=recipe.privacy.epsilon,
         delta=recipe.privacy.delta,
@@ -155,7 +167,7 @@ def _open(recipe: Recipe, subset: str, passes: float) -> Recipe:
     tables = recipe.model_dump() | {"subset": subset, "privacy": privacy.model_dump()}
     tables["optimizer"] = OptimizerTable().model_dump()
     if subset == "head":
-        tables["data"] |= {"examples_per_unit": 1, "unit_gradient": "mean", "draws": 1}
+        tables["data"] |= HEAD_DATA
     return Recipe.checked(tables)
 
 
@@ -175,22 +187,19 @@ def _measured(recipe: Recipe, *, measure_time: bool) -> tuple[int, float | None]
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not measure_time:
         return numbers, None
-    batch = task.collate(made * 4)
-    times = []
+    rows = made * 4
+    batch, times = task.collate(rows), []
     for _ in range(REPEATS):
         started = time.perf_counter()
         task.losses(model, batch).sum().backward()
         times.append(time.perf_counter() - started)
-    costs = [size_of(task, one).cost for one in made * 4]
-    usual = getattr(task, "max_length", 0) / 2 or max(costs)
-    return numbers, min(times) / (len(costs) * max(costs)) * usual
+    longest = max(size_of(task, one).cost for one in rows)
+    usual = getattr(task, "max_length", 0) / 2 or longest
+    return numbers, min(times) / (len(rows) * longest) * usual
 
 
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    for most, unit, name in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < most:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 3600:.1f} h"

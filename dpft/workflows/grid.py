@@ -13,7 +13,7 @@ from dpft.errors import RecipeError
 from dpft.privacy.plan import Plan
 from dpft.privacy.rounding import rounded_up
 from dpft.recipe import Recipe, toml
-from dpft.recipe.tables import BaselineTable, OptimizerTable, RunTable
+from dpft.recipe.tables import HEAD_DATA, BaselineTable, OptimizerTable, RunTable
 from dpft.runs.folder import RunFolder
 from dpft.runs.sweep import NON_PRIVATE, PRIVATE, UNTOUCHED, Kind
 from dpft.subset import Subset
@@ -21,9 +21,7 @@ from dpft.subset import Subset
 # What may differ between subsets: how they train. All else is what a sweep compares on, or counts by.
 OWN_TABLES = ("optimizer", "baseline", "privacy", "run")
 SHARED = ("privacy.epsilon", "privacy.noise_multiplier", "privacy.delta", "privacy.adjacency", "run.seed")
-PIECES = (
-    10  # a run that descends keeps a checkpoint after each of so many parts, so that little is lost if it is killed
-)
+PIECES = 10  # a run that descends keeps a checkpoint after each of so many parts: little is lost if it is killed
 KEPT_OF_PRIVACY = ("epsilon", "noise_multiplier", "delta", "adjacency", "method")  # by a head beside other subsets
 
 
@@ -165,7 +163,7 @@ def of_subset(recipe: Recipe, subset: str) -> dict[str, Any]:
         kept = {name: tables["privacy"][name] for name in KEPT_OF_PRIVACY}
         steps = recipe.privacy.steps if recipe.learns_head else None
         tables["privacy"] = {**kept, "steps": steps}
-        tables["data"] |= {"examples_per_unit": 1, "draws": 1, "unit_gradient": "mean"}
+        tables["data"] |= HEAD_DATA
         tables["optimizer"] = OptimizerTable().model_dump()
         if not recipe.learns_head:
             tables["baseline"] = BaselineTable().model_dump()

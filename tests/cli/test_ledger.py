@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import shutil
-import subprocess
 
 import pytest
 from click.testing import CliRunner
@@ -12,8 +10,7 @@ from click.testing import CliRunner
 from dpft.cli import main
 from dpft.cli.ledger import ledger as group
 from dpft.privacy.rounding import rounded_up
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+from tests.support.chromium import CHROMIUM, dom_of
 
 
 @pytest.fixture(autouse=True)
@@ -106,15 +103,7 @@ def test_the_dashboard_in_a_browser(tmp_path, width):
     assert run("dpft ledger dashboard --output ledger.html").exit_code == 0
     page = (tmp_path / "ledger.html").read_text()
     assert not re.search(r"(src|href)=.?https?:|<script|@import", page.replace('href="http://www.w3.org', ""))
-    probe = "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth</script>"
-    (tmp_path / "probed.html").write_text(page + probe)
-    dom = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-        + [f"--window-size={width},900", "--dump-dom", f"file://{tmp_path}/probed.html"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    ).stdout
+    dom = dom_of(tmp_path / "ledger.html", width)
     assert f'<span data-spent="">{rounded_up(spent)}</span>' in dom and 'data-dataset="notes &lt;of&gt; 2026"' in dom
     assert dom.count("<tr data-run=") == 1 and "&lt;b&gt;counts" in dom and "<svg" in dom
     whole, seen = re.search(r"<title>(\d+) (\d+)</title>", dom).groups()

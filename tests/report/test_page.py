@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,10 +17,10 @@ from dpft.recipe import Recipe
 from dpft.report.page import write_page
 from dpft.report.summary import Mean, Summary, budget
 from dpft.runs.sweep import Cell, Sweep
+from tests.support.chromium import CHROMIUM, dom_of
 from tests.support.recipes import GOOD
 
 OLD = Path(__file__).parent / "run-0.1.0"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SIZES = {"head": 1_000, "ia3": 10_000, "lora(rank=8)": 100_000, "all": 1_000_000}
 FREE = 0.98765  # of the runs without privacy, and of nothing else
 
@@ -374,16 +373,7 @@ def test_the_page_in_a_browser_is_no_wider_than_the_screen(whole, tmp_path, widt
     long = "sparse(fraction=0.001, choose='random', over='model', group='rows') + head + lora(rank=8)"
     more = [cell("private", long, 1.0, seed, metrics(0.5), trainable_parameters=12345) for seed in range(3)]
     written(sweep([*whole.cells, *more]), tmp_path)
-    probe = "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth</script>"
-    probed = tmp_path / "private" / "probed.html"
-    probed.write_text((tmp_path / "private" / "index.html").read_text() + probe)
-    dom = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-        + [f"--window-size={width},900", "--dump-dom", f"file://{probed}"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    ).stdout
+    dom = dom_of(tmp_path / "private" / "index.html", width)
     wide, seen = re.search(r"<title>(\d+) (\d+)</title>", dom).groups()
     assert int(wide) <= int(seen)
 

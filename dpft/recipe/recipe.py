@@ -15,7 +15,6 @@ from dpft.recipe.paths import PATHS, check_path, expanded_path, listed
 from dpft.recipe.tables import (
     CLIP_SETTINGS,
     FEW_UNITS,
-    HEAD_DATA,
     HEAD_STEPS,
     BaselineTable,
     DataTable,
@@ -72,11 +71,12 @@ class Recipe(Table):
                     "name public data"
                 )
         self._check_dp_sgd() if self.method == "dp-sgd" else self._check_head(subset)
-        if getattr(self.task, "hints", ()) and not self.learns_head:
-            raise ValueError(
-                "task.hints is set, in the span of which only a head by itself is learned: remove it, or train "
-                'subset = "head" without privacy.batch_size'
-            )
+        for key in ("hints", "balance"):
+            if getattr(self.task, key, None) and not self.learns_head:
+                raise ValueError(
+                    f"task.{key} is set, which only a head by itself uses: remove it, or train "
+                    'subset = "head" without privacy.batch_size'
+                )
         check_delta(self.privacy.delta, self.data.units, subject="privacy.delta")
         if self.data.examples_per_unit > 1 and self.data.unit == "example":
             raise ValueError(
@@ -141,7 +141,7 @@ class Recipe(Table):
             "privacy.batch_size": self.privacy.batch_size is not None,
             "privacy.epochs": self.privacy.epochs is not None,
             "privacy.clipping": self.privacy.clipping != "flat",
-            **{f"data.{key}": getattr(self.data, key) != value for key, value in HEAD_DATA.items()},
+            **{f"data.{key}": value != getattr(self.data, key) for key, value in self.data.of_head()},
             "optimizer": self.optimizer != OptimizerTable(),
         }
         for key in (key for key, is_set in unused.items() if is_set):

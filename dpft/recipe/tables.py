@@ -18,8 +18,6 @@ CLIP_SETTINGS = {  # of the privacy table, and the clipping that uses each
 
 
 FEW_UNITS = 1_000  # up to which prototypes are the better head
-# What a head by itself leaves of the data table as it is: each of its sums is over all rows of all units, once.
-HEAD_DATA: dict[str, Any] = {"examples_per_unit": 1, "draws": 1, "unit_gradient": "mean"}
 HEAD_STEPS = 64  # of a head's mechanism: noise of so many releases costs what one of all of them would
 Method = Literal["auto", "dp-sgd", "head-descent", "head-prototypes", "head-least-squares"]
 
@@ -113,7 +111,12 @@ class DataTable(Table):
     unit: str = Field(
         "example", description="The column whose text or whole number names a row's unit, such as patient_id."
     )
-    examples_per_unit: int = Field(1, ge=1, description="How many examples of a unit one step uses at most.")
+    examples_per_unit: int = Field(
+        1,
+        ge=1,
+        description="How many examples of a unit one step uses at most. A head uses all; with unit_gradient = "
+        "'sum' each counts as one over this number, and those of a unit as 1 at most.",
+    )
     unit_gradient: Literal["mean", "sum"] = Field("mean", description="How a unit's examples make its gradient.")
     draws: int = Field(
         1,
@@ -121,6 +124,11 @@ class DataTable(Table):
         description="How many draws of the task's chance, such as crops, are averaged inside an example before the "
         "clip: time for accuracy, at no cost of budget.",
     )
+
+    def of_head(self) -> "DataTable":
+        """The same for a head by itself, each of whose sums is over all rows of all units, once."""
+        alike = {"examples_per_unit": 1} if self.unit_gradient == "mean" else {}
+        return self.model_copy(update={"draws": 1, **alike})
 
 
 class PrivacyTable(Table):

@@ -56,6 +56,13 @@ class SequenceClassification(Task):
             "model's own class makes of a text; auto is the mean where the head alone is learned.",
         )
 
+        balance: float = Field(
+            0.0,
+            ge=0,
+            le=1,
+            description="A head by itself: 0 names each label as often as it was seen, 1 as if all were equally "
+            "frequent, so that rare ones are found more often and accuracy falls. It costs nothing.",
+        )
         hints: list[str] = Field(
             [],
             description="Public sentences, such as typical ones of each label. A head by itself is then learned in the "
@@ -71,6 +78,7 @@ class SequenceClassification(Task):
     adds_layers = True
     template: ClassVar = {"subset": "head", "task": {"labels": ["first label", "second label"]}}
     hints: tuple[str, ...] = ()
+    balance: float = 0.0
 
     def __init__(
         self,
@@ -89,7 +97,7 @@ class SequenceClassification(Task):
     def load(cls, settings: Settings, source: Source) -> tuple["SequenceClassification", nn.Module]:
         tokenizer = source.processor()
         task = cls(tokenizer, settings.labels, text=settings.text, label=settings.label)
-        task.group, task.hints = settings.group, tuple(settings.hints)
+        task.group, task.hints, task.balance = settings.group, tuple(settings.hints), settings.balance
         model = source.labelled_model("AutoModelForSequenceClassification", settings.labels, tokenizer)
         wanted = settings.pooling == "mean" or settings.pooling == "auto" and source.head_alone
         if wanted and not mean_pooled(model) and settings.pooling == "mean":

@@ -35,6 +35,7 @@ class HeadSession(Session):
 
     Args:
         plan: its mechanism is a head's, such as ``Plan.calibrate(mechanism="head-descent", steps=64, ...)``.
+        rows_per_unit: see :class:`~dpft.privacy.mechanisms.linear_head.Rows`; public.
         features: what another session made of the same model and rows (:attr:`features`); by default they are made.
         **options: see :class:`SessionOptions`; of speed and memory none matters here.
 
@@ -43,7 +44,7 @@ class HeadSession(Session):
         to the same head, and what was released before is neither computed nor charged again.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (what a session takes, and what a head's rows are)
         self,
         model: nn.Module,
         plan: Plan,
@@ -51,11 +52,12 @@ class HeadSession(Session):
         rows: Any,
         folder: Path | str,
         *,
+        rows_per_unit: int = 1,
         features: Rows | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, plan, task, rows, folder, **options)
-        self.features = features
+        self.rows_per_unit, self.features = rows_per_unit, features
 
     @property
     def released(self) -> int:
@@ -91,7 +93,8 @@ class HeadSession(Session):
         with self.releases.held(), self._account(go_on):
             self.options.tell("say", "checks")
             head = self._checked(checks)
-            rows = self.features = self.features or self._made_features(head)
+            self.features = self.features or self._made_features(head)
+            rows = replace(self.features, rows_per_unit=self.rows_per_unit, balance=getattr(self.task, "balance", 0.0))
             basis = self._span(head)
             if basis is not None:
                 rows = spanned(rows, basis)

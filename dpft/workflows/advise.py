@@ -7,7 +7,7 @@ from typing import Any
 
 from dpft.privacy.plan import Plan
 from dpft.recipe import Recipe
-from dpft.recipe.tables import HEAD_DATA, OptimizerTable, PrivacyTable
+from dpft.recipe.tables import OptimizerTable, PrivacyTable
 
 # Noise beside a signal of at most 1, and what the studies lost at so much (benchmarks/studies).
 HEAD_BANDS = (
@@ -167,7 +167,7 @@ def _open(recipe: Recipe, subset: str, passes: float) -> Recipe:
     tables = recipe.model_dump() | {"subset": subset, "privacy": privacy.model_dump()}
     tables["optimizer"] = OptimizerTable().model_dump()
     if subset == "head":
-        tables["data"] |= HEAD_DATA
+        tables["data"] = recipe.data.of_head().model_dump()
     return Recipe.checked(tables)
 
 

@@ -13,7 +13,7 @@ from dpft.errors import RecipeError
 from dpft.privacy.plan import Plan
 from dpft.privacy.rounding import rounded_up
 from dpft.recipe import Recipe, toml
-from dpft.recipe.tables import HEAD_DATA, BaselineTable, OptimizerTable, RunTable
+from dpft.recipe.tables import BaselineTable, OptimizerTable, RunTable
 from dpft.runs.folder import RunFolder
 from dpft.runs.sweep import NON_PRIVATE, PRIVATE, UNTOUCHED, Kind
 from dpft.subset import Subset
@@ -163,7 +163,7 @@ def of_subset(recipe: Recipe, subset: str) -> dict[str, Any]:
         kept = {name: tables["privacy"][name] for name in KEPT_OF_PRIVACY}
         steps = recipe.privacy.steps if recipe.learns_head else None
         tables["privacy"] = {**kept, "steps": steps}
-        tables["data"] |= HEAD_DATA
+        tables["data"] = recipe.data.of_head().model_dump()
         tables["optimizer"] = OptimizerTable().model_dump()
         if not recipe.learns_head:
             tables["baseline"] = BaselineTable().model_dump()

@@ -31,7 +31,7 @@ def cut(vector, length):
 
 
 def loop(data, part):
-    """The sum over units of the mean over a unit's rows of ``part(features, output)``, numpy arrays."""
+    """The sum over units of the weighted ``part(features, output)`` of a unit's rows, numpy arrays."""
     total = 0.0
     for unit in data.members:
         mean = 0.0
@@ -41,18 +41,28 @@ def loop(data, part):
                 y = np.array(cut(data.labels[row].tolist(), 1.0))
             else:
                 y = np.array([float(k == int(data.labels[row])) for k in range(CLASSES)])
-            mean = mean + part(x, y) / len(unit)
+            mean = mean + part(x, y) / max(len(unit), data.rows_per_unit)
         total = total + mean
     return total
+
+
+def mass(data, counts):
+    """What sums are divided by."""
+    return NUMBER if data.rows_per_unit == 1 else min(NUMBER, max(1.0, counts.sum()))
+
+
+def balanced(data, bias, prior):
+    return bias - data.balance * (np.log(prior) - np.log(prior).mean())
 
 
 def james_stein(vector, variance):
     return max(0.0, 1 - max(0, len(vector) - 2) * variance / max(1e-30, vector @ vector))
 
 
-def centre(mechanism, mean, steps):
-    """m and r, from the released mean."""
-    variance = (mechanism.noise_multiplier / math.sqrt(steps) / NUMBER) ** 2
+def centre(mechanism, total, steps, number):
+    """m and r, from the released sum."""
+    mean = total / number
+    variance = (mechanism.noise_multiplier / math.sqrt(steps) / number) ** 2
     kept = james_stein(mean, variance)
     length = max(0.0, mean @ mean - WIDTH * variance)
     around = math.sqrt(max(0.01, 1 - length + kept * WIDTH * variance))
@@ -75,7 +85,7 @@ def naive_prototypes(mechanism, data):
     sums = [counts, mean]
     n = np.maximum(counts, max(1.0, 2 * sigma / math.sqrt(counts_of)))
     prior = n / n.sum()
-    m, r = centre(mechanism, mean / NUMBER, mean_of)
+    m, r = centre(mechanism, mean, mean_of, mass(data, counts))
     sums.append(loop(data, lambda x, y: np.outer(y, cut(x - m, r))))
     delta, variances, kept = [], [], []
     for k in range(CLASSES):
@@ -91,22 +101,22 @@ def naive_prototypes(mechanism, data):
         return np.array([min(most, sum(prior[k] * (delta[k] @ away) ** 2 for k in range(CLASSES)) / size)])
 
     sums.append(loop(data, part))
-    s2 = min(most, max(sums[-1][0] / NUMBER, most / WIDTH))
+    s2 = min(most, max(sums[-1][0] / mass(data, counts), most / WIDTH))
     weight = np.array([delta[k] / (s2 + kept[k] * variances[k]) for k in range(CLASSES)])
     bias = np.array([math.log(prior[k]) - weight[k] @ m - weight[k] @ delta[k] / 2 for k in range(CLASSES)])
     if not data.has_bias:
         weight = weight + np.outer(bias, m / (m @ m + most))
         bias = 0 * bias
-    return sums, weight / data.scale, bias
+    return sums, weight / data.scale, balanced(data, bias, prior)
 
 
 def naive_least_squares(mechanism, data):
-    _, mean_of, least_of, moment_of, _ = mechanism.sums()
+    outputs_of, mean_of, least_of, moment_of, _ = mechanism.sums()
     sigma = mechanism.noise_multiplier
-    outputs = loop(data, lambda x, y: y)
+    counts = outputs = loop(data, lambda x, y: y)
     mean = loop(data, lambda x, y: x)
-    m, r = centre(mechanism, mean / NUMBER, mean_of) if data.has_bias else (np.zeros(WIDTH), 1.0)
-    average = outputs / NUMBER * data.has_bias
+    m, r = centre(mechanism, mean, mean_of, mass(data, counts)) if data.has_bias else (np.zeros(WIDTH), 1.0)
+    average = outputs / mass(data, outputs) * data.has_bias
     moment = moment_at(data, m, r)
     least = np.linalg.eigvalsh(moment)[:1]
     cross = loop(data, lambda x, y: np.outer(y, cut(x - m, r)))
@@ -114,9 +124,11 @@ def naive_least_squares(mechanism, data):
     under = max(0.0, least[0] - sigma * r**2 / math.sqrt(least_of) * math.sqrt(2 * math.log(1 / rho)))
     ridge = max(0.0, 0.25 * noise * math.sqrt(WIDTH * math.log(2 * WIDTH**2 / rho)) - under)
     theta = cross @ np.linalg.inv(moment + ridge * np.eye(WIDTH))
+    prior = np.maximum(outputs, max(1.0, 2 * sigma / math.sqrt(outputs_of)))
+    prior = prior / prior.sum()
     sharp = 1.0 if data.real else 2.3 * math.log(4 * CLASSES)
     sums = [outputs, mean, least, moment[np.triu_indices(WIDTH)], cross]
-    return sums, sharp * theta / data.scale, sharp * (average - theta @ m)
+    return sums, sharp * theta / data.scale, balanced(data, sharp * (average - theta @ m), prior)
 
 
 def naive_descent(mechanism, data):
@@ -124,22 +136,23 @@ def naive_descent(mechanism, data):
     sigma, bound = mechanism.noise_multiplier, mechanism.clip.sensitivity
     counts = loop(data, lambda x, y: y)
     mean = loop(data, lambda x, y: x)
-    prior = np.maximum(counts / NUMBER, max(1.0, 2 * sigma / math.sqrt(counts_of)) / NUMBER)
+    number = mass(data, counts)
+    prior = np.maximum(counts / number, max(1.0, 2 * sigma / math.sqrt(counts_of)) / number)
     prior = prior / prior.sum()
-    m, r = centre(mechanism, mean / NUMBER, mean_of) if data.has_bias else (np.zeros(WIDTH), 1.0)
+    m, r = centre(mechanism, mean, mean_of, number) if data.has_bias else (np.zeros(WIDTH), 1.0)
     moment = moment_at(data, m, r)
     sums = [counts, mean, moment[np.triu_indices(WIDTH)]]
-    found = torch.linalg.eigh(torch.as_tensor(moment / NUMBER))  # numpy's may have other signs
+    found = torch.linalg.eigh(torch.as_tensor(moment / number))  # numpy's may have other signs
     spread, directions = found.eigenvalues.numpy(), found.eigenvectors.numpy()
-    scarce = min(max((5 * WIDTH / NUMBER) ** 2, 5e-4), 0.1)
-    ridge = max(scarce * spread.sum(), sigma * r**2 / math.sqrt(moment_of) / NUMBER * math.sqrt(WIDTH))
+    scarce = min(max((5 * WIDTH / number) ** 2, 5e-4), 0.1)
+    ridge = max(scarce * spread.sum(), sigma * r**2 / math.sqrt(moment_of) / number * math.sqrt(WIDTH))
     length = math.sqrt((spread / (spread + ridge)).sum())
     basis = directions / np.sqrt(spread + ridge) / length
     width = WIDTH + data.has_bias
     weights, velocity, tail = np.zeros((CLASSES, width)), 0.0, []
     if data.has_bias:
         weights[:, -1] = (np.log(prior) - np.log(prior).mean()) * length
-    rate = 1.2 * length**2 * min(1.0, 0.014 / (sigma * math.sqrt(CLASSES * width) / NUMBER))
+    rate = 1.2 * length**2 * min(1.0, 0.014 / (sigma * math.sqrt(CLASSES * width) / number))
     steps = mechanism.gradients
     for step in range(steps):
 
@@ -155,14 +168,14 @@ def naive_descent(mechanism, data):
             size = math.sqrt((gradient**2).sum())
             total = total + gradient * min(1.0, bound / size)
         sums.append(total)
-        velocity = 0.9 * velocity + total / NUMBER
+        velocity = 0.9 * velocity + total / number
         weights = weights - rate * velocity
         if step >= min(steps - 1, 2 * steps / 3):
             tail.append(weights)
     weights = sum(tail) / len(tail)
     along = weights[:, :WIDTH] @ basis.T
     bias = weights[:, -1] / length if data.has_bias else np.zeros(CLASSES)
-    return sums, along / data.scale, bias - along @ m
+    return sums, along / data.scale, balanced(data, bias - along @ m, prior)
 
 
 NAIVE = {Prototypes: naive_prototypes, LeastSquares: naive_least_squares, HeadDescent: naive_descent}
@@ -172,9 +185,11 @@ NAIVE = {Prototypes: naive_prototypes, LeastSquares: naive_least_squares, HeadDe
 @with_and_without
 @pytest.mark.parametrize("units", [UNITS, [[i] for i in range(12)]], ids=["units of several rows", "rows"])
 @pytest.mark.parametrize(("sigma", "clip"), [(1e-3, 4.0), (0.5, 0.5)])
-def test_sums_and_head_are_those_of_plain_loops(mechanism, has_bias, units, sigma, clip):
+@pytest.mark.parametrize("rows_per_unit", [1, 3])
+def test_sums_and_head_are_those_of_plain_loops(mechanism, has_bias, units, sigma, clip, rows_per_unit):
     mechanism = replace(mechanism, noise_multiplier=sigma, clip=FlatClip(clip))
-    data = rows(units=units, scale=0.75, has_bias=has_bias)
+    balance = 0.5 if has_bias else 0.0
+    data = rows(units=units, scale=0.75, has_bias=has_bias, rows_per_unit=rows_per_unit, balance=balance)
     head, sums = silent(mechanism, data)
     wanted, weight, bias = NAIVE[type(mechanism)](mechanism, data)
     assert [steps for _, steps in sums.how] == list(mechanism.sums()) and sum(mechanism.sums()) == mechanism.steps
@@ -206,6 +221,6 @@ def test_noise_on_the_least_spread_never_makes_a_ridge_negative():
         known = [torch.full_like(value, said) if place == 2 else value for place, value in enumerate(sums.values)]
         heads.append(mechanism.fit(data, Sums(0.5, None, known=known), NUMBER).weight)
     assert torch.equal(heads[0], heads[1])
-    m, r = centre(mechanism, sums.values[1].numpy() / NUMBER, mechanism.sums()[1])
+    m, r = centre(mechanism, sums.values[1].numpy(), mechanism.sums()[1], NUMBER)
     plain = sums.values[4] @ torch.linalg.inv(torch.as_tensor(moment_at(data, m, r)))
     torch.testing.assert_close(heads[2], plain * 2.3 * math.log(4 * CLASSES), rtol=1e-4, atol=1e-5)

@@ -91,11 +91,14 @@ STRANGERS = {
     st.sampled_from([1, 2, 50]),
     st.booleans(),
     st.sampled_from([0.05, 1.0, 20.0]),
+    st.sampled_from([1, 3]),
 )
-def test_no_unit_moves_a_sum_by_more_than_is_stated(mechanism, seed, stranger, label, count, has_bias, sigma):
+def test_no_unit_moves_a_sum_by_more_than_is_stated(
+    mechanism, seed, stranger, label, count, has_bias, sigma, rows_per_unit
+):
     """T6, T16: whoever it is and however many rows it has, under the same past at every step."""
     mechanism = replace(mechanism, noise_multiplier=sigma)
-    data = rows(seed, has_bias=has_bias)
+    data = rows(seed, has_bias=has_bias, rows_per_unit=rows_per_unit)
     features = STRANGERS[stranger].expand(count, WIDTH)
     for ratio in moved(mechanism, data, features, torch.full((count,), label)):
         assert ratio <= 1 + 1e-6
@@ -147,6 +150,35 @@ def test_a_unit_of_many_rows_counts_once(mechanism):
         torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-9)
 
 
+@every_head
+def test_rows_count_alike_up_to_a_public_number(mechanism):
+    """T16: of four rows a unit each counts as a quarter; fifty count as one row's whole."""
+    mechanism = replace(mechanism, clip=FlatClip(4.0))
+    data, row, label = rows(rows_per_unit=4), torch.tensor([[0.5, -0.25, 0.0, 0.125]]), torch.tensor([1])
+    _, past = noisy(mechanism, data)
+    _, without = silent(mechanism, data, past.values)
+    added = []
+    for count in (1, 2, 4, 50):
+        _, sums = silent(mechanism, beside(data, row.expand(count, -1), label.expand(count)), past.values)
+        added.append([one - other for one, other in zip(sums.totals, without.totals, strict=True)])
+    for place, kind in enumerate(mechanism.sums()):
+        if isinstance(mechanism, LeastSquares) and place == 2:
+            continue  # an eigenvalue does not add up
+        one, two, four, many = (each[place] for each in added)
+        for found, share in ((two, 2), (four, 4), (many, 4)):
+            torch.testing.assert_close(found, one * share, rtol=1e-9, atol=1e-9, msg=f"sum {place} of {kind} steps")
+
+
+def test_what_frequent_classes_gain_by_their_number_can_be_taken_out():
+    """At balance 1 the constants differ by the logarithm of the released shares."""
+    mechanism = Prototypes(noise_multiplier=0.1, steps=20)
+    head, sums = noisy(mechanism, rows())
+    even, _ = noisy(mechanism, rows(balance=1.0))
+    prior = mechanism._prior(sums.values[0], mechanism.sums()[0]).log()
+    assert torch.equal(head.weight, even.weight)
+    torch.testing.assert_close(head.bias - even.bias, prior - prior.mean())
+
+
 def test_units_name_each_row_once():
     """T16: a unit without rows would make one of two rows look like two units."""
     features, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
@@ -161,6 +193,13 @@ def test_rows_that_do_not_fit_are_refused():
     for wrong in ((features[0], labels), (features, labels[:1]), (features, labels.float())):
         with pytest.raises(GuaranteeError, match="features of shape"):
             Rows(*wrong, members, 2)
+    with pytest.raises(GuaranteeError, match="rows_per_unit is 0"):
+        Rows(features, labels, members, 2, rows_per_unit=0)
+    for facts in (dict(rows_per_unit=2), dict(balance=0.5)):
+        with pytest.raises(GuaranteeError, match="targets"):
+            Rows(features, torch.zeros(2, 1), members, 1, **facts)
+    with pytest.raises(GuaranteeError, match="balance is 0.5, and the head has no constant"):
+        Rows(features, labels, members, 2, has_bias=False, balance=0.5)
     for label in (-1, 2):
         with pytest.raises(GuaranteeError, match="none of the 2 classes"):
             Rows(features, torch.tensor([0, label]), members, 2)
@@ -280,23 +319,25 @@ def test_a_resumed_head_is_the_same_and_charges_nothing_twice(mechanism, done):
 
 
 @every_head
-def test_data_are_not_looked_at_for_what_is_known(mechanism, monkeypatch):
-    kept = []
-    whole = mechanism.fit(rows(), Sums(1.0, SeededRandomness(0), keep=kept.append), NUMBER)
+@pytest.mark.parametrize("rows_per_unit", [1, 3])
+def test_data_are_not_looked_at_for_what_is_known(mechanism, rows_per_unit, monkeypatch):
+    kept, data = [], rows(rows_per_unit=rows_per_unit)
+    whole = mechanism.fit(data, Sums(1.0, SeededRandomness(0), keep=kept.append), NUMBER)
     for private in ("weights", "alone", "total", "outputs", "units"):
         monkeypatch.setattr(Rows, private, property(lambda self: unreadable()))
-    again = mechanism.fit(rows(), Sums(1.0, None, known=kept), NUMBER)
+    again = mechanism.fit(replace(data), Sums(1.0, None, known=kept), NUMBER)
     assert torch.equal(whole.weight, again.weight) and torch.equal(whole.bias, again.bias)
 
 
 @every_head
 @pytest.mark.parametrize("lost", [0, 1, 2, 3])
-def test_a_release_that_was_counted_and_lost_is_zero_and_is_not_made_again(mechanism, lost):
+@pytest.mark.parametrize("rows_per_unit", [1, 3])
+def test_a_release_that_was_counted_and_lost_is_zero_and_is_not_made_again(mechanism, lost, rows_per_unit):
     """T15: charged before its noise was drawn, it is never drawn."""
     charged, kept = [], []
     known = [None] * (lost + 1)
     sums = Sums(1.0, SeededRandomness(0), before=charged.append, known=known, keep=kept.append)
-    head = mechanism.fit(rows(), sums, NUMBER)
+    head = mechanism.fit(rows(rows_per_unit=rows_per_unit), sums, NUMBER)
     assert charged == list(mechanism.sums())[lost + 1 :] and len(kept) == len(charged)
     assert torch.isfinite(head.weight).all() and torch.isfinite(head.bias).all()
 

@@ -1,5 +1,7 @@
 """A head in the span of public sentences."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -72,3 +74,29 @@ def test_hints_make_descent_the_method_of_few_units(tables, tmp_path):
     train(Recipe.parse(tables), tmp_path / "run")
     with pytest.raises(RecipeError, match=r"task\.hints is set"):
         Recipe.parse({**tables, "privacy": {**tables["privacy"], "batch_size": 8}})
+
+
+def test_rows_that_count_alike_and_balance_reach_the_sums(tables, tmp_path):
+    """T16: what the recipe says of a unit's rows is what the head is learned with."""
+    from dpft.workflows.setup import make_trainer
+
+    data = {**tables["data"], "unit": "patient", "units": 12, "examples_per_unit": 4, "unit_gradient": "sum"}
+    recipe = Recipe.parse({**tables, "data": data, "task": {**tables["task"], "balance": 0.5}})
+    trainer = make_trainer(set_up(recipe), tmp_path / "run", randomness=SeededRandomness(0))
+    session = trainer.session
+    session.solve()
+    basis = session._span(hint_features(session)[1])
+    few = replace(spanned(session.features, basis), rows_per_unit=4, balance=0.5)
+    sums = Sums(session.plan.noise_multiplier, SeededRandomness(0))
+    found = session.plan.mechanism.fit(few, sums, round(session.plan.expected_batch_size))
+    torch.testing.assert_close(session.model.classifier.bias.detach().double(), found.bias, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_by_itself_alone_has_a_balance(tables):
+    tables["task"] = {**tables["task"], "hints": [], "balance": 0.5}
+    assert Recipe.parse(tables).learns_head
+    with pytest.raises(RecipeError, match=r"task\.balance is set"):
+        Recipe.parse({**tables, "privacy": {"epsilon": 8.0, "delta": 1e-3, "steps": 20, "batch_size": 8}})
+    mean = {**tables["data"], "unit": "patient", "units": 12, "examples_per_unit": 4}
+    with pytest.raises(RecipeError, match=r"data\.examples_per_unit is set"):
+        Recipe.parse({**tables, "data": mean})

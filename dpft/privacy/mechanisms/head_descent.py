@@ -27,9 +27,10 @@ from dpft.privacy.mechanisms.linear_head import (
     LinearHead,
     Rows,
     Sums,
+    balanced,
     output_sum,
     second_moment,
-    unit_means,
+    unit_sums,
 )
 
 if TYPE_CHECKING:
@@ -96,11 +97,10 @@ class HeadDescent(LinearHead):
 
         self._classes_alone(rows)
         counts, _, _ = self.statistics
-        shares = sums.release(lambda: output_sum(rows), (rows.classes,), 1.0, counts) / number
-        least = max(1.0, 2 * self.noise_on(1.0, counts)) / number  # what noise alone may make of nobody
-        prior = shares.clamp_min(least)
-        prior = prior / prior.sum()
-        whitening = self._whitening(rows, sums, number)
+        seen = sums.release(lambda: output_sum(rows), (rows.classes,), 1.0, counts)
+        mass = rows.mass(seen, number)
+        prior = self._prior(seen, counts)
+        whitening = self._whitening(rows, sums, mass)
         width = whitening.basis.shape[1]
         whole = (whitened(rows, whitening), rows.labels.long())
         shape = (rows.classes, width + rows.has_bias)
@@ -108,12 +108,12 @@ class HeadDescent(LinearHead):
         if rows.has_bias:
             weights[:, width] = (prior.log() - prior.log().mean()) / whitening.constant
         velocity, mean, tail = torch.zeros_like(weights), torch.zeros_like(weights), 0
-        noise = self.noise_multiplier * math.sqrt(weights.numel()) / number
+        noise = self.noise_multiplier * math.sqrt(weights.numel()) / mass
         rate = RATE / whitening.constant**2 * min(1.0, QUIET / noise if noise else 1.0)
         for step in range(self.gradients):
             total = partial(self._gradient, rows, *whole, weights)
             gradient = sums.release(total, shape, self.clip.sensitivity)
-            velocity = MOMENTUM * velocity + gradient / number
+            velocity = MOMENTUM * velocity + gradient / mass
             weights = weights - rate * velocity
             if step >= min(self.gradients - 1, self.gradients * (1 - TAIL)):
                 mean, tail = mean + weights, tail + 1
@@ -122,9 +122,9 @@ class HeadDescent(LinearHead):
         bias = (
             weights[:, width] * whitening.constant if rows.has_bias else torch.zeros(rows.classes, dtype=torch.float64)
         )
-        return Head(directions / rows.scale, bias - directions @ whitening.mean)
+        return Head(directions / rows.scale, balanced(rows, bias - directions @ whitening.mean, prior))
 
-    def _whitening(self, rows: Rows, sums: Sums, number: int) -> Whitening:
+    def _whitening(self, rows: Rows, sums: Sums, number: float) -> Whitening:
         import torch
 
         _, mean_steps, moment_steps = self.statistics
@@ -143,14 +143,14 @@ class HeadDescent(LinearHead):
         return Whitening(centre.mean, basis / average, 1 / average)
 
     def _gradient(self, rows: Rows, features: "Tensor", labels: "Tensor", weights: "Tensor") -> "Tensor":
-        """``(K, d')``: the sum over units of their clipped mean gradients."""
+        """``(K, d')``: the sum over units of their clipped gradients, each the sum of its rows' by their weights."""
         import torch
 
         def errors(some: "slice | Tensor") -> tuple["Tensor", "Tensor"]:
             inputs = features[some].double()
             error = (inputs @ weights.T).softmax(1)
             error[torch.arange(len(inputs)), labels[some]] -= 1
-            return error, inputs
+            return error * rows.weights[some], inputs
 
         if rows.alone:
 
@@ -164,9 +164,9 @@ class HeadDescent(LinearHead):
         for some, units in rows.units(max(1, OUTER // weights.numel())):
             error, inputs = errors(some)
             if int(units[-1]) == 0:  # one unit, which may have more rows than whose products fit
-                gradients = (error.T @ inputs / len(inputs)).unsqueeze(0)
+                gradients = (error.T @ inputs).unsqueeze(0)
             else:
-                gradients = unit_means(error.unsqueeze(2) * inputs.unsqueeze(1), units)
+                gradients = unit_sums(error.unsqueeze(2) * inputs.unsqueeze(1), units)
             factors = self.clip.factors(gradients.flatten(1).norm(dim=1))
             total += torch.einsum("ukd,u->kd", gradients, factors)
         return total

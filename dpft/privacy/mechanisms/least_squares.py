@@ -39,6 +39,7 @@ from dpft.privacy.mechanisms.linear_head import (
     LinearHead,
     Rows,
     Sums,
+    balanced,
     cross_moment,
     output_sum,
     second_moment,
@@ -82,10 +83,12 @@ class LeastSquares(LinearHead):
         import torch
 
         output_steps, mean_steps, least_steps, moment_steps, cross_steps = self.sums()
-        average = sums.release(lambda: output_sum(rows), (rows.classes,), 1.0, output_steps) / number
+        total = sums.release(lambda: output_sum(rows), (rows.classes,), 1.0, output_steps)
+        mass = rows.mass(total, number)
+        average = total / mass
         if not rows.has_bias:
             average = torch.zeros_like(average)
-        centre = self._centre_if_constant(rows, sums, number, mean_steps)
+        centre = self._centre_if_constant(rows, sums, mass, mean_steps)
         width, bound = len(centre.mean), centre.radius**2
         exact = cache(lambda: second_moment(rows, centre))  # for two sums; private
         least = float(sums.release(lambda: torch.linalg.eigvalsh(exact())[:1], (1,), bound, least_steps))
@@ -101,4 +104,4 @@ class LeastSquares(LinearHead):
         weight = (cross @ directions / spread) @ directions.T
         bias = average - weight @ centre.mean
         sharpness = 1.0 if rows.real else SHARPNESS * math.log(4 * rows.classes)
-        return Head(weight * sharpness / rows.scale, bias * sharpness)
+        return Head(weight * sharpness / rows.scale, balanced(rows, bias * sharpness, self._prior(total, output_steps)))

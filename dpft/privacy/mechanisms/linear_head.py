@@ -50,6 +50,10 @@ class Rows:
         classes: K, declared and public: classes, or targets.
         scale: a public length: features are divided by it, and a row that is longer is cut to it.
         has_bias: whether the head may add a constant.
+        rows_per_unit: a public number. A row weighs one over it, so that all count alike; those of a unit of more weigh
+            1 together. At 1 each unit counts alike, however many rows it has.
+        balance: the classes' own frequencies are taken out of the head's constants to this part. At 0 a row may be of
+            each class as often as seen, at 1 equally often (Menon et al. 2021, arXiv:2007.07314, equation 9).
 
     Raises:
         GuaranteeError: shapes disagree, a label is none of the classes, or the units do not name each row once.
@@ -61,9 +65,21 @@ class Rows:
     classes: int
     scale: float = 1.0
     has_bias: bool = True
+    rows_per_unit: int = 1
+    balance: float = 0.0
 
     def __post_init__(self) -> None:
         labels, rows = self.labels, len(self.features)
+        if self.balance and (self.real or not self.has_bias):
+            raise GuaranteeError(
+                f"balance is {self.balance:g}, and the head has "
+                f"{'targets' if self.real else 'no constant, which alone could hold it'}: leave it at 0."
+            )
+        if self.rows_per_unit < 1 or self.rows_per_unit > 1 and self.real:
+            raise GuaranteeError(
+                f"rows_per_unit is {self.rows_per_unit}: give at least 1, and 1 for real targets, which have no counts "
+                "that would say what all rows weigh."
+            )
         if self.features.dim() != 2 or labels.shape != ((rows, self.classes) if self.real else (rows,)):
             raise GuaranteeError(
                 f"features of shape {tuple(self.features.shape)} came with labels of shape {tuple(labels.shape)}: give "
@@ -93,14 +109,21 @@ class Rows:
 
     @cached_property
     def weights(self) -> "Tensor":
-        """``(n, 1)`` float64: one over the number of rows of each row's unit, so that a unit's rows sum to a mean."""
+        """``(n, 1)`` float64: one over the rows of each row's unit, or over ``rows_per_unit`` if that is more.
+
+        So those of a unit sum to at most 1, on which every sensitivity rests.
+        """
         import torch
 
         weights = torch.ones(len(self.features), 1, dtype=torch.float64)
-        if not self.alone:
+        if not self.alone or self.rows_per_unit > 1:
             for unit in self.members:
-                weights[unit] = 1 / len(unit)
+                weights[unit] = 1 / max(len(unit), self.rows_per_unit)
         return weights
+
+    def mass(self, counts: "Tensor", number: int) -> float:
+        """What sums are divided by: the public number of units, or what all rows weigh by their released counts."""
+        return number if self.rows_per_unit == 1 else min(number, max(1.0, float(counts.sum())))
 
     @cached_property
     def bounded(self) -> "Tensor":
@@ -142,6 +165,11 @@ class Rows:
             rows = torch.as_tensor(np.concatenate(self.members[start:stop]))
             yield rows, torch.arange(stop - start).repeat_interleave(sizes)
             start = stop
+
+
+def balanced(rows: Rows, bias: "Tensor", prior: "Tensor") -> "Tensor":
+    """The constants for classes that are as frequent as ``rows.balance`` says; both ``(K,)``."""
+    return bias - rows.balance * (prior.log() - prior.log().mean()) if rows.balance else bias
 
 
 class Centre(NamedTuple):
@@ -245,7 +273,7 @@ class LinearHead(EveryUnit):
         """The head, a function of what ``sums`` releases and of public numbers alone.
 
         Args:
-            number: the declared, public number of units, by which sums are divided.
+            number: the declared, public number of units, by which sums are divided (but see :meth:`Rows.mass`).
 
         Raises:
             GuaranteeError: labels are real targets, and the mechanism learns classes.
@@ -255,13 +283,18 @@ class LinearHead(EveryUnit):
         """Standard deviation of the noise on each number of a sum that is released so."""
         return self.noise_multiplier * sensitivity / math.sqrt(steps)
 
+    def _prior(self, counts: "Tensor", steps: int) -> "Tensor":
+        """``(K,)``: shares of the classes by their released counts, none less than what noise may make of nobody."""
+        counts = counts.clamp_min(max(1.0, 2 * self.noise_on(1.0, steps)))
+        return counts / counts.sum()
+
     def _classes_alone(self, rows: Rows) -> None:
         if rows.real:
             raise GuaranteeError(
                 f"The mechanism {self.name!r} learns classes, and labels are real targets: use 'head-least-squares'."
             )
 
-    def _centre(self, rows: Rows, sums: Sums, number: int, steps: int) -> "Centre":
+    def _centre(self, rows: Rows, sums: Sums, number: float, steps: int) -> "Centre":
         """Releases the mean of the features (sensitivity 1)."""
         width = rows.features.shape[1]
         mean = sums.release(lambda: feature_sum(rows), (width,), 1.0, steps) / number
@@ -271,7 +304,7 @@ class LinearHead(EveryUnit):
         around = math.sqrt(max(0.01, 1 - length + kept * width * variance))
         return Centre(mean * kept, min(SPREAD * around, 1 + kept * float(mean.norm())))
 
-    def _centre_if_constant(self, rows: Rows, sums: Sums, number: int, steps: int) -> "Centre":
+    def _centre_if_constant(self, rows: Rows, sums: Sums, number: float, steps: int) -> "Centre":
         """The same, at zero where the head has no constant, which alone could stand for what centring takes away."""
         import torch
 
@@ -280,7 +313,7 @@ class LinearHead(EveryUnit):
 
 
 def feature_sum(rows: Rows) -> "Tensor":
-    """``(d,)``: the sum over units of their mean features."""
+    """``(d,)``: the sum of all rows by their weights, for units of one size the sum of their means."""
     return rows.total(lambda some: (rows.bounded[some].double() * rows.weights[some]).sum(0), rows.features.shape[1:])
 
 
@@ -317,10 +350,6 @@ def kept_share(vectors: "Tensor", variance: "float | Tensor") -> "Tensor":
     return (1 - noise / vectors.square().sum(-1).clamp_min(1e-30)).clamp_min(0.0)
 
 
-def unit_means(values: "Tensor", units: "Tensor") -> "Tensor":
-    """``(rows, …)`` values and each row's unit to the ``(units, …)`` means."""
-    import torch
-
-    counts = torch.bincount(units).to(values.dtype)
-    total = values.new_zeros(len(counts), *values.shape[1:])
-    return total.index_add_(0, units, values) / counts.view(-1, *[1] * (values.dim() - 1))
+def unit_sums(values: "Tensor", units: "Tensor") -> "Tensor":
+    """``(rows, …)`` values and each row's unit to the ``(units, …)`` sums."""
+    return values.new_zeros(int(units[-1]) + 1, *values.shape[1:]).index_add_(0, units, values)

@@ -32,6 +32,7 @@ from dpft.privacy.mechanisms.linear_head import (
     LinearHead,
     Rows,
     Sums,
+    balanced,
     cross_moment,
     kept_share,
     output_sum,
@@ -77,9 +78,10 @@ class Prototypes(LinearHead):
         self._classes_alone(rows)
         count_steps, mean_steps, sum_steps, spread_steps = self.sums()
         counts = sums.release(lambda: output_sum(rows), (rows.classes,), 1.0, count_steps)
+        mass = rows.mass(counts, number)
         counts = counts.clamp_min(max(1.0, 2 * self.noise_on(1.0, count_steps)))  # what noise alone may make of nobody
         prior = (counts / counts.sum()).unsqueeze(1)
-        centre = self._centre(rows, sums, number, mean_steps)
+        centre = self._centre(rows, sums, mass, mean_steps)
         shape = (rows.classes, len(centre.mean))
         totals = sums.release(lambda: cross_moment(rows, centre), shape, centre.radius, sum_steps)
         shifts = totals / counts.unsqueeze(1)
@@ -90,7 +92,7 @@ class Prototypes(LinearHead):
         between = float((prior * shifts.square()).sum())
         most = max(LEAST, 1 - float(centre.mean.square().sum()) - between)
         total = lambda: spread_along(rows, centre, shifts, prior, most)
-        spread = float(sums.release(total, (1,), most, spread_steps)) / number
+        spread = float(sums.release(total, (1,), most, spread_steps)) / mass
         spread = min(most, max(spread, most / shape[1]))
         weight = shifts / (spread + kept * variances).unsqueeze(1)
         bias = prior.log().squeeze(1) - weight @ centre.mean - (weight * shifts).sum(1) / 2
@@ -98,7 +100,7 @@ class Prototypes(LinearHead):
             # The best linear stand-in for a constant 1 is xᵀ(mmᵀ + s²I)⁻¹m, by least squares.
             weight = weight + torch.outer(bias, centre.mean / (centre.mean.square().sum() + most))
             bias = torch.zeros_like(bias)
-        return Head(weight / rows.scale, bias)
+        return Head(weight / rows.scale, balanced(rows, bias, prior.squeeze(1)))
 
 
 def spread_along(rows: Rows, centre: Centre, shifts: "Tensor", prior: "Tensor", most: float) -> "Tensor":

@@ -59,6 +59,7 @@ class System:
 
     run: Callable[[Work, Cell], tuple[Any, float]]
     rates: tuple[float, ...] = ()  # learning rates to choose from
+    package: str = "dpft"  # without it the system is left out
 
 
 def model_path() -> str:
@@ -66,10 +67,19 @@ def model_path() -> str:
 
 
 def made_work(folder: Path) -> Work:
+    """The data in ``folder``, with the features that an earlier start left there."""
+    import torch
+
     from dpft.workflows.demo import write_data
 
     train, validation, chapters = write_data(folder, UNITS)
-    return Work(folder, chapters, *encoded([rows(train, chapters), rows(validation, chapters)]))
+    parts, cache = [rows(train, chapters), rows(validation, chapters)], folder / "features.pt"
+    if not cache.exists():
+        torch.save([(part.first, part.pooled, part.mean) for part in encoded(parts)], folder / "features.part")
+        (folder / "features.part").rename(cache)
+    for part, features in zip(parts, torch.load(cache), strict=True):
+        part.first, part.pooled, part.mean = features
+    return Work(folder, chapters, *parts)
 
 
 def rows(path: Path, chapters: list[str]) -> Data:
@@ -320,7 +330,9 @@ SYSTEMS = {
     "Opacus: mean features, full batches": System(
         partial(opacus_loop, features="mean", batch=UNITS, epochs=STEPS), rates=(0.03, 0.1, 0.3)
     ),
-    "opake: mean features, full batches": System(opake_plan, rates=(0.03, 0.1, 0.3)),
-    "opake: defaults, classifier": System(opake_trainer),
-    "opake: defaults, the model": System(opake_model),  # last: what it changes in transformers stays changed
+    "opake: mean features, full batches": System(opake_plan, rates=(0.03, 0.1, 0.3), package="opake"),
+    "opake: defaults, classifier": System(opake_trainer, package="opake"),
+    "opake: defaults, the model": System(
+        opake_model, package="opake"
+    ),  # last: what it changes in transformers stays changed
 }

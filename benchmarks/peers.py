@@ -14,11 +14,11 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--system", metavar="TEXT", default="", help="only systems whose name contains this")
     parser.add_argument("--epsilon", type=float, action="append", help="by default 8, 3 and 1")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("runs/peers"), help="where the data and their features stay")
     options(parser)
     parser.set_defaults(output=RESULTS)
     arguments = parser.parse_args()
@@ -127,23 +128,25 @@ def main() -> None:
             found["versions"][package] = version(package)
         except PackageNotFoundError:
             found["versions"][package] = "not installed"
-    with tempfile.TemporaryDirectory() as folder:
-        work: Work | None = None
-        for name, system in SYSTEMS.items():
-            if arguments.system not in name:
+    work: Work | None = None
+    for name, system in SYSTEMS.items():
+        if arguments.system not in name:
+            continue
+        if find_spec(system.package) is None:
+            print(f"{name}: left out, because {system.package} is not installed", file=sys.stderr)
+            continue
+        tried = [Cell(*TUNED_AT, rate) for rate in system.rates]
+        wanted = [(e, seed) for seed in range(arguments.seeds) for e in arguments.epsilon or EPSILONS]
+        for cell in [*tried, *wanted]:
+            if isinstance(cell, tuple):
+                cell = Cell(*cell, best_rate(cells, name, system.rates))
+            if known(cells, name, cell):
                 continue
-            tried = [Cell(*TUNED_AT, rate) for rate in system.rates]
-            wanted = [(e, seed) for seed in range(arguments.seeds) for e in arguments.epsilon or EPSILONS]
-            for cell in [*tried, *wanted]:
-                if isinstance(cell, tuple):
-                    cell = Cell(*cell, best_rate(cells, name, system.rates))
-                if known(cells, name, cell):
-                    continue
-                work = work or made_work(Path(folder))
-                cells.append({"system": name, **scored(work, system, cell)})
-                print(cells[-1], file=sys.stderr, flush=True)
-                found["rows"] = summary(cells)
-                arguments.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            work = work or made_work(arguments.work.resolve())
+            cells.append({"system": name, **scored(work, system, cell)})
+            print(cells[-1], file=sys.stderr, flush=True)
+            found["rows"] = summary(cells)
+            arguments.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     found["rows"] = summary(cells)
     deliver(found, arguments, table(found["rows"]))
 

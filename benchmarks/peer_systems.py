@@ -193,7 +193,7 @@ def head(features: str, classes: int) -> Any:
     if features != "first":
         return classifier
     pooler = transformers.AutoModel.from_pretrained(model_path()).pooler.dense
-    return torch.nn.Sequential(pooler, torch.nn.Tanh(), classifier)
+    return torch.nn.Sequential(pooler, torch.nn.Tanh(), classifier).train()  # from_pretrained leaves it in evaluation
 
 
 # -- opake -------------------------------------------------------------------------------------------------------------

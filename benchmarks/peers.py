@@ -1,10 +1,11 @@
-"""Peers at the same ε: dpft's default, opake and Opacus on the same data, model, budget and seeds.
+"""Peers at the same ε: dpft's default, opake and Opacus on the same features, units, budget and seeds.
 
-    DPFT_MODELS=... python benchmarks/peers.py [--system TEXT] [--epsilon E] [--seeds N] [--json]
+    export DPFT_MODELS=... DPFT_DATA=...
+    python benchmarks/peers.py [STUDY ...] [--system TEXT] [--epsilon E] [--seeds N] [--json]
 
-A frozen all-MiniLM-L6-v2 and a head classify diagnoses into the chapters of ICD-10-CM. Every system says itself which
-ε it spent. A cell that the results hold is not computed again. A peer may choose a rate on the validation data,
-by accuracy at ε = 3 and seed 0, and does not pay for it; dpft has one setting. See benchmarks/studies/peers/README.md.
+A study's frozen encoder makes features, and every system learns a head over them. Every system says itself which ε it
+spent. A cell that the results hold is not computed again. A peer chooses a rate on the validation data, at each ε by
+the accuracy of seed 0, and does not pay for it; dpft has one setting. See benchmarks/studies/peers/README.md.
 
 opake is tried where it is installed (opake[transformers]==0.16.1).
 """
@@ -16,18 +17,18 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from output import circumstances, deliver, options
-from peer_systems import DELTA, SYSTEMS, UNITS, Cell, System, Work, made_work
+from peer_systems import SYSTEMS, Cell, System, Work, made_work
 
 RESULTS = Path(__file__).parent / "studies" / "peers" / "results.json"
+TABLES = ("icd10", "uit_vsfc_sentiment")
 EPSILONS = (8.0, 3.0, 1.0)
-TUNED_AT = (3.0, 0)  # ε and seed
 
 
 def scored(work: Work, system: System, cell: Cell) -> dict:
@@ -59,23 +60,24 @@ def known(cells: Iterable[dict], name: str, cell: Cell) -> dict | None:
     return next((row for row in cells if (row["system"], row["epsilon"], row["seed"], row["rate"]) == wanted), None)
 
 
-def best_rate(cells: Iterable[dict], name: str, rates: tuple[float, ...]) -> float | None:
-    """The rate of the most accurate cell among those that chose; the first one where none ran."""
-    tried = [known(cells, name, Cell(*TUNED_AT, rate)) for rate in rates]
-    ran = [row for row in tried if row and "accuracy" in row]
-    return max(ran, key=lambda row: row["accuracy"])["rate"] if ran else (rates or (None,))[0]
+def best_rate(cells: Iterable[dict], name: str, epsilon: float) -> float | None:
+    """The rate of the system's most accurate cell of seed 0 at this ε; that of the first one where none ran."""
+    tried = [row for row in cells if (row["system"], row["epsilon"], row["seed"]) == (name, epsilon, 0)]
+    return max(tried, key=lambda row: row.get("accuracy", 0.0))["rate"]
 
 
 def summary(cells: list[dict]) -> list[dict]:
     """For each system and ε: means over seeds, at the rate that was chosen."""
     found = []
-    for name, system in SYSTEMS.items():
-        rate = best_rate(cells, name, system.rates)
-        for epsilon in sorted({row["epsilon"] for row in cells}, reverse=True):
-            some = [r for r in cells if (r["system"], r["epsilon"], r["rate"]) == (name, epsilon, rate)]
-            if some:
-                found.append({"system": name, "epsilon": epsilon, "rate": rate, **averaged(some)})
-                found[-1]["settings"] = max(1, len(system.rates))
+    for epsilon in sorted({row["epsilon"] for row in cells}, reverse=True):
+        for name in SYSTEMS:
+            if all((row["system"], row["epsilon"], row["seed"]) != (name, epsilon, 0) for row in cells):
+                continue
+            rate = best_rate(cells, name, epsilon)
+            some = [row for row in cells if (row["system"], row["epsilon"]) == (name, epsilon)]
+            settings = len({row["rate"] for row in some})
+            some = [row for row in some if row["rate"] == rate]
+            found.append({"system": name, "epsilon": epsilon, "settings": settings, "rate": rate, **averaged(some)})
     return found
 
 
@@ -91,25 +93,45 @@ def averaged(some: list[dict]) -> dict:
     return row | {"cpu_seconds": round(statistics.median(one["cpu_seconds"] for one in ran), 1)}
 
 
-def table(found: list[dict]) -> str:
+def shown(rows: list[dict]) -> str:
     """Markdown."""
-    lines = ["| system | ε | stated ε | accuracy | macro-F1 | seeds | settings | CPU seconds |", "|" + " --- |" * 8]
-    for row in found:
-        begin = f"| {row['system']} | {row['epsilon']:g} |"
+    lines = ["| ε | system | accuracy | macro-F1 | stated ε | seeds | settings | CPU seconds |", "|" + " --- |" * 8]
+    for row in rows:
+        begin = f"| {row['epsilon']:g} | {row['system']} |"
         if "error" in row:
-            lines.append(f"{begin} – | {row['error']} | – | 0 | {row['settings']} | – |")
+            lines.append(f"{begin} {row['error']} | – | – | 0 | {row['settings']} | – |")
             continue
         figures = [
             f"{row[name]:.3f}" + (f" ± {row[f'{name}_spread']:.3f}" if row[f"{name}_spread"] is not None else "")
             for name in ("accuracy", "macro_f1")
         ]
-        rest = [row["seeds"], row["settings"], row["cpu_seconds"]]
-        lines.append(f"{begin} {row['stated_epsilon']:.4f} | {' | '.join(map(str, figures + rest))} |")
+        rest = [f"{row['stated_epsilon']:.3f}", row["seeds"], row["settings"], f"{row['cpu_seconds']:.0f}"]
+        lines.append(f"{begin} {' | '.join(map(str, figures + rest))} |")
     return "\n".join(lines)
+
+
+def measured(table: str, arguments: argparse.Namespace, cells: list[dict]) -> Iterator[dict]:
+    """The cells that are not known yet, as they are measured; a rate is chosen before other seeds run."""
+    work: Work | None = None
+    for name, system in SYSTEMS.items():
+        if arguments.system not in name:
+            continue
+        if find_spec(system.package) is None:
+            print(f"{name}: left out, because {system.package} is not installed", file=sys.stderr)
+            continue
+        for epsilon in arguments.epsilon or EPSILONS:
+            for seed in range(min(arguments.seeds, system.seeds or arguments.seeds)):
+                for rate in (system.rates or (None,)) if seed == 0 else (best_rate(cells, name, epsilon),):
+                    cell = Cell(epsilon, seed, rate)
+                    if known(cells, name, cell):
+                        continue
+                    work = work or made_work(table, arguments.work.resolve())
+                    yield {"system": name, **scored(work, system, cell)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="*", default=list(TABLES), metavar="STUDY", help=", ".join(TABLES))
     parser.add_argument("--system", metavar="TEXT", default="", help="only systems whose name contains this")
     parser.add_argument("--epsilon", type=float, action="append", help="by default 8, 3 and 1")
     parser.add_argument("--seeds", type=int, default=3)
@@ -118,37 +140,25 @@ def main() -> None:
     parser.set_defaults(output=RESULTS)
     arguments = parser.parse_args()
     if "DPFT_MODELS" not in os.environ:
-        sys.exit("DPFT_MODELS must name the folder with minilm-l6 (see benchmarks/models.py)")
+        sys.exit("DPFT_MODELS must name the folder with the studies' models (see benchmarks/models.py)")
     warnings.simplefilter("ignore")
     before = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
-    cells = before.get("cells", [])
-    found = {"delta": DELTA, "units": UNITS, "cells": cells, **circumstances()}
-    for package in ("opake", "torchopt", "scikit-learn"):
+    found: dict[str, Any] = {"studies": before.get("studies", {}), **circumstances()}
+    for package in ("opake", "opacus", "torchopt", "scikit-learn"):
         try:
             found["versions"][package] = version(package)
         except PackageNotFoundError:
             found["versions"][package] = "not installed"
-    work: Work | None = None
-    for name, system in SYSTEMS.items():
-        if arguments.system not in name:
-            continue
-        if find_spec(system.package) is None:
-            print(f"{name}: left out, because {system.package} is not installed", file=sys.stderr)
-            continue
-        tried = [Cell(*TUNED_AT, rate) for rate in system.rates]
-        wanted = [(e, seed) for seed in range(arguments.seeds) for e in arguments.epsilon or EPSILONS]
-        for cell in [*tried, *wanted]:
-            if isinstance(cell, tuple):
-                cell = Cell(*cell, best_rate(cells, name, system.rates))
-            if known(cells, name, cell):
-                continue
-            work = work or made_work(arguments.work.resolve())
-            cells.append({"system": name, **scored(work, system, cell)})
-            print(cells[-1], file=sys.stderr, flush=True)
-            found["rows"] = summary(cells)
-            arguments.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    found["rows"] = summary(cells)
-    deliver(found, arguments, table(found["rows"]))
+    for table in arguments.studies:
+        study = found["studies"].setdefault(table, {"rows": [], "cells": []})
+        for cell in measured(table, arguments, study["cells"]):
+            study["cells"].append(cell)
+            study["rows"] = summary(study["cells"])
+            print(f"{table}: {cell}", file=sys.stderr, flush=True)
+            arguments.output.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        study["rows"] = summary(study["cells"])
+    texts = [f"{table}\n\n{shown(found['studies'][table]['rows'])}" for table in arguments.studies]
+    deliver(found, arguments, "\n\n".join(texts))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,11 @@ def scored(work: Work, system: System, cell: Cell) -> dict:
         present = sorted(set(wanted))
         accuracy = accuracy_score(wanted, found)
         macro_f1 = f1_score(wanted, found, labels=present, average="macro", zero_division=0)
-    return row | {"stated_epsilon": spent, "accuracy": round(float(accuracy), 4), "macro_f1": round(float(macro_f1), 4)}
+    return row | {
+        "stated_epsilon": float(spent),
+        "accuracy": round(float(accuracy), 4),
+        "macro_f1": round(float(macro_f1), 4),
+    }
 
 
 def known(cells: Iterable[dict], name: str, cell: Cell) -> dict | None:

@@ -124,7 +124,6 @@ TABLES = {
             AT_RANDOM,
             "last_blocks(k=1) + head",
             "lora(rank=4, targets='conv1,conv2,conv3') + head",
-            "bias + head",
             "all",
         ),
         epsilons=(8.0, 2.0),

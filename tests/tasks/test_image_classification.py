@@ -14,6 +14,7 @@ from PIL import Image
 
 from dpft.errors import IsolationError, RecipeError
 from dpft.recipe import Recipe
+from dpft.runs import RunFolder
 from dpft.tasks import ImageClassification, LabelledTask
 from dpft.training.batches import Examples
 from dpft.training.data import load
@@ -30,6 +31,7 @@ PROCESSORS = {
     "dinov2": transformers.BitImageProcessor(size={"shortest_edge": 18}, crop_size=SIDE),
     "swin": transformers.ViTImageProcessor(size=SIDE),
     "resnet": transformers.ViTImageProcessor(size=SIDE),
+    "bit": transformers.ViTImageProcessor(size=SIDE),
 }
 
 
@@ -42,6 +44,8 @@ def config(family):
         return transformers.SwinConfig(
             image_size=16, patch_size=2, embed_dim=8, depths=[2, 1], num_heads=[2, 2], window_size=4
         )
+    if family == "bit":
+        return transformers.BitConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_groups=4)
     return transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
 
 
@@ -93,6 +97,13 @@ def test_vision_models_train_from_a_recipe(tmp_path, family, subset):
     """With a head for two classes, although the checkpoint's has five; the card is written and the weights load."""
     run = train(recipe(tmp_path, family, subset), tmp_path / "run")
     assert (run / "card.md").exists() and (run / "weights" / "preprocessor_config.json").exists()
+
+
+@pytest.mark.parametrize("subset", ["head + norms + sparse(fraction=0.1)", "all"])
+def test_convolutions_that_standardise_their_weights_are_exact(tmp_path, subset):
+    """A residual network with group norms: each picture's gradient is its own, as the preflight proves."""
+    run = train(recipe(tmp_path, "bit", subset), tmp_path / "run")
+    assert RunFolder(run).record().released_steps == 4
 
 
 def test_a_frozen_prefix_of_pictures_is_kept_and_none_is_decoded_again(tmp_path, monkeypatch):

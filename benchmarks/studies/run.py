@@ -112,6 +112,7 @@ TABLES = {
     "uit_vsfc_topic": Table("uit_vsfc", _queries, ('task.label="topic"', 'task.labels=["0", "1", "2", "3"]')),
     "nm_appeals": Table("nm_appeals"),
     "mts_notes": Table("mts_notes"),
+    "mts_sections": Table("mts_sections"),
     "fashion_to_mnist": Table(
         "sparse_subsets",
         _digits,
@@ -167,7 +168,7 @@ def _figures(cells: Sequence[Cell]) -> dict[str, float]:
     metrics = [cell.metrics for cell in cells]
     rare = [min(one["per_class"].values(), key=lambda c: c["count"]) for one in metrics if "per_class" in one]
     values = {name: [one[name] for one in metrics if name in one] for name in FIGURES}
-    values |= {f"rarest_{name}": [one[name] for one in rare] for name in ("f1", "average_precision")}
+    values |= {f"rarest_{name}": [one[name] for one in rare if name in one] for name in ("f1", "average_precision")}
     figures = {}
     for name, some in values.items():
         if some:

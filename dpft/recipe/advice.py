@@ -14,14 +14,18 @@ That orders plans and claims nothing: the plan's own noise is calibrated by the 
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 from dpft.privacy.gaussian import mu_for
+from dpft.recipe.tables import HEAD_STEPS
 
 SLACK = 1.15
 FEWEST = 2  # steps that move an adapter of a model which does its task already
 FEWEST_NEW = 64  # steps in which layers that begin at random learn anything
 MOST = 200  # beyond which more steps bring nothing but overhead
+USUAL_WIDTH = 384  # of small sentence encoders, with which ν was compared
+ALL_BUT_FREE = 1e4  # an ε beyond which noise does not matter
 DISPLACEMENT = 12.0  # learning rate times steps, of normalised gradients and plain descent: see mts_notes in benchmarks
 
 
@@ -56,6 +60,17 @@ def advised(units: int, passes: float, *, epsilon: float, delta: float, new_laye
     least = min(noise.values())
     steps = max(steps for steps, value in noise.items() if value <= SLACK * least)
     return Steps(steps, max(1, min(units, round(units * passes / steps))))
+
+
+@lru_cache
+def head_noise(units: int, labels: int, *, epsilon: float | None, rounds: float, delta: float) -> float:
+    """ν = √T √(K d) / (μ N), the length of the noise on a mean gradient of a head of K labels that takes T usual steps.
+
+    Args:
+        epsilon: the budget; None where ``rounds``, steps over σ², is given.
+    """
+    mu = math.sqrt(rounds) if epsilon is None else mu_for(min(epsilon, ALL_BUT_FREE), delta)
+    return math.sqrt(HEAD_STEPS * labels * USUAL_WIDTH) / (mu * units) if mu else math.inf
 
 
 def rate_of(steps: int) -> float:

@@ -14,8 +14,8 @@ from dpft.recipe import toml
 from dpft.recipe.paths import PATHS, check_path, expanded_path, listed
 from dpft.recipe.tables import (
     CLIP_SETTINGS,
-    FEW_UNITS,
     HEAD_STEPS,
+    LOUD,
     BaselineTable,
     DataTable,
     LedgerTable,
@@ -91,8 +91,17 @@ class Recipe(Table):
             return self.privacy.method
         if self.privacy.batch_size is not None or self.subset.strip() != "head":
             return "dp-sgd"
-        few = self.data.units <= FEW_UNITS and not getattr(self.task, "hints", ())
-        return "head-prototypes" if few else "head-descent"
+        if getattr(self.task, "hints", ()):
+            return "head-descent"
+        from dpft.recipe.advice import head_noise
+
+        privacy, labels = self.privacy, len(getattr(self.task, "labels", ())) or 1
+        if privacy.noise_multiplier == 0:
+            return "head-descent"
+        sigma = privacy.noise_multiplier or 1.0
+        rounds = (privacy.steps or HEAD_STEPS) / sigma**2
+        noise = head_noise(self.data.units, labels, epsilon=privacy.epsilon, rounds=rounds, delta=privacy.delta)
+        return "head-prototypes" if noise > LOUD else "head-descent"
 
     @property
     def learns_head(self) -> bool:

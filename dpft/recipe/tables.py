@@ -17,7 +17,7 @@ CLIP_SETTINGS = {  # of the privacy table, and the clipping that uses each
 }
 
 
-FEW_UNITS = 1_000  # up to which prototypes are the better head
+LOUD = 0.12  # of `head_noise`, beyond which prototypes are the better head (decision 5)
 HEAD_STEPS = 64  # of a head's mechanism: noise of so many releases costs what one of all of them would
 Method = Literal["auto", "dp-sgd", "head-descent", "head-prototypes", "head-least-squares"]
 
@@ -137,9 +137,9 @@ class PrivacyTable(Table):
     delta: float = Field(gt=0, lt=1, description="Must be below 1/units.")
     method: Method = Field(
         "auto",
-        description="How noise is spent: dp-sgd, or for subset = 'head' one of head-descent, head-prototypes (up to "
-        "about a thousand units) and head-least-squares, which learn from sums over all units; auto is dp-sgd where "
-        "batch_size is given, else one of the first two by the number of units.",
+        description="How noise is spent: dp-sgd, or for subset = 'head' one of head-descent, head-prototypes (where "
+        "noise is large) and head-least-squares, which learn from sums over all units; auto is dp-sgd where batch_size "
+        "is given, else one of the first two by units, labels, ε and δ.",
     )
     plan: Literal["declared", "auto"] = Field(
         "declared",

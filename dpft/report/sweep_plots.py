@@ -18,6 +18,7 @@ COLOURS = (ACCENT, SECOND, "#2fa37c", "#a06be0", "#e0566b", "#1f9fb5", "#9a8a1c"
 MARKERS = "os^DvPX*hd"
 FREE: dict[str, Any] = {"color": INK, "marker": "x", "linestyle": "--", "markersize": 5}  # without privacy
 HOLLOW: dict[str, Any] = {"linestyle": "", "markerfacecolor": "none"}
+FAINT: dict[str, Any] = {"linestyle": ":", "linewidth": 0.9}  # subsets of unlike kinds are no curve
 FAR = 1.5  # times the height of all points: a level that is farther from them is named and not drawn
 APART = 0.065  # of the height of the axes, between two names
 DECADES = 30.0  # times: sizes that lie closer are written out, not as powers of ten
@@ -71,7 +72,7 @@ def over_epsilon(summary: Summary, said: str) -> str:
 
 
 def over_parameters(summary: Summary, said: str) -> str:
-    """One line for each budget over the number of trainable parameters; subsets' numbers stand above.
+    """Points of each budget over the number of trainable parameters; subsets' numbers stand above.
 
     Sparse parts that choose at random are the control: they are hollow, and no line goes through them.
     """
@@ -88,7 +89,7 @@ def over_parameters(summary: Summary, said: str) -> str:
                     for name, figure in known
                     if (size := summary.parameters[name]) and is_control(name) == controls
                 ]
-                _bars(axes, points, look | (HOLLOW if controls else {}))
+                _bars(axes, points, look | (HOLLOW if controls else FAINT))
                 if points and not controls:
                     ends.append((points[-1][1], budget(e), look["color"]))
             seen += [value for _, figure in known for value in _reach(figure)]

@@ -1,5 +1,6 @@
 """A head that is learned by itself: features, what is counted and charged, resumption, what is saved."""
 
+import copy
 import csv
 import json
 
@@ -236,11 +237,26 @@ def test_what_a_head_does_not_use_is_refused(tables, key, value, message):
         Recipe.parse(tables)
 
 
+def test_the_method_follows_from_the_noise(tables):
+    many = [f"label {place}" for place in range(100)]
+    del tables["privacy"]["method"]
+    for changes, method in (
+        (dict(units=2_000), "head-prototypes"),
+        (dict(units=9_000), "head-descent"),
+        (dict(units=9_000, labels=many), "head-prototypes"),
+        (dict(units=9_000, epsilon=0.1), "head-prototypes"),
+        (dict(units=40, epsilon=None, noise_multiplier=0.0), "head-descent"),
+    ):
+        facts = {"epsilon": 3.0, "delta": 1e-5, "units": 9_000, "labels": tables["task"]["labels"], **changes}
+        asked = copy.deepcopy(tables)
+        for table, keys in (("data", ["units"]), ("task", ["labels"])):
+            asked[table] |= {key: facts.pop(key) for key in keys}
+        asked["privacy"] |= facts
+        assert Recipe.parse(asked).method == method, changes
+
+
 def test_the_method_follows_from_the_batch_size(tables):
     del tables["privacy"]["method"]
-    tables["privacy"]["delta"] = 1e-4
-    for units, method in ((1_000, "head-prototypes"), (1_001, "head-descent")):
-        assert Recipe.parse({**tables, "data": {**tables["data"], "units": units}}).method == method
     tables["privacy"]["batch_size"] = 10
     assert Recipe.parse(tables).plan().mechanism.name == "dp-sgd"
     del tables["privacy"]["batch_size"]

@@ -50,8 +50,8 @@ LEAST = 0.01  # of v
 class Prototypes(LinearHead):
     """A linear discriminant of noisy class means with one variance in all directions.
 
-    It has the fewest numbers to learn, so it is the head for fewer than about 1,000 units. Nothing is clipped by
-    ``clip``.
+    It has the fewest numbers to learn, so it is the head where noise is large: few units for each class. Nothing is
+    clipped by ``clip``.
     """
 
     name: ClassVar[str] = "head-prototypes"

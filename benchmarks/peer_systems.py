@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from studies.run import STUDIES, TABLES
+from studies.run import TABLES
 
 from dpft.recipe import Recipe
 
@@ -83,8 +83,7 @@ def made_work(table: str, folder: Path) -> Work:
     from dpft.privacy.mechanisms.linear_head import Rows
     from dpft.workflows.setup import set_up
 
-    study, write, changes = TABLES[table]
-    recipe = Recipe.read(STUDIES / study / "recipe.toml", (*write(folder / table), *changes))
+    recipe = TABLES[table].read(folder / table)
     setup, cache = set_up(recipe), folder / table / "features.pt"
     if not cache.exists():
         since = time.monotonic()
@@ -121,7 +120,7 @@ def validation(setup: Any) -> tuple[Any, Any]:
 
 
 def dpft_default(work: Work, cell: Cell) -> tuple[dict, float]:
-    """The study's recipe, whose settings are those that ``dpft init`` writes for texts."""
+    """The study's recipe."""
     tables = work.recipe.model_dump()
     tables["privacy"]["epsilon"], tables["run"]["seed"] = cell.epsilon, cell.seed
     return learned(work.setup, Recipe.parse(tables))

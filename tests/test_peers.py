@@ -98,3 +98,23 @@ def test_scores_are_those_of_the_labels_that_occur(peers):
     row = peers.scored(work, peers.System(lambda work, cell: (logits, 2.9)), peers.Cell(3.0, 0))
     assert (row["accuracy"], row["stated_epsilon"]) == (0.75, 2.9)
     assert row["macro_f1"] == pytest.approx((6 / 7 + 0) / 2, abs=1e-4)
+
+
+def test_a_study_is_read_as_its_own_program_reads_it(peers, recipe, monkeypatch, tmp_path):
+    """The features that an earlier start left are given to every system, at length 1."""
+    import peer_systems
+
+    from dpft.recipe import Recipe
+
+    (tmp_path / "small.toml").write_text(Recipe.parse(recipe).to_toml(), encoding="utf-8")
+    monkeypatch.setattr(sys.modules["studies.run"], "STUDIES", tmp_path)
+    table = sys.modules["studies.run"].Table(".", lambda folder: ("privacy.delta=1e-4",), recipe="small.toml")
+    monkeypatch.setitem(peer_systems.TABLES, "small", table)
+    assert set(peers.TABLES) < set(peer_systems.TABLES)
+    (tmp_path / "small").mkdir()
+    rows = {"features": torch.tensor([[3.0, 4.0]]), "labels": torch.tensor([1]), "members": [[0]], "classes": 3}
+    torch.save((rows, torch.tensor([[0.0, 2.0]]), torch.tensor([2]), 5.0), tmp_path / "small" / "features.pt")
+    work = peers.made_work("small", tmp_path)
+    assert work.delta == 1e-4 and work.classes == 3 and work.seconds == 5.0
+    assert work.train.features.tolist() == [[pytest.approx(0.6), pytest.approx(0.8)]]
+    assert work.validation.features.tolist() == [[0.0, 1.0]] and work.validation.labels.tolist() == [2]

@@ -100,6 +100,14 @@ class Table:
     subsets: tuple[str, ...] = ()
     epsilons: tuple[float, ...] = EPSILONS
 
+    @property
+    def folder(self) -> Path:
+        return STUDIES / self.study
+
+    def read(self, data: Path) -> Recipe:
+        """Its recipe, with its data written into a folder."""
+        return Recipe.read(self.folder / self.recipe, (*self.write(data), *self.sets))
+
 
 # The subset of Luo et al. (2021), and its control.
 BY_MAGNITUDE = "head + norms + sparse(fraction=0.01)"
@@ -136,11 +144,9 @@ FIGURES = ("accuracy", "macro_f1", "loss_per_token", "perplexity")
 def run(name: str, output: Path, seeds: int) -> list[dict]:
     """Every cell of a table; a cell that an earlier start of this program finished is not computed again."""
     table = TABLES[name]
-    folder = STUDIES / table.study
-    sets = (*table.write(output / "data" / name), *table.sets)
     started = time.monotonic()
     found = sweep(
-        Recipe.read(folder / table.recipe, sets),
+        table.read(output / "data" / name),
         output / name,
         subsets=table.subsets,
         epsilons=[math.inf, *table.epsilons],
@@ -154,7 +160,7 @@ def run(name: str, output: Path, seeds: int) -> list[dict]:
         cells = [cell for cell in found.cells if (cell.kind, cell.subset, cell.epsilon) == setting]
         several = {"subset": row.subset, "parameters": cells[0].trainable_parameters} if table.subsets else {}
         rows.append({**several, "setting": row.setting, "epsilon": row.epsilon, "seeds": len(cells), **_figures(cells)})
-    results = folder / "results.json"
+    results = table.folder / "results.json"
     known = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
     known[name] = {"rows": rows, "delta": found.delta, "units": found.units, "versions": found.versions}
     if table.subsets:

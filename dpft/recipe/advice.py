@@ -14,7 +14,6 @@ That orders plans and claims nothing: the plan's own noise is calibrated by the 
 """
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 from dpft.privacy.gaussian import mu_for
@@ -25,7 +24,6 @@ FEWEST = 2  # steps that move an adapter of a model which does its task already
 FEWEST_NEW = 64  # steps in which layers that begin at random learn anything
 MOST = 200  # beyond which more steps bring nothing but overhead
 USUAL_WIDTH = 384  # of small sentence encoders, with which ν was compared
-ALL_BUT_FREE = 1e4  # an ε beyond which noise does not matter
 DISPLACEMENT = 12.0  # learning rate times steps, of normalised gradients and plain descent: see mts_notes in benchmarks
 
 
@@ -62,15 +60,9 @@ def advised(units: int, passes: float, *, epsilon: float, delta: float, new_laye
     return Steps(steps, max(1, min(units, round(units * passes / steps))))
 
 
-@lru_cache
-def head_noise(units: int, labels: int, *, epsilon: float | None, rounds: float, delta: float) -> float:
-    """ν = √T √(K d) / (μ N), the length of the noise on a mean gradient of a head of K labels that takes T usual steps.
-
-    Args:
-        epsilon: the budget; None where ``rounds``, steps over σ², is given.
-    """
-    mu = math.sqrt(rounds) if epsilon is None else mu_for(min(epsilon, ALL_BUT_FREE), delta)
-    return math.sqrt(HEAD_STEPS * labels * USUAL_WIDTH) / (mu * units) if mu else math.inf
+def head_noise(units: int, labels: int, mu: float) -> float:
+    """ν = √T √(K d) / (μ N), the noise on a mean gradient of a head of K labels, over its clip, in T usual steps."""
+    return math.sqrt(HEAD_STEPS * labels * USUAL_WIDTH) / (mu * units)
 
 
 def rate_of(steps: int) -> float:

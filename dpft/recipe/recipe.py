@@ -95,12 +95,8 @@ class Recipe(Table):
             return "head-descent"
         from dpft.recipe.advice import head_noise
 
-        privacy, labels = self.privacy, len(getattr(self.task, "labels", ())) or 1
-        if privacy.noise_multiplier == 0:
-            return "head-descent"
-        sigma = privacy.noise_multiplier or 1.0
-        rounds = (privacy.steps or HEAD_STEPS) / sigma**2
-        noise = head_noise(self.data.units, labels, epsilon=privacy.epsilon, rounds=rounds, delta=privacy.delta)
+        labels = len(getattr(self.task, "labels", ())) or 1
+        noise = head_noise(self.data.units, labels, self.privacy.mu(self.privacy.steps or HEAD_STEPS))
         return "head-prototypes" if noise > LOUD else "head-descent"
 
     @property

@@ -1,5 +1,6 @@
 """The tables of a recipe, each with its keys, their defaults and what they mean."""
 
+import math
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -17,6 +18,7 @@ CLIP_SETTINGS = {  # of the privacy table, and the clipping that uses each
 }
 
 
+ALL_BUT_FREE = 1e4  # an ε beyond which noise does not matter
 LOUD = 0.12  # of `head_noise`, beyond which prototypes are the better head (decision 5)
 HEAD_STEPS = 64  # of a head's mechanism: noise of so many releases costs what one of all of them would
 Method = Literal["auto", "dp-sgd", "head-descent", "head-prototypes", "head-least-squares"]
@@ -125,10 +127,14 @@ class DataTable(Table):
         "clip: time for accuracy, at no cost of budget.",
     )
 
+    @property
+    def rows_per_unit(self) -> int:
+        """The number over which a head has each row of a unit count; 1 has each unit count alike."""
+        return self.examples_per_unit if self.unit_gradient == "sum" else 1
+
     def of_head(self) -> "DataTable":
         """The same for a head by itself, each of whose sums is over all rows of all units, once."""
-        alike = {"examples_per_unit": 1} if self.unit_gradient == "mean" else {}
-        return self.model_copy(update={"draws": 1, **alike})
+        return self.model_copy(update={"draws": 1, "examples_per_unit": self.rows_per_unit})
 
 
 class PrivacyTable(Table):
@@ -185,6 +191,14 @@ class PrivacyTable(Table):
                     f"remove it, or choose clipping = {clipping!r}"
                 )
         return self
+
+    def mu(self, steps: int) -> float:
+        """μ of the budget, or of so many releases over all units (Dong et al. 2022); infinite without noise."""
+        from dpft.privacy.gaussian import mu_for
+
+        if self.epsilon is not None:
+            return mu_for(min(self.epsilon, ALL_BUT_FREE), self.delta)
+        return math.sqrt(steps) / self.noise_multiplier if self.noise_multiplier else math.inf
 
     @property
     def clip(self) -> Clip:

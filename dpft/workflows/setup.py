@@ -171,8 +171,8 @@ def make_trainer(
         from dpft.training.options import tell_each
         from dpft.workflows.head import HeadTrainer
 
-        of_unit = recipe.data.examples_per_unit if recipe.data.unit_gradient == "sum" else 1
-        options |= dict(features=setup.features, rows_per_unit=of_unit, tell=partial(tell_each, callbacks))
+        options |= dict(features=setup.features, rows_per_unit=recipe.data.rows_per_unit)
+        options |= dict(tell=partial(tell_each, callbacks))
         return HeadTrainer(setup, HeadSession(setup.model, plan, setup.task, setup.train, output, **options))
     from transformers import TrainingArguments
 

@@ -56,7 +56,8 @@ class Rows:
             each class as often as seen, at 1 equally often (Menon et al. 2021, arXiv:2007.07314, equation 9).
 
     Raises:
-        GuaranteeError: shapes disagree, a label is none of the classes, or the units do not name each row once.
+        GuaranteeError: shapes disagree, a label is none of the classes, the units do not name each row once, or real
+            targets or a head without a constant are given what only classes, or a constant, can have.
     """
 
     features: "Tensor"

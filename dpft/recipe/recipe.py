@@ -14,6 +14,7 @@ from dpft.recipe import toml
 from dpft.recipe.paths import PATHS, check_path, expanded_path, listed
 from dpft.recipe.tables import (
     CLIP_SETTINGS,
+    HEAD_CLIP,
     HEAD_STEPS,
     LOUD,
     BaselineTable,
@@ -124,7 +125,7 @@ class Recipe(Table):
         chosen = {
             "privacy.batch_size": self.privacy.batch_size is not None,
             "privacy.steps": self.privacy.steps is not None,
-            "privacy.clipping": self.privacy.clipping != "flat" or self.privacy.clip_norm != 1.0,
+            "privacy.clipping": self.privacy.clipping != "flat" or self.privacy.clip_norm is not None,
             "optimizer": self.optimizer != OptimizerTable(),
         }
         for key in (key for key, is_set in chosen.items() if is_set):
@@ -206,7 +207,8 @@ class Recipe(Table):
         """The plan, calibrated; takes seconds when ε is the target."""
         privacy, data = self.privacy, self.data
         if self.learns_head:
-            facts: dict[str, Any] = dict(mechanism=self.method, clip=privacy.clip, steps=privacy.steps or HEAD_STEPS)
+            facts: dict[str, Any] = dict(mechanism=self.method, clip=privacy.clip(HEAD_CLIP))
+            facts |= dict(steps=privacy.steps or HEAD_STEPS)
         else:
             facts = dict(
                 batch_size=privacy.batch_size,

@@ -78,7 +78,7 @@ def test_a_head_beside_others_is_learned_from_sums():
     assert head.recipe.method == "head-prototypes" and bias.recipe.method == "dp-sgd"
     assert plain.recipe.method == "head-descent"  # without noise it is the better head
     assert head.plan.mechanism.name == "head-prototypes" and head.plan.steps == plain.plan.steps == 64
-    assert head.plan.clip.clip_norm == 1.0 and bias.plan.clip.clip_norm == 10.0
+    assert head.plan.clip.clip_norm == 0.8 and bias.plan.clip.clip_norm == 10.0
     assert bias.recipe.optimizer.learning_rate == 0.1 and bias.plan.steps == 10
     _, head = cells(dict(subsets=["head"]), privacy__method="dp-sgd")
     assert head.recipe.method == "dp-sgd" and head.recipe.run.save_steps == 1

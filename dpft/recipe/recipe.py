@@ -148,12 +148,13 @@ class Recipe(Table):
             "privacy.epochs": self.privacy.epochs is not None,
             "privacy.clipping": self.privacy.clipping != "flat",
             **{f"data.{key}": value != getattr(self.data, key) for key, value in self.data.of_head()},
+            **{f"task.{key}": bool(getattr(self.task, key, None)) for key in ("crop", "flip")},
             "optimizer": self.optimizer != OptimizerTable(),
         }
         for key in (key for key, is_set in unused.items() if is_set):
             raise ValueError(
                 f"{key} is set, which privacy.method = {self.method!r} does not use, because each step is over all "
-                "rows of all units: remove it, or choose method = 'dp-sgd'"
+                "rows of all units as they are: remove it, or choose method = 'dp-sgd'"
             )
 
     @classmethod

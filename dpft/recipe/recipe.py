@@ -98,7 +98,7 @@ class Recipe(Table):
 
         labels = len(getattr(self.task, "labels", ())) or 1
         noise = head_noise(self.data.units, labels, self.privacy.mu(self.privacy.steps or HEAD_STEPS))
-        return "head-prototypes" if noise > LOUD else "head-descent"
+        return "head-centred" if noise > LOUD else "head-descent"
 
     @property
     def learns_head(self) -> bool:

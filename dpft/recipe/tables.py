@@ -19,10 +19,10 @@ CLIP_SETTINGS = {  # of the privacy table, and the clipping that uses each
 
 
 ALL_BUT_FREE = 1e4  # an ε beyond which noise does not matter
-LOUD = 0.12  # of `head_noise`, beyond which prototypes are the better head (decision 5)
+LOUD = 0.08  # of `head_noise`, beyond which a second moment does not pay (decision 5)
 HEAD_CLIP = 0.8  # of a head's gradients, which are at most √2 long (decision 5)
 HEAD_STEPS = 64  # of a head's mechanism: noise of so many releases costs what one of all of them would
-Method = Literal["auto", "dp-sgd", "head-descent", "head-prototypes", "head-least-squares"]
+Method = Literal["auto", "dp-sgd", "head-descent", "head-centred", "head-prototypes", "head-least-squares"]
 
 
 class Table(BaseModel):
@@ -144,9 +144,9 @@ class PrivacyTable(Table):
     delta: float = Field(gt=0, lt=1, description="Must be below 1/units.")
     method: Method = Field(
         "auto",
-        description="How noise is spent: dp-sgd, or for subset = 'head' one of head-descent, head-prototypes (where "
-        "noise is large) and head-least-squares, which learn from sums over all units; auto is dp-sgd where batch_size "
-        "is given, else one of the first two by units, labels, ε and δ.",
+        description="How noise is spent: dp-sgd, or for subset = 'head' one of head-descent, head-centred (where "
+        "noise is large), head-prototypes and head-least-squares, which learn from sums over all units; auto is dp-sgd "
+        "where batch_size is given, else one of the first two by units, labels, ε and δ.",
     )
     plan: Literal["declared", "auto"] = Field(
         "declared",

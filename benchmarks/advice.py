@@ -3,9 +3,9 @@
     export DPFT_MODELS=... DPFT_DATA=...
     python benchmarks/advice.py [STUDY ...] [--epsilon E] [--seeds N] [--json]
 
-Of each study (benchmarks/studies/run.py): every method of a head, the advised one with other clips and numbers of steps,
-and a LoRA in the last block with the head. The gap is how far the advice is below the best of them, in points of accuracy. A
-cell that the results hold is not computed again.
+Of each study (benchmarks/studies/run.py): every method of a head, the advised one with other clips and numbers of
+steps, and a LoRA in the last block with the head. The gap is how far the advice is below the best of them, in points of
+accuracy. A cell that the results hold is not computed again.
 """
 
 import argparse

@@ -3,8 +3,6 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -19,8 +17,9 @@ from dpft.tasks.head import before_head
 from dpft.tasks.losses import IGNORED, pad_features, token_losses, token_sums, without_labels
 from dpft.tasks.registry import task
 from dpft.tasks.source import Source
-from dpft.tasks.task import TEXTS, Columns, Size, Task
-from dpft.tasks.words import CUE, WORDS, Words
+from dpft.tasks.task import TEXTS, Columns
+from dpft.tasks.text import MAX_LENGTH, TextTask
+from dpft.tasks.words import CUE, WORDS
 from dpft.values import Column
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ SAMPLES, SAMPLE_LENGTH = 32, 64  # texts that the model makes up, and their toke
 
 
 @task("causal_lm")
-class CausalLM(Task):
+class CausalLM(TextTask):
     """Language modelling on ``text``, or on the ``response`` that follows a ``prompt`` (the prompt has no loss).
 
     Each row is one example and ends with the end-of-text token; rows are never packed into one another, because then
@@ -47,11 +46,7 @@ class CausalLM(Task):
         text: str = Field("text", description="The column with the text.")
         prompt: str | None = Field(None, description="For pairs: the column with the prompt.")
         response: str | None = Field(None, description="For pairs: the column with the response.")
-        max_length: int | None = Field(
-            None,
-            ge=4,
-            description="Examples are cut after this many tokens; by default 128, or the model's positions if fewer.",
-        )
+        max_length: int | None = Field(None, ge=4, description=MAX_LENGTH)
 
         @model_validator(mode="after")
         def _both(self) -> Self:
@@ -75,19 +70,15 @@ class CausalLM(Task):
         response: str | None = None,
         max_length: int = 512,
     ) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
+        super().__init__(tokenizer, max_length)
         self.text, self.prompt, self.response = (None if prompt else text), prompt, response
         self._columns = _chosen(text, prompt, response)
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
     @classmethod
     def load(cls, settings: Settings, source: Source) -> tuple["CausalLM", nn.Module]:
         tokenizer = source.processor()
         task = cls(tokenizer, text=settings.text, prompt=settings.prompt, response=settings.response)
         return task, source.model("AutoModelForCausalLM")
-
-    def save(self, folder: Path | str) -> None:
-        self.tokenizer.save_pretrained(folder)
 
     def examples(self) -> dict[str, list[str]]:
         return {name: list(TEXTS) for name in self._columns}
@@ -106,11 +97,8 @@ class CausalLM(Task):
             features.append({"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response})
         return features
 
-    def size(self, features: Mapping[str, Any]) -> Size:
-        return Size(len(features["input_ids"]), len(features["input_ids"]))
-
     def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        return pad_features(features, self._pad, token_labels=True)
+        return pad_features(features, self.pad, token_labels=True)
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         given, head = before_head(model, without_labels(batch))
@@ -130,7 +118,7 @@ class CausalLM(Task):
                 top_k=0,
                 min_new_tokens=length - 1,
                 max_new_tokens=length - 1,
-                pad_token_id=self._pad,
+                pad_token_id=self.pad,
             )
         return [{"input_ids": row, "labels": list(row)} for row in ids.tolist()]
 
@@ -158,10 +146,6 @@ class CausalLM(Task):
         logits = model(**without_labels(batch)).logits[:, -labels.shape[1] - 1 : -1].float()  # without virtual tokens
         likely = log_softmax(logits, -1).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
         return [row[kept] for row, kept in zip(likely, labels != IGNORED, strict=True)]
-
-    @cached_property
-    def words(self) -> Words:
-        return Words(self.tokenizer)
 
 
 def _chosen(text: str | None, prompt: str | None, response: str | None) -> list[str]:

@@ -1,8 +1,8 @@
 """The next token: plain text, or a response given a prompt."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -14,7 +14,8 @@ from torch.nn.functional import log_softmax
 from dpft.recipe import TaskTable
 from dpft.subset.evaluating import evaluating
 from dpft.tasks.head import before_head
-from dpft.tasks.losses import IGNORED, pad_features, token_losses, token_sums, without_labels
+from dpft.tasks.losses import IGNORED, pad_features, token_losses, without_labels
+from dpft.tasks.perplexity import Perplexity, label_sums
 from dpft.tasks.registry import task
 from dpft.tasks.source import Source
 from dpft.tasks.task import TEXTS, Columns
@@ -122,8 +123,8 @@ class CausalLM(TextTask):
             )
         return [{"input_ids": row, "labels": list(row)} for row in ids.tolist()]
 
-    def metrics(self) -> "Perplexity":
-        return Perplexity()
+    def metrics(self) -> Perplexity:
+        return Perplexity(partial(label_sums, shift=True))
 
     def canary(self, random: np.random.Generator) -> dict[str, str]:
         *asked, answer = self._columns
@@ -151,21 +152,3 @@ class CausalLM(TextTask):
 def _chosen(text: str | None, prompt: str | None, response: str | None) -> list[str]:
     """The columns that are read, the one that is learned last."""
     return [name for name in ((prompt, response) if prompt else (text,)) if name is not None]
-
-
-class Perplexity:
-    """Loss per token over all tokens (nats), and its exponential, the perplexity."""
-
-    def __init__(self) -> None:
-        self._total, self._tokens, self._examples = 0.0, 0, 0
-
-    def update(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        given, head = before_head(model, without_labels(batch))
-        sums, counts = token_sums(given, batch["labels"], shift=True, head=head)
-        self._total, self._tokens = self._total + float(sums.sum()), self._tokens + int(counts.sum())
-        self._examples += len(counts)
-
-    def compute(self) -> dict[str, Any]:
-        loss = self._total / max(self._tokens, 1)
-        figures = {"loss_per_token": loss, "perplexity": math.exp(min(loss, 700))}
-        return figures | {"tokens": self._tokens, "examples": self._examples}

@@ -174,9 +174,17 @@ def _messages(value: Any, name: str, column: Column) -> str | None:
         isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
         for one in value
     )
-    return None if good else f"has no chat in column {name!r}: write a list of objects with a role and a content."
+    if not good:
+        return f"has no chat in column {name!r}: write a list of objects with a role and a content, both texts."
+    if all(one["role"] != ASSISTANT for one in value):
+        return (
+            f"has a chat of {len(value):,} messages in column {name!r} with none of the role {ASSISTANT}, so there is "
+            "nothing to learn: remove the row or correct its roles."
+        )
+    return None
 
 
+ASSISTANT = "assistant"  # the role whose turns are learned
 INLINE = "data:"  # how a URI begins that is the file itself, in base64
 FILES = ("path", "bytes", "array")
 COLUMNS: dict[str, Callable[[Any, str, Column], str | None]] = {

@@ -106,13 +106,14 @@ def _extracted(canary: Canary, recipe: Recipe, task: Task, model: "PreTrainedMod
     (one,) = made.features([canary], recipe, task)
     ids, labels = one["input_ids"], one["labels"]
     told = next(i for i, label in enumerate(labels) if label != IGNORED)
-    asked = torch.tensor([ids[:told]], device=model.device)
+    decodes = model.config.is_encoder_decoder  # what it says then has a sequence of its own
+    asked = torch.tensor([ids if decodes else ids[:told]], device=model.device)
     padding = task.tokenizer.pad_token_id if task.tokenizer.pad_token_id is not None else task.tokenizer.eos_token_id
     how = dict(max_new_tokens=len(labels) - told, do_sample=False, pad_token_id=padding)
     model.eval()
     with torch.no_grad():
         out = model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), **how)
-    said = task.tokenizer.decode(out[0, asked.shape[1] :])
+    said = task.tokenizer.decode(out[0, 0 if decodes else asked.shape[1] :])
     return canary.secret in said.replace(" ", "")
 
 

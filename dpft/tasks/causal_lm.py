@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
 
 from dpft.errors import RecipeError
 from dpft.recipe import TaskTable
@@ -17,7 +16,7 @@ from dpft.subset.evaluating import evaluating
 from dpft.tasks.chat import Chat
 from dpft.tasks.head import before_head
 from dpft.tasks.losses import IGNORED, pad_features, token_losses, without_labels
-from dpft.tasks.perplexity import Perplexity, label_sums
+from dpft.tasks.perplexity import Perplexity, label_likelihoods, label_sums
 from dpft.tasks.registry import task
 from dpft.tasks.source import Source
 from dpft.tasks.task import TEXTS, Columns
@@ -192,9 +191,8 @@ class CausalLM(TextTask):
     def likelihoods(self, model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
         """For each example the log-probabilities of its own labelled tokens."""
         labels = batch["labels"][:, 1:]
-        logits = model(**without_labels(batch)).logits[:, -labels.shape[1] - 1 : -1].float()  # without virtual tokens
-        likely = log_softmax(logits, -1).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-        return [row[kept] for row, kept in zip(likely, labels != IGNORED, strict=True)]
+        logits = model(**without_labels(batch)).logits[:, -labels.shape[1] - 1 : -1]  # without virtual tokens
+        return label_likelihoods(logits, labels)
 
 
 def _chosen(text: str | None, prompt: str | None, response: str | None) -> list[str]:

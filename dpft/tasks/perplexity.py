@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import log_softmax
 
 from dpft.tasks.head import before_head
-from dpft.tasks.losses import token_sums, without_labels
+from dpft.tasks.losses import IGNORED, token_sums, without_labels
 
 Sums = Callable[[nn.Module, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
 
@@ -16,6 +17,13 @@ def label_sums(model: nn.Module, batch: Mapping[str, Tensor], *, shift: bool) ->
     """Each example's summed loss over its labelled tokens and their number, both ``(B,)``; see :func:`token_sums`."""
     given, head = before_head(model, without_labels(batch))
     return token_sums(given, batch["labels"], shift=shift, head=head)
+
+
+def label_likelihoods(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """For each example the log-probabilities of its own labelled tokens, of ``(B, T, V)`` logits and ``(B, T)``
+    labels."""
+    likely = log_softmax(logits.float(), -1).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return [row[kept] for row, kept in zip(likely, labels != IGNORED, strict=True)]
 
 
 class Perplexity:

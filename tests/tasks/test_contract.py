@@ -56,6 +56,14 @@ def masked_text(folder):
     tokenizer(folder, mask_token="<mask>")
 
 
+def text_to_text(folder):
+    config = transformers.T5Config(
+        vocab_size=80, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0, eos_token_id=2
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer(folder)
+
+
 def pictures(folder):
     config = transformers.ViTConfig(
         image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
@@ -64,7 +72,7 @@ def pictures(folder):
     transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
 
 
-CHECKPOINTS = (text, masked_text, pictures)  # a task is tried on the first that it loads
+CHECKPOINTS = (text, masked_text, text_to_text, pictures)  # a task is tried on the first that it loads
 
 
 @pytest.fixture(scope="module", params=registry.names())

@@ -23,7 +23,8 @@ SLACK = 1.15
 FEWEST = 2  # steps that move an adapter of a model which does its task already
 FEWEST_NEW = 64  # steps in which layers that begin at random learn anything
 MOST = 200  # beyond which more steps bring nothing but overhead
-USUAL_WIDTH = 384  # of small sentence encoders, with which ν was compared
+USUAL_WIDTH = 384  # of small sentence encoders, with which heads were compared
+LOUD, SCARCE = 0.08, 2  # ν of a head, and its units for each weight, at which whitening stops to pay
 DISPLACEMENT = 12.0  # learning rate times steps, of normalised gradients and plain descent: see mts_notes in benchmarks
 
 
@@ -60,9 +61,15 @@ def advised(units: int, passes: float, *, epsilon: float, delta: float, new_laye
     return Steps(steps, max(1, min(units, round(units * passes / steps))))
 
 
-def head_noise(units: int, labels: int, mu: float) -> float:
-    """ν = √T √(K d) / (μ N), the noise on a mean gradient of a head of K labels, over its clip, in T usual steps."""
-    return math.sqrt(HEAD_STEPS * labels * USUAL_WIDTH) / (mu * units)
+def head_method(units: int, labels: int, mu: float) -> str:
+    """The better head from sums: whitened features pay where noise is small and each weight has its units (decision 5).
+
+    ν = √T √(K d) / (μ N) is the noise on a mean gradient of a head of K labels, over its clip, in T usual steps.
+    """
+    weights = labels * USUAL_WIDTH
+    noise = math.sqrt(HEAD_STEPS * weights) / (mu * units)
+    scarce = noise > 0 and units < SCARCE * weights
+    return "head-centred" if noise > LOUD or scarce else "head-descent"
 
 
 def rate_of(steps: int) -> float:

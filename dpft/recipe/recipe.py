@@ -16,7 +16,6 @@ from dpft.recipe.tables import (
     CLIP_SETTINGS,
     HEAD_CLIP,
     HEAD_STEPS,
-    LOUD,
     BaselineTable,
     DataTable,
     LedgerTable,
@@ -94,11 +93,10 @@ class Recipe(Table):
             return "dp-sgd"
         if getattr(self.task, "hints", ()):
             return "head-descent"
-        from dpft.recipe.advice import head_noise
+        from dpft.recipe.advice import head_method
 
         labels = len(getattr(self.task, "labels", ())) or 1
-        noise = head_noise(self.data.units, labels, self.privacy.mu(self.privacy.steps or HEAD_STEPS))
-        return "head-centred" if noise > LOUD else "head-descent"
+        return head_method(self.data.units, labels, self.privacy.mu(self.privacy.steps or HEAD_STEPS))
 
     @property
     def learns_head(self) -> bool:

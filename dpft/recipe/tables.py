@@ -19,7 +19,6 @@ CLIP_SETTINGS = {  # of the privacy table, and the clipping that uses each
 
 
 ALL_BUT_FREE = 1e4  # an ε beyond which noise does not matter
-LOUD = 0.08  # of `head_noise`, beyond which a second moment does not pay (decision 5)
 HEAD_CLIP = 0.8  # of a head's gradients, which are at most √2 long (decision 5)
 HEAD_STEPS = 64  # of a head's mechanism: noise of so many releases costs what one of all of them would
 Method = Literal["auto", "dp-sgd", "head-descent", "head-centred", "head-prototypes", "head-least-squares"]

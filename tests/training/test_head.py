@@ -244,6 +244,8 @@ def test_the_method_follows_from_the_noise(tables):
         (dict(units=2_000), "head-centred"),
         (dict(units=9_000), "head-descent"),
         (dict(units=9_000, labels=many), "head-centred"),
+        (dict(units=60_000, epsilon=30.0, labels=many), "head-centred"),
+        (dict(units=90_000, epsilon=30.0, labels=many), "head-descent"),
         (dict(units=9_000, epsilon=0.1), "head-centred"),
         (dict(units=40, epsilon=None, noise_multiplier=0.0), "head-descent"),
     ):

@@ -134,6 +134,7 @@ TABLES = {
     "nm_appeals": Table("nm_appeals"),
     "mts_notes": Table("mts_notes"),
     "mts_sections": Table("mts_sections"),
+    "chest_xray": Table("chest_xray", _xrays),
     "fashion_to_mnist": Table(
         "sparse_subsets",
         _digits,
@@ -149,13 +150,6 @@ TABLES = {
             "all",
         ),
         epsilons=(8.0, 2.0),
-    ),
-    "chest_xray": Table(
-        "sparse_subsets",
-        _xrays,
-        recipe="chest_xray.toml",
-        subsets=("head", HEAD_BY_NAME, "lora(rank=4, last_blocks=1) + head", "last_blocks(k=1) + head"),
-        epsilons=(8.0, 3.0),
     ),
 }
 FIGURES = ("accuracy", "macro_f1", "loss_per_token", "perplexity")

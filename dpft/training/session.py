@@ -205,12 +205,13 @@ class Session:
 
     def batches(self) -> LogicalBatches:
         """The plan's logical batches, drawn when asked for."""
+        limits = Limits(self.budget.tokens, self.engine.max_examples, self.budget.overhead)
         return LogicalBatches(
             self.step_examples,
             self.task,
             self._sampler,
             steps=self.plan.steps,
-            limits=Limits(self.budget.tokens, self.engine.max_examples, self.budget.overhead),
+            limits=limits,
             chosen=self.prefix.select if self.prefix is not None else None,
         )
 

@@ -264,16 +264,12 @@ def test_the_audit_finds_what_is_claimed():
     assert found.noise == pytest.approx(1.0, abs=0.05)
 
 
-def test_the_audit_finds_noise_that_is_used_twice(monkeypatch):
-    class Repeated(BandedNoise):
-        def following(self):
-            self._kept = getattr(self, "_kept", None)
-            if self._kept is None:
-                self._kept = torch.cat([part.clone() for part in super().following()])
-            yield self._kept
-
-    monkeypatch.setattr("dpft.privacy.noise.BandedNoise", Repeated)
-    assert audit_step(plan(4, steps=100), steps=100).verdict == "VIOLATION"
+def test_the_audit_finds_a_matrix_that_is_too_long(monkeypatch):
+    """Its noise is too small by as much."""
+    column = banded(4).column
+    monkeypatch.setattr(BandedDpSgd, "noise", lambda self, *where: BandedNoise(*where, [1.3 * c for c in column]))
+    found = audit_step(plan(4, steps=100), steps=150)
+    assert found.verdict == "VIOLATION" and found.noise == pytest.approx(1 / 1.3, abs=0.1)
 
 
 # -- a run -------------------------------------------------------------------------------------------------------

@@ -67,10 +67,12 @@ class Column:
     Args:
         kind: one of ``COLUMNS``.
         labels: of ``label``, ``labels`` and ``tags``: all that are declared, which are public.
+        separator: of ``labels``: what stands between those of one text; None for lists.
     """
 
     kind: str
     labels: tuple[str, ...] = ()
+    separator: str | None = None
 
     @cached_property
     def numbers(self) -> dict[str, int]:
@@ -102,11 +104,33 @@ def _listed(value: Any, name: str, of: str) -> str | None:
     return f"has {kind(value)} in column {name!r}, not a list of {of}: write one in JSON lines or Parquet."
 
 
+def _tags(value: Any, name: str, column: Column) -> str | None:
+    if not isinstance(value, list):
+        return _listed(value, name, "labels")
+    return next(filter(None, (_label(one, name, column) for one in value)), None)
+
+
 def _labels(value: Any, name: str, column: Column) -> str | None:
-    faults = (
-        (_label(one, name, column) for one in value) if isinstance(value, list) else [_listed(value, name, "labels")]
-    )
-    return next(filter(None, faults), None)
+    if column.separator is None:
+        if isinstance(value, str):
+            return (
+                f"has a text in column {name!r}, not a list of labels: declare what stands between its labels in "
+                "task.separator, or write lists in JSON lines or Parquet."
+            )
+        return _tags(value, name, column)
+    if not isinstance(value, str):
+        return (
+            f"has {kind(value)} in column {name!r}, not a text of labels with {column.separator!r} between them: "
+            f"write one, or remove task.separator where each cell is a list."
+        )
+    return _tags(split_labels(value, column.separator), name, column)
+
+
+def split_labels(value: Any, separator: str | None) -> list[Any]:
+    """The labels of one cell: a list as it stands, or the parts of a text, none if it is empty."""
+    if separator is None:
+        return list(value)
+    return [part for part in map(str.strip, value.split(separator)) if part]
 
 
 def _words(value: Any, name: str, column: Column) -> str | None:
@@ -150,9 +174,17 @@ def _messages(value: Any, name: str, column: Column) -> str | None:
         isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
         for one in value
     )
-    return None if good else f"has no chat in column {name!r}: write a list of objects with a role and a content."
+    if not good:
+        return f"has no chat in column {name!r}: write a list of objects with a role and a content, both texts."
+    if all(one["role"] != ASSISTANT for one in value):
+        return (
+            f"has a chat of {len(value):,} messages in column {name!r} with none of the role {ASSISTANT}, so there is "
+            "nothing to learn: remove the row or correct its roles."
+        )
+    return None
 
 
+ASSISTANT = "assistant"  # the role whose turns are learned
 INLINE = "data:"  # how a URI begins that is the file itself, in base64
 FILES = ("path", "bytes", "array")
 COLUMNS: dict[str, Callable[[Any, str, Column], str | None]] = {
@@ -160,7 +192,7 @@ COLUMNS: dict[str, Callable[[Any, str, Column], str | None]] = {
     "words": _words,
     "label": _label,
     "labels": _labels,
-    "tags": _labels,
+    "tags": _tags,
     "number": _number,
     "image": _file,
     "audio": _file,

@@ -82,6 +82,8 @@ def test_imports_run_one_way():
         ("alembic", {"ledger"}),
         ("matplotlib", {"report"}),
         ("ray", {"workflows"}),
+        ("rouge_score", {"tasks"}),
+        ("sacrebleu", {"tasks"}),
     ],
 )
 def test_one_door_for_each_library(library, homes):

@@ -103,6 +103,7 @@ def test_the_plan_follows_the_recipe():
     plan = Recipe.parse(changed("data.unit", "patient_id")).plan()
     assert plan.epsilon == pytest.approx(3.0, rel=0.01) and plan.epsilon <= 3.0
     assert (plan.sample_rate, plan.steps, plan.units, plan.unit) == (0.1, 10, 1000, "patient_id")
+    assert plan.clip.clip_norm == 1.0
 
 
 def test_the_baseline_differs_in_noise_and_clipping_alone():

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -58,6 +59,18 @@ def _digits(folder: Path) -> tuple[str, ...]:
         pq.write_table(pa.table(rows), folder / f"{name}.parquet")
         overrides.append(f"data.{name}={json.dumps(str(folder / f'{name}.parquet'))}")
     return tuple(overrides)
+
+
+def _xrays(folder: Path) -> tuple[str, ...]:
+    """The X-rays as they are, and DINOv2 with pictures of 112²: 65 tokens and not 257."""
+    model, given = folder / "dinov2-small", Path(os.environ["DPFT_MODELS"]) / "dinov2-small"
+    model.mkdir(parents=True, exist_ok=True)
+    for file in given.iterdir():
+        shutil.copyfile(file, model / file.name)
+    settings = json.loads((given / "preprocessor_config.json").read_text(encoding="utf-8"))
+    settings |= {"size": {"height": 112, "width": 112}, "crop_size": {"height": 112, "width": 112}}
+    (model / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return (f"model.path={json.dumps(str(model))}",)
 
 
 def _queries(folder: Path) -> tuple[str, ...]:
@@ -136,6 +149,13 @@ TABLES = {
             "all",
         ),
         epsilons=(8.0, 2.0),
+    ),
+    "chest_xray": Table(
+        "sparse_subsets",
+        _xrays,
+        recipe="chest_xray.toml",
+        subsets=("head", HEAD_BY_NAME, "lora(rank=4, last_blocks=1) + head", "last_blocks(k=1) + head"),
+        epsilons=(8.0, 3.0),
     ),
 }
 FIGURES = ("accuracy", "macro_f1", "loss_per_token", "perplexity")

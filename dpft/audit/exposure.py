@@ -21,6 +21,7 @@ from dpft.errors import RecipeError
 from dpft.privacy.noise import SecureRandomness
 from dpft.recipe import Recipe
 from dpft.runs import RunFolder
+from dpft.tasks.losses import IGNORED
 from dpft.tasks.task import Task
 from dpft.workflows.setup import load_model
 
@@ -76,7 +77,7 @@ def audit_exposure(
         for place in places:
             canary = planted.canaries[place]
             exposures.append(_exposure(canary, int(place), candidates, recipe, task, model))
-            said += _extracted(canary, task, model)
+            said += _extracted(canary, recipe, task, model)
             progress(len(exposures) + (0 if there else len(chosen[True])), total)
         found[there] = (float(np.mean(exposures)), said)
     return Exposure(
@@ -100,15 +101,19 @@ def _exposure(
     return math.log2(candidates + 1) - math.log2(1 + (found[1:] < found[0]).sum() + (found[1:] == found[0]).sum() / 2)
 
 
-def _extracted(canary: Canary, task: Task, model: "PreTrainedModel") -> bool:
-    """Whether the model, given the sentence up to the secret, goes on with the secret."""
-    tokens = task.tokenizer(canary.cue, return_tensors="pt").to(model.device)
-    longest = len(task.tokenizer(canary.text.removeprefix(canary.cue))["input_ids"])
+def _extracted(canary: Canary, recipe: Recipe, task: Task, model: "PreTrainedModel") -> bool:
+    """Whether the model, given what comes before the secret, goes on with the secret."""
+    (one,) = made.features([canary], recipe, task)
+    ids, labels = one["input_ids"], one["labels"]
+    told = next(i for i, label in enumerate(labels) if label != IGNORED)
+    decodes = model.config.is_encoder_decoder  # what it says then has a sequence of its own
+    asked = torch.tensor([ids if decodes else ids[:told]], device=model.device)
     padding = task.tokenizer.pad_token_id if task.tokenizer.pad_token_id is not None else task.tokenizer.eos_token_id
+    how = dict(max_new_tokens=len(labels) - told, do_sample=False, pad_token_id=padding)
     model.eval()
     with torch.no_grad():
-        out = model.generate(**tokens, max_new_tokens=longest, do_sample=False, pad_token_id=padding)
-    said = task.tokenizer.decode(out[0, tokens["input_ids"].shape[1] :])
+        out = model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), **how)
+    said = task.tokenizer.decode(out[0, 0 if decodes else asked.shape[1] :])
     return canary.secret in said.replace(" ", "")
 
 

@@ -66,7 +66,9 @@ def init(task: str, model: str, data: str, output: Path) -> None:
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(starting.to_toml(comments=True), encoding="utf-8")
-    click.echo(f"Wrote {output}: declare data.units and the labels, then run `dpft preflight {output}`.")
+    click.echo(
+        f"Wrote {output}: declare data.units and what [task] says of the data, then run `dpft preflight {output}`."
+    )
 
 
 @click.command()

@@ -14,6 +14,7 @@ from dpft.recipe import toml
 from dpft.recipe.paths import PATHS, check_path, expanded_path, listed
 from dpft.recipe.tables import (
     CLIP_SETTINGS,
+    HEAD_CLIP,
     HEAD_STEPS,
     LOUD,
     BaselineTable,
@@ -97,7 +98,7 @@ class Recipe(Table):
 
         labels = len(getattr(self.task, "labels", ())) or 1
         noise = head_noise(self.data.units, labels, self.privacy.mu(self.privacy.steps or HEAD_STEPS))
-        return "head-prototypes" if noise > LOUD else "head-descent"
+        return "head-centred" if noise > LOUD else "head-descent"
 
     @property
     def learns_head(self) -> bool:
@@ -130,7 +131,7 @@ class Recipe(Table):
         chosen = {
             "privacy.batch_size": self.privacy.batch_size is not None,
             "privacy.steps": self.privacy.steps is not None,
-            "privacy.clipping": self.privacy.clipping != "flat" or self.privacy.clip_norm != 1.0,
+            "privacy.clipping": self.privacy.clipping != "flat" or self.privacy.clip_norm is not None,
             "privacy.bands": self.privacy.bands is not None,
             "optimizer": self.optimizer != OptimizerTable(),
         }
@@ -155,12 +156,13 @@ class Recipe(Table):
             "privacy.clipping": self.privacy.clipping != "flat",
             "privacy.bands": self.privacy.bands is not None,
             **{f"data.{key}": value != getattr(self.data, key) for key, value in self.data.of_head()},
+            **{f"task.{key}": bool(getattr(self.task, key, None)) for key in ("crop", "flip")},
             "optimizer": self.optimizer != OptimizerTable(),
         }
         for key in (key for key, is_set in unused.items() if is_set):
             raise ValueError(
                 f"{key} is set, which privacy.method = {self.method!r} does not use, because each step is over all "
-                "rows of all units: remove it, or choose method = 'dp-sgd'"
+                "rows of all units as they are: remove it, or choose method = 'dp-sgd'"
             )
 
     @classmethod
@@ -214,7 +216,8 @@ class Recipe(Table):
         """The plan, calibrated; takes seconds when ε is the target."""
         privacy, data = self.privacy, self.data
         if self.learns_head:
-            facts: dict[str, Any] = dict(mechanism=self.method, clip=privacy.clip, steps=privacy.steps or HEAD_STEPS)
+            facts: dict[str, Any] = dict(mechanism=self.method, clip=privacy.clip(HEAD_CLIP))
+            facts |= dict(steps=privacy.steps or HEAD_STEPS)
         else:
             facts = dict(
                 batch_size=privacy.batch_size,

@@ -19,9 +19,10 @@ CLIP_SETTINGS = {  # of the privacy table, and the clipping that uses each
 
 
 ALL_BUT_FREE = 1e4  # an ε beyond which noise does not matter
-LOUD = 0.12  # of `head_noise`, beyond which prototypes are the better head (decision 5)
+LOUD = 0.08  # of `head_noise`, beyond which a second moment does not pay (decision 5)
+HEAD_CLIP = 0.8  # of a head's gradients, which are at most √2 long (decision 5)
 HEAD_STEPS = 64  # of a head's mechanism: noise of so many releases costs what one of all of them would
-Method = Literal["auto", "dp-sgd", "head-descent", "head-prototypes", "head-least-squares"]
+Method = Literal["auto", "dp-sgd", "head-descent", "head-centred", "head-prototypes", "head-least-squares"]
 
 
 class Table(BaseModel):
@@ -143,9 +144,9 @@ class PrivacyTable(Table):
     delta: float = Field(gt=0, lt=1, description="Must be below 1/units.")
     method: Method = Field(
         "auto",
-        description="How noise is spent: dp-sgd, or for subset = 'head' one of head-descent, head-prototypes (where "
-        "noise is large) and head-least-squares, which learn from sums over all units; auto is dp-sgd where batch_size "
-        "is given, else one of the first two by units, labels, ε and δ.",
+        description="How noise is spent: dp-sgd, or for subset = 'head' one of head-descent, head-centred (where "
+        "noise is large), head-prototypes and head-least-squares, which learn from sums over all units; auto is dp-sgd "
+        "where batch_size is given, else one of the first two by units, labels, ε and δ.",
     )
     plan: Literal["declared", "auto"] = Field(
         "declared",
@@ -162,7 +163,12 @@ class PrivacyTable(Table):
         description="flat; automatic (AUTO-S); per-layer, each layer to its share; adaptive, flat at a quantile of "
         "norms.",
     )
-    clip_norm: float = Field(1.0, gt=0, description="The bound on one unit's gradient; adaptive: of the first step.")
+    clip_norm: float | None = Field(
+        None,
+        gt=0,
+        description="The bound on one unit's gradient, by default 1, or 0.8 for a head by itself; adaptive: of the "
+        "first step.",
+    )
     clip_shares: Shares = Field(
         "equal",
         description="per-layer: each layer's share of the bound is equal, or follows its size (√ of its parameters).",
@@ -216,12 +222,12 @@ class PrivacyTable(Table):
             return mu_for(min(self.epsilon, ALL_BUT_FREE), self.delta)
         return math.sqrt(steps) / self.noise_multiplier if self.noise_multiplier else math.inf
 
-    @property
-    def clip(self) -> Clip:
-        """The clip of the first step."""
+    def clip(self, usual: float = 1.0) -> Clip:
+        """The clip of the first step; its bound is the ``usual`` one where none is set."""
+        bound = self.clip_norm or usual
         if self.clipping == "per-layer":
-            return PerLayerClip(self.clip_norm, self.clip_shares)
-        return AutoClip(self.clip_norm) if self.clipping == "automatic" else FlatClip(self.clip_norm)
+            return PerLayerClip(bound, self.clip_shares)
+        return AutoClip(bound) if self.clipping == "automatic" else FlatClip(bound)
 
     @property
     def mechanism(self) -> dict[str, Any]:
@@ -229,9 +235,9 @@ class PrivacyTable(Table):
         if self.bands is not None:
             return {"mechanism": "dp-sgd-banded", "clip": self.clip, "bands": self.bands}
         if self.clipping != "adaptive":
-            return {"mechanism": "dp-sgd", "clip": self.clip}
+            return {"mechanism": "dp-sgd", "clip": self.clip()}
         settings = dict(quantile=self.clip_quantile, clip_rate=self.clip_rate, quantile_share=self.clip_budget)
-        return {"mechanism": "dp-sgd-adaptive-clip", "clip": self.clip, **settings}
+        return {"mechanism": "dp-sgd-adaptive-clip", "clip": self.clip(), **settings}
 
 
 class OptimizerTable(Table):

@@ -1,27 +1,28 @@
-"""The next token: plain text, or a response given a prompt."""
+"""The next token: plain text, a response given a prompt, or an assistant's turns in a chat."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
 
+from dpft.errors import RecipeError
 from dpft.recipe import TaskTable
 from dpft.subset.evaluating import evaluating
+from dpft.tasks.chat import Chat
 from dpft.tasks.head import before_head
-from dpft.tasks.losses import IGNORED, pad_features, token_losses, token_sums, without_labels
+from dpft.tasks.losses import IGNORED, pad_features, token_losses, without_labels
+from dpft.tasks.perplexity import Perplexity, label_likelihoods, label_sums
 from dpft.tasks.registry import task
 from dpft.tasks.source import Source
-from dpft.tasks.task import TEXTS, Columns, Size, Task
-from dpft.tasks.words import CUE, WORDS, Words
-from dpft.values import Column
+from dpft.tasks.task import TEXTS, Columns
+from dpft.tasks.text import MAX_LENGTH, TextTask
+from dpft.tasks.words import CUE, WORDS
+from dpft.values import ASSISTANT, Column
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,16 +31,23 @@ SAMPLES, SAMPLE_LENGTH = 32, 64  # texts that the model makes up, and their toke
 
 
 @task("causal_lm")
-class CausalLM(Task):
-    """Language modelling on ``text``, or on the ``response`` that follows a ``prompt`` (the prompt has no loss).
+class CausalLM(TextTask):
+    """Language modelling on ``text``, on the ``response`` that follows a ``prompt`` (the prompt has no loss), or on the
+    assistant's turns in chats, all of them (what others say has no loss).
 
-    Each row is one example and ends with the end-of-text token; rows are never packed into one another, because then
-    one record's gradient would depend on its neighbour's. An example's loss is the mean over its own tokens.
+    Each row is one example and ends with the end-of-text token, a chat with what its template ends it with; rows are
+    never packed into one another, because then one record's gradient would depend on its neighbour's. An example's
+    loss is the mean over its own tokens.
 
     Args:
-        tokenizer: a Hugging Face tokenizer.
-        text: the column of plain text; or ``prompt`` and ``response``, two columns.
-        max_length: examples are cut after so many tokens; of a prompt the beginning is cut first.
+        tokenizer: a Hugging Face tokenizer; for chats a fast one with a chat template.
+        text: the column of plain text; or ``prompt`` and ``response``, two columns; or ``messages``, a column of lists
+            of ``{"role", "content"}``.
+        max_length: examples are cut after so many tokens; of what is before the (last) response the beginning is cut
+            first.
+
+    Raises:
+        RecipeError: there is no template for chats, or the tokenizer does not tell where its tokens are from.
     """
 
     class Settings(TaskTable):
@@ -47,20 +55,32 @@ class CausalLM(Task):
         text: str = Field("text", description="The column with the text.")
         prompt: str | None = Field(None, description="For pairs: the column with the prompt.")
         response: str | None = Field(None, description="For pairs: the column with the response.")
-        max_length: int | None = Field(
+        messages: str | None = Field(
             None,
-            ge=4,
-            description="Examples are cut after this many tokens; by default 128, or the model's positions if fewer.",
+            description="For chats: the column with each row's list of messages, objects with a role and a content. "
+            "All turns of the role assistant are learned, and nothing else.",
         )
+        template: str | None = Field(
+            None,
+            description="For chats: a Jinja template that writes them, where the tokenizer has none or none that tells "
+            "which words are the assistant's; it is saved with the tokenizer.",
+        )
+        max_length: int | None = Field(None, ge=4, description=MAX_LENGTH)
 
         @model_validator(mode="after")
-        def _both(self) -> Self:
+        def _one_form(self) -> Self:
             if (self.prompt is None) != (self.response is None):
                 raise ValueError("task.prompt and task.response go together: give both columns or neither")
+            if self.messages is not None and self.prompt is not None:
+                raise ValueError("task.messages and task.prompt name two forms of the data: give one of them")
+            if self.template is not None and self.messages is None:
+                raise ValueError("task.template writes chats, and task.messages names no column of them: give both")
             return self
 
         @property
         def columns(self) -> dict[str, Column]:
+            if self.messages is not None:
+                return {self.messages: Column("messages")}
             return {name: Column("text") for name in _chosen(self.text, self.prompt, self.response)}
 
     headline = "perplexity"
@@ -73,26 +93,32 @@ class CausalLM(Task):
         text: str | None = "text",
         prompt: str | None = None,
         response: str | None = None,
+        messages: str | None = None,
         max_length: int = 512,
     ) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
-        self.text, self.prompt, self.response = (None if prompt else text), prompt, response
-        self._columns = _chosen(text, prompt, response)
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        super().__init__(tokenizer, max_length)
+        self.text, self.prompt, self.response = (None if prompt or messages else text), prompt, response
+        self.messages, self._chat = messages, (Chat(tokenizer) if messages else None)
+        self._columns = [messages] if messages else _chosen(text, prompt, response)
 
     @classmethod
     def load(cls, settings: Settings, source: Source) -> tuple["CausalLM", nn.Module]:
         tokenizer = source.processor()
-        task = cls(tokenizer, text=settings.text, prompt=settings.prompt, response=settings.response)
-        return task, source.model("AutoModelForCausalLM")
+        if settings.template is not None:
+            tokenizer.chat_template = settings.template
+        columns: dict[str, Any] = {key: getattr(settings, key) for key in ("text", "prompt", "response", "messages")}
+        return cls(tokenizer, **columns), source.model("AutoModelForCausalLM")
 
-    def save(self, folder: Path | str) -> None:
-        self.tokenizer.save_pretrained(folder)
-
-    def examples(self) -> dict[str, list[str]]:
+    def examples(self) -> dict[str, list[Any]]:
+        if self.messages:
+            return {self.messages: [_exchange(*pair) for pair in zip(TEXTS, reversed(TEXTS), strict=True)]}
         return {name: list(TEXTS) for name in self._columns}
 
     def encode(self, rows: Columns) -> list[dict[str, Any]]:
+        """Raises RecipeError: a chat's template refuses it, or does not tell the assistant's turns; the row is counted
+        among those given."""
+        if self._chat is not None:
+            return self._encoded_chats(rows[self._columns[0]], self._chat)
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         *asked, answer = self._columns
         if not asked:
@@ -106,11 +132,20 @@ class CausalLM(Task):
             features.append({"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response})
         return features
 
-    def size(self, features: Mapping[str, Any]) -> Size:
-        return Size(len(features["input_ids"]), len(features["input_ids"]))
+    def _encoded_chats(self, chats: Sequence[Any], chat: Chat) -> list[dict[str, Any]]:
+        features = []
+        for row, messages in enumerate(chats, 1):
+            fault = Column("messages").fault(messages, self._columns[0])
+            if fault is not None:
+                raise RecipeError(f"Row {row:,} of {len(chats):,} {fault}")
+            try:
+                features.append(chat.encode(messages, self.max_length))
+            except RecipeError as error:
+                raise RecipeError(f"Row {row:,} of {len(chats):,} {error}") from error
+        return features
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        return pad_features(features, self._pad, token_labels=True)
+        return pad_features(features, self.pad, token_labels=True)
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         given, head = before_head(model, without_labels(batch))
@@ -130,19 +165,20 @@ class CausalLM(Task):
                 top_k=0,
                 min_new_tokens=length - 1,
                 max_new_tokens=length - 1,
-                pad_token_id=self._pad,
+                pad_token_id=self.pad,
             )
         return [{"input_ids": row, "labels": list(row)} for row in ids.tolist()]
 
-    def metrics(self) -> "Perplexity":
-        return Perplexity()
+    def metrics(self) -> Perplexity:
+        return Perplexity(partial(label_sums, shift=True))
 
-    def canary(self, random: np.random.Generator) -> dict[str, str]:
-        *asked, answer = self._columns
-        record = {name: self.words.text(CUE, random) for name in asked}
-        return record | {answer: self.words.text(WORDS, random)}
+    def canary(self, random: np.random.Generator) -> dict[str, Any]:
+        cue = "" if self.text else self.words.text(CUE, random)
+        return self.follow(cue, self.words.text(WORDS, random))
 
-    def follow(self, cue: str, text: str) -> dict[str, str]:
+    def follow(self, cue: str, text: str) -> dict[str, Any]:
+        if self.messages:
+            return {self.messages: _exchange(cue, text)}
         *asked, answer = self._columns
         return {asked[0]: cue, answer: text} if asked else {answer: cue + text}
 
@@ -155,13 +191,8 @@ class CausalLM(Task):
     def likelihoods(self, model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
         """For each example the log-probabilities of its own labelled tokens."""
         labels = batch["labels"][:, 1:]
-        logits = model(**without_labels(batch)).logits[:, -labels.shape[1] - 1 : -1].float()  # without virtual tokens
-        likely = log_softmax(logits, -1).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-        return [row[kept] for row, kept in zip(likely, labels != IGNORED, strict=True)]
-
-    @cached_property
-    def words(self) -> Words:
-        return Words(self.tokenizer)
+        logits = model(**without_labels(batch)).logits[:, -labels.shape[1] - 1 : -1]  # without virtual tokens
+        return label_likelihoods(logits, labels)
 
 
 def _chosen(text: str | None, prompt: str | None, response: str | None) -> list[str]:
@@ -169,19 +200,6 @@ def _chosen(text: str | None, prompt: str | None, response: str | None) -> list[
     return [name for name in ((prompt, response) if prompt else (text,)) if name is not None]
 
 
-class Perplexity:
-    """Loss per token over all tokens (nats), and its exponential, the perplexity."""
-
-    def __init__(self) -> None:
-        self._total, self._tokens, self._examples = 0.0, 0, 0
-
-    def update(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        given, head = before_head(model, without_labels(batch))
-        sums, counts = token_sums(given, batch["labels"], shift=True, head=head)
-        self._total, self._tokens = self._total + float(sums.sum()), self._tokens + int(counts.sum())
-        self._examples += len(counts)
-
-    def compute(self) -> dict[str, Any]:
-        loss = self._total / max(self._tokens, 1)
-        figures = {"loss_per_token": loss, "perplexity": math.exp(min(loss, 700))}
-        return figures | {"tokens": self._tokens, "examples": self._examples}
+def _exchange(question: str, answer: str) -> list[dict[str, str]]:
+    """A chat of two messages."""
+    return [{"role": "user", "content": question}, {"role": ASSISTANT, "content": answer}]

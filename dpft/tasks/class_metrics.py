@@ -41,29 +41,17 @@ class ClassMetrics:
         self._likely += other._likely
 
     def compute(self) -> dict[str, Any]:
-        from sklearn.metrics import accuracy_score, average_precision_score, precision_recall_fscore_support
-
-        wanted, found = self._wanted, self._found
-        present = sorted(set(wanted))
-        precision, recall, f1, count = precision_recall_fscore_support(wanted, found, labels=present, zero_division=0)
-        rows = zip(present, precision, recall, f1, count, strict=True)
+        wanted, found = np.array(self._wanted), np.array(self._found)
         likely = np.concatenate(self._likely).astype(np.float64)
         bins = self._reliability(likely.max(1))
+        numbers = np.arange(likely.shape[1])
+        each = label_figures(self._labels, wanted[:, None] == numbers, found[:, None] == numbers, likely)
         return {
-            "accuracy": float(accuracy_score(wanted, found)),
-            "macro_f1": float(f1.mean()),
+            "accuracy": float((wanted == found).mean()),
+            "macro_f1": mean_figure(each, "f1"),
             "ece": sum(one["count"] * abs(one["accuracy"] - one["confidence"]) for one in bins) / len(wanted),
             "examples": len(wanted),
-            "per_class": {
-                self._labels[i]: {
-                    "precision": float(p),
-                    "recall": float(r),
-                    "f1": float(f),
-                    "average_precision": float(average_precision_score(np.array(wanted) == i, likely[:, i])),
-                    "count": int(n),
-                }
-                for i, p, r, f, n in rows
-            },
+            "per_class": each,
             "reliability": bins,
         }
 
@@ -79,3 +67,32 @@ class ClassMetrics:
             }
             for place in np.unique(places)
         ]
+
+
+def label_figures(
+    labels: Sequence[str], wanted: "np.ndarray[Any, Any]", found: "np.ndarray[Any, Any]", likely: "np.ndarray[Any, Any]"
+) -> dict[str, dict[str, Any]]:
+    """Figures of each label that occurs: precision, recall, F1, average precision and count.
+
+    Args:
+        wanted, found: ``(n, K)``, whether a row has a label, and whether the model names it.
+        likely: ``(n, K)`` scores.
+    """
+    from sklearn.metrics import average_precision_score
+
+    right, named, there = (rows.sum(0) for rows in (wanted & found, found, wanted))
+    return {
+        labels[i]: {
+            "precision": float(right[i] / max(named[i], 1)),
+            "recall": float(right[i] / there[i]),
+            "f1": float(2 * right[i] / (named[i] + there[i])),
+            "average_precision": float(average_precision_score(wanted[:, i], likely[:, i])),
+            "count": int(there[i]),
+        }
+        for i in np.flatnonzero(there).tolist()
+    }
+
+
+def mean_figure(each: Mapping[str, Mapping[str, Any]], figure: str) -> float:
+    """The mean over labels; zero if none occurs."""
+    return float(sum(one[figure] for one in each.values())) / max(len(each), 1)

@@ -72,7 +72,7 @@ class ImageClassification(Task):
     groups = "per_class"
     adds_layers = True
     takes_files = True
-    template: ClassVar = {"subset": "lora(rank=8) + head", "task": {"labels": ["first label", "second label"]}}
+    template: ClassVar = {"subset": "head", "task": {"labels": ["first label", "second label"]}}
 
     def __init__(
         self,

@@ -64,18 +64,20 @@ def token_losses(given: Tensor, labels: Tensor, *, shift: bool, head: nn.Linear 
 
 
 def pad_features(features: Sequence[Mapping[str, Any]], pad_token_id: int, *, token_labels: bool) -> dict[str, Tensor]:
-    """Right-pad ``input_ids`` (and token labels) to the longest example, with the attention mask."""
+    """Right-pad ``input_ids``, and token labels, each to its longest, with the attention mask of the former."""
     longest = max(len(feature["input_ids"]) for feature in features)
-
-    def padded(key: str, filler: int) -> Tensor:
-        return torch.tensor([list(f[key]) + [filler] * (longest - len(f[key])) for f in features])
-
-    batch = {"input_ids": padded("input_ids", pad_token_id)}
+    batch = {"input_ids": _padded(features, "input_ids", pad_token_id)}
     batch["attention_mask"] = torch.tensor(
         [[1] * len(f["input_ids"]) + [0] * (longest - len(f["input_ids"])) for f in features]
     )
-    batch["labels"] = padded("labels", IGNORED) if token_labels else torch.tensor([f["labels"] for f in features])
-    return batch
+    if token_labels:
+        return batch | {"labels": _padded(features, "labels", IGNORED)}
+    return batch | {"labels": torch.tensor([f["labels"] for f in features])}
+
+
+def _padded(features: Sequence[Mapping[str, Any]], key: str, filler: int) -> Tensor:
+    longest = max(len(feature[key]) for feature in features)
+    return torch.tensor([list(f[key]) + [filler] * (longest - len(f[key])) for f in features])
 
 
 def without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,6 @@
 """One label for each text."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -16,8 +14,9 @@ from dpft.tasks.losses import declared_class_losses, pad_features
 from dpft.tasks.pooling import mean_pooled
 from dpft.tasks.registry import task
 from dpft.tasks.source import Source
-from dpft.tasks.task import TEXTS, Columns, Size, Task
-from dpft.tasks.words import WORDS, Words
+from dpft.tasks.task import TEXTS, Columns
+from dpft.tasks.text import MAX_LENGTH, TextTask
+from dpft.tasks.words import WORDS
 from dpft.values import Column, class_number, label_fault, plain
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @task("sequence_classification")
-class SequenceClassification(Task):
+class SequenceClassification(TextTask):
     """Classify texts into a declared, public list of labels.
 
     Args:
@@ -41,11 +40,7 @@ class SequenceClassification(Task):
         text: str = Field("text", description="The column with the text.")
         label: str = Field("label", description="The column with the label, a text or a whole number.")
         labels: Labels = Field([], validate_default=True, description="Every label there is, declared and public.")
-        max_length: int | None = Field(
-            None,
-            ge=4,
-            description="Texts are cut after this many tokens; by default 128, or the model's positions if fewer.",
-        )
+        max_length: int | None = Field(None, ge=4, description=MAX_LENGTH)
         group: str | None = Field(
             None,
             description="A column of the validation data, such as a clinic, whose values get figures of their own.",
@@ -89,7 +84,8 @@ class SequenceClassification(Task):
         label: str = "label",
         max_length: int = 128,
     ) -> None:
-        self.tokenizer, self.text, self.label, self.max_length = tokenizer, text, label, max_length
+        super().__init__(tokenizer, max_length)
+        self.text, self.label = text, label
         self.labels = [str(value) for value in labels]
         self._index = {value: i for i, value in enumerate(self.labels)}
 
@@ -106,9 +102,6 @@ class SequenceClassification(Task):
                 'tokens: set task.pooling = "model".'
             )
         return task, model
-
-    def save(self, folder: Path | str) -> None:
-        self.tokenizer.save_pretrained(folder)
 
     def examples(self) -> dict[str, list[str]]:
         return {self.text: list(TEXTS), self.label: self.labels[: len(TEXTS)]}
@@ -131,11 +124,8 @@ class SequenceClassification(Task):
             return []  # tokenizers take no empty list
         return self.encode({self.text: list(self.hints), self.label: [self.labels[0]] * len(self.hints)})
 
-    def size(self, features: Mapping[str, Any]) -> Size:
-        return Size(len(features["input_ids"]), len(features["input_ids"]))
-
     def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        return pad_features(features, self.tokenizer.pad_token_id or 0, token_labels=False)
+        return pad_features(features, self.pad, token_labels=False)
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Raises RecipeError: the model has fewer classes than the task."""
@@ -147,7 +137,3 @@ class SequenceClassification(Task):
     def canary(self, random: np.random.Generator) -> dict[str, str]:
         label = self.labels[random.integers(len(self.labels))]
         return {self.text: self.words.text(WORDS, random), self.label: label}
-
-    @cached_property
-    def words(self) -> Words:
-        return Words(self.tokenizer)

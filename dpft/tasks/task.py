@@ -90,8 +90,8 @@ class Task(ABC):
     def load(cls, settings: Any, source: Source) -> tuple["Task", nn.Module]:
         """The task and the model that it trains; the settings are an instance of the class's own ``Settings``.
 
-        A task with the setting ``max_length`` reads its attribute of that name when it encodes: the model's positions
-        decide it later.
+        A task with the setting ``max_length`` or ``target_length`` reads its attribute of that name when it encodes:
+        the model's positions decide it later.
         """
         raise RecipeError(f"{cls.__name__} has no load, so no recipe can train it: give it one, or use it from Python.")
 

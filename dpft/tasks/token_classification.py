@@ -1,9 +1,7 @@
 """A tag for each word, such as the names in a text."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from itertools import chain, pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,8 +13,9 @@ from dpft.recipe import Labels, TaskTable
 from dpft.tasks.losses import IGNORED, pad_features, token_losses, without_labels
 from dpft.tasks.registry import task
 from dpft.tasks.source import Source
-from dpft.tasks.task import TEXTS, Columns, Size, Task
-from dpft.tasks.words import WORDS, Words
+from dpft.tasks.task import TEXTS, Columns
+from dpft.tasks.text import MAX_LENGTH, TextTask
+from dpft.tasks.words import WORDS
 from dpft.values import Column, class_number, label_fault
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ OUTSIDE = "O"  # the tag of a word in no entity
 
 
 @task("token_classification")
-class TokenClassification(Task):
+class TokenClassification(TextTask):
     """Tag each word of a text with one of a declared, public list of tags.
 
     A word's tag is learned at its first token. An example's loss is the mean over its own words that ``max_length``
@@ -49,11 +48,7 @@ class TokenClassification(Task):
             validate_default=True,
             description="Every tag there is, declared and public; entities as O, B-x and I-x.",
         )
-        max_length: int | None = Field(
-            None,
-            ge=4,
-            description="Examples are cut after this many tokens; by default 128, or the model's positions if fewer.",
-        )
+        max_length: int | None = Field(None, ge=4, description=MAX_LENGTH)
 
         @property
         def columns(self) -> dict[str, Column]:
@@ -73,7 +68,8 @@ class TokenClassification(Task):
         tags: str = "tags",
         max_length: int = 128,
     ) -> None:
-        self.tokenizer, self.tokens, self.tags, self.max_length = tokenizer, tokens, tags, max_length
+        super().__init__(tokenizer, max_length)
+        self.tokens, self.tags = tokens, tags
         self.labels = [str(value) for value in labels]
         self._index = {value: i for i, value in enumerate(self.labels)}
 
@@ -87,9 +83,6 @@ class TokenClassification(Task):
             )
         task = cls(tokenizer, settings.labels, tokens=settings.tokens, tags=settings.tags)
         return task, source.labelled_model("AutoModelForTokenClassification", settings.labels, tokenizer)
-
-    def save(self, folder: Path | str) -> None:
-        self.tokenizer.save_pretrained(folder)
 
     def examples(self) -> dict[str, list[list[str]]]:
         words = [text.split() for text in TEXTS]
@@ -123,11 +116,8 @@ class TokenClassification(Task):
             )
         return classes
 
-    def size(self, features: Mapping[str, Any]) -> Size:
-        return Size(len(features["input_ids"]), len(features["input_ids"]))
-
     def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        return pad_features(features, self.tokenizer.pad_token_id or 0, token_labels=True)
+        return pad_features(features, self.pad, token_labels=True)
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return token_losses(model(**without_labels(batch)).logits, batch["labels"], shift=False)
@@ -138,10 +128,6 @@ class TokenClassification(Task):
     def canary(self, random: np.random.Generator) -> dict[str, list[str]]:
         tags = [self.labels[i] for i in random.integers(len(self.labels), size=WORDS)]
         return {self.tokens: self.words.text(WORDS, random).split(), self.tags: tags}
-
-    @cached_property
-    def words(self) -> Words:
-        return Words(self.tokenizer)
 
 
 class EntityMetrics:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_LENGTH = 128
+LENGTHS = ("max_length", "target_length")  # keys of tasks that cut examples, and a task's attributes
 LIMITS = ("max_position_embeddings", "n_positions")
 TABLE = re.compile(r"(^|\.)(wpe|(?!relative)\w*position(?!_ids$|.*bias)\w*)$")
 
@@ -38,12 +39,13 @@ def positions(model: "PreTrainedModel") -> int | None:
 
 def fit(task: Any, table: TaskTable, model: "PreTrainedModel") -> None:
     """Let a task that cuts its examples cut them where the model needs it; see :func:`fitting_length`."""
-    if "max_length" in type(table).model_fields:
-        task.max_length = fitting_length(getattr(table, "max_length", None), model)
+    for key in LENGTHS:
+        if key in type(table).model_fields:
+            setattr(task, key, fitting_length(getattr(table, key), model, key))
 
 
-def fitting_length(asked: int | None, model: "PreTrainedModel") -> int:
-    """``task.max_length``, or by default 128 and no more than the model has positions.
+def fitting_length(asked: int | None, model: "PreTrainedModel", key: str = "max_length") -> int:
+    """What the task's key asks for, or by default 128 and no more than the model has positions.
 
     Raises:
         RecipeError: more tokens are asked for than the model has positions.
@@ -53,7 +55,7 @@ def fitting_length(asked: int | None, model: "PreTrainedModel") -> int:
         return min(DEFAULT_LENGTH, most or DEFAULT_LENGTH)
     if most is not None and asked > most:
         raise RecipeError(
-            f"task.max_length is {asked:,} tokens, but the model has positions for {most:,}, so longer texts would "
+            f"task.{key} is {asked:,} tokens, but the model has positions for {most:,}, so longer texts would "
             f"fail: lower it to {most:,}."
         )
     return asked

@@ -40,4 +40,4 @@ def preflight_recipe(recipe: Recipe) -> Checked:
 
 def _any_plan(recipe: Recipe) -> Plan:
     """The checks release nothing, so the noise need not be calibrated."""
-    return Plan(noise_multiplier=1.0, sample_rate=1.0, steps=1, delta=recipe.privacy.delta, clip=recipe.privacy.clip)
+    return Plan(noise_multiplier=1.0, sample_rate=1.0, steps=1, delta=recipe.privacy.delta, clip=recipe.privacy.clip())

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dpft.privacy.clipping import FlatClip
+from dpft.privacy.mechanisms.head_centred import HeadCentred
 from dpft.privacy.mechanisms.head_descent import HeadDescent
 from dpft.privacy.mechanisms.least_squares import LeastSquares
 from dpft.privacy.mechanisms.linear_head import Sums
@@ -132,7 +133,8 @@ def naive_least_squares(mechanism, data):
 
 
 def naive_descent(mechanism, data):
-    counts_of, mean_of, moment_of = mechanism.statistics
+    whitens = type(mechanism) is HeadDescent
+    counts_of, mean_of, *moment_of = mechanism.statistics
     sigma, bound = mechanism.noise_multiplier, mechanism.clip.sensitivity
     counts = loop(data, lambda x, y: y)
     mean = loop(data, lambda x, y: x)
@@ -140,24 +142,27 @@ def naive_descent(mechanism, data):
     prior = np.maximum(counts / number, max(1.0, 2 * sigma / math.sqrt(counts_of)) / number)
     prior = prior / prior.sum()
     m, r = centre(mechanism, mean, mean_of, number) if data.has_bias else (np.zeros(WIDTH), 1.0)
-    moment = moment_at(data, m, r)
-    sums = [counts, mean, moment[np.triu_indices(WIDTH)]]
-    found = torch.linalg.eigh(torch.as_tensor(moment / number))  # numpy's may have other signs
-    spread, directions = found.eigenvalues.numpy(), found.eigenvectors.numpy()
-    scarce = min(max((5 * WIDTH / number) ** 2, 5e-4), 0.1)
-    ridge = max(scarce * spread.sum(), sigma * r**2 / math.sqrt(moment_of) / number * math.sqrt(WIDTH))
-    length = math.sqrt((spread / (spread + ridge)).sum())
-    basis = directions / np.sqrt(spread + ridge) / length
+    sums, basis, constant = [counts, mean], np.eye(WIDTH) / r, 0.25
+    if whitens:
+        moment = moment_at(data, m, r)
+        sums.append(moment[np.triu_indices(WIDTH)])
+        found = torch.linalg.eigh(torch.as_tensor(moment / number))  # numpy's may have other signs
+        spread, directions = found.eigenvalues.numpy(), found.eigenvectors.numpy()
+        scarce = min(max((5 * WIDTH / number) ** 2, 5e-4), 0.1)
+        ridge = max(scarce * spread.sum(), sigma * r**2 / math.sqrt(*moment_of) / number * math.sqrt(WIDTH))
+        length = math.sqrt((spread / (spread + ridge)).sum())
+        basis, constant = directions / np.sqrt(spread + ridge) / length, 1 / length
     width = WIDTH + data.has_bias
     weights, velocity, tail = np.zeros((CLASSES, width)), 0.0, []
     if data.has_bias:
-        weights[:, -1] = (np.log(prior) - np.log(prior).mean()) * length
-    rate = 1.2 * length**2 * min(1.0, 0.014 / (sigma * math.sqrt(CLASSES * width) / number))
+        weights[:, -1] = (np.log(prior) - np.log(prior).mean()) / constant
+    noise = sigma * math.sqrt(CLASSES * width) / number
+    rate = 1.2 / constant**2 * min(1.0, 0.014 / noise) if whitens else min(24.0, 2 / noise**0.7)
     steps = mechanism.gradients
     for step in range(steps):
 
         def of_row(x, y, weights=weights):
-            z = np.array([*cut((x - m) @ basis, 1.0), *([1 / length] if data.has_bias else [])])
+            z = np.array([*cut((x - m) @ basis, 1.0), *([constant] if data.has_bias else [])])
             p = np.exp(weights @ z)
             return np.outer(p / p.sum() - y, z)
 
@@ -174,11 +179,16 @@ def naive_descent(mechanism, data):
             tail.append(weights)
     weights = sum(tail) / len(tail)
     along = weights[:, :WIDTH] @ basis.T
-    bias = weights[:, -1] / length if data.has_bias else np.zeros(CLASSES)
+    bias = weights[:, -1] * constant if data.has_bias else np.zeros(CLASSES)
     return sums, along / data.scale, balanced(data, bias - along @ m, prior)
 
 
-NAIVE = {Prototypes: naive_prototypes, LeastSquares: naive_least_squares, HeadDescent: naive_descent}
+NAIVE = {
+    Prototypes: naive_prototypes,
+    LeastSquares: naive_least_squares,
+    HeadDescent: naive_descent,
+    HeadCentred: naive_descent,
+}
 
 
 @every_head

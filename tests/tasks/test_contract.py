@@ -27,12 +27,16 @@ from tests.support.recipes import WORDS
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "recipe.md"
 
 
-def tokenizer(folder):
-    words = [*WORDS, *"An example . Another , which is a little longer than the first one first".split()]
+def tokenizer(folder, **special):
+    words = [
+        *WORDS,
+        *special.values(),
+        *"An example . Another , which is a little longer than the first one first".split(),
+    ]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
+        tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>", **special
     ).save_pretrained(folder)
 
 
@@ -44,6 +48,22 @@ def text(folder):
     tokenizer(folder)
 
 
+def masked_text(folder):
+    config = transformers.BertConfig(
+        vocab_size=80, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, pad_token_id=0
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer(folder, mask_token="<mask>")
+
+
+def text_to_text(folder):
+    config = transformers.T5Config(
+        vocab_size=80, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0, eos_token_id=2
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer(folder)
+
+
 def pictures(folder):
     config = transformers.ViTConfig(
         image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
@@ -52,7 +72,7 @@ def pictures(folder):
     transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
 
 
-CHECKPOINTS = (text, pictures)  # a task is tried on the first that it loads
+CHECKPOINTS = (text, masked_text, text_to_text, pictures)  # a task is tried on the first that it loads
 
 
 @pytest.fixture(scope="module", params=registry.names())

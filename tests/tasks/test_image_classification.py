@@ -106,6 +106,21 @@ def test_convolutions_that_standardise_their_weights_are_exact(tmp_path, subset)
     assert RunFolder(run).record().released_steps == 4
 
 
+@pytest.mark.parametrize("family", ["vit", "dinov2", "swin", "bit"])
+def test_a_head_by_itself_is_learned_over_any_frozen_network(tmp_path, family):
+    tables = recipe(tmp_path, family).model_dump()
+    without = {"epsilon": None, "noise_multiplier": 0.0, "batch_size": None, "steps": 40}
+    tables["privacy"] |= without
+    learned = Recipe.parse(tables)
+    assert learned.method == "head-descent"
+    run = RunFolder(train(learned, tmp_path / "run"))
+    assert run.metrics()["accuracy"] == 1.0  # bright on the left, or on the right
+    assert run.record().trainable_parameters < 2 * 100
+    for key, value in (("crop", 0.5), ("flip", True)):
+        with pytest.raises(RecipeError, match=f"task.{key} is set, which .*as they are: remove it"):
+            Recipe.parse(tables | {"task": {**tables["task"], key: value}})
+
+
 def test_a_frozen_prefix_of_pictures_is_kept_and_none_is_decoded_again(tmp_path, monkeypatch):
     decoded, pixels = [], ImageClassification._pixels
     monkeypatch.setattr(ImageClassification, "_pixels", lambda *given: decoded.append(1) or pixels(*given))

@@ -241,10 +241,10 @@ def test_the_method_follows_from_the_noise(tables):
     many = [f"label {place}" for place in range(100)]
     del tables["privacy"]["method"]
     for changes, method in (
-        (dict(units=2_000), "head-prototypes"),
+        (dict(units=2_000), "head-centred"),
         (dict(units=9_000), "head-descent"),
-        (dict(units=9_000, labels=many), "head-prototypes"),
-        (dict(units=9_000, epsilon=0.1), "head-prototypes"),
+        (dict(units=9_000, labels=many), "head-centred"),
+        (dict(units=9_000, epsilon=0.1), "head-centred"),
         (dict(units=40, epsilon=None, noise_multiplier=0.0), "head-descent"),
     ):
         facts = {"epsilon": 3.0, "delta": 1e-5, "units": 9_000, "labels": tables["task"]["labels"], **changes}

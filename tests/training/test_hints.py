@@ -70,7 +70,7 @@ def test_the_span_does_not_follow_the_training_data(session, tmp_path):
 def test_hints_make_descent_the_method_of_few_units(tables, tmp_path):
     assert Recipe.parse(tables).method == "head-descent"
     without = {**tables, "task": {**tables["task"], "hints": []}}
-    assert Recipe.parse(without).method == "head-prototypes"
+    assert Recipe.parse(without).method == "head-centred"
     train(Recipe.parse(tables), tmp_path / "run")
     with pytest.raises(RecipeError, match=r"task\.hints is set"):
         Recipe.parse({**tables, "privacy": {**tables["privacy"], "batch_size": 8}})

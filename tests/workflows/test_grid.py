@@ -75,10 +75,10 @@ def test_a_comparison_takes_the_recipe_as_it_is_written():
 def test_a_head_beside_others_is_learned_from_sums():
     facts = dict(privacy__clip_norm=10.0, optimizer__learning_rate=0.1, baseline__steps=9, data__draws=3)
     _, head, plain, bias = cells(dict(subsets=["head", "bias"], epsilons=[3.0, math.inf]), **facts)[:4]
-    assert head.recipe.method == "head-prototypes" and bias.recipe.method == "dp-sgd"
+    assert head.recipe.method == "head-centred" and bias.recipe.method == "dp-sgd"
     assert plain.recipe.method == "head-descent"  # without noise it is the better head
-    assert head.plan.mechanism.name == "head-prototypes" and head.plan.steps == plain.plan.steps == 64
-    assert head.plan.clip.clip_norm == 1.0 and bias.plan.clip.clip_norm == 10.0
+    assert head.plan.mechanism.name == "head-centred" and head.plan.steps == plain.plan.steps == 64
+    assert head.plan.clip.clip_norm == 0.8 and bias.plan.clip.clip_norm == 10.0
     assert bias.recipe.optimizer.learning_rate == 0.1 and bias.plan.steps == 10
     _, head = cells(dict(subsets=["head"]), privacy__method="dp-sgd")
     assert head.recipe.method == "dp-sgd" and head.recipe.run.save_steps == 1

@@ -68,9 +68,9 @@ class HeadDescent(LinearHead):
     too_few: ClassVar[str] = f"and counts, mean, second moment and gradients need {FEWEST}: plan about 70"
 
     @property
-    def statistics(self) -> tuple[int, int, int]:
+    def statistics(self) -> tuple[int, ...]:
         """As how many steps counts, mean and second moment are released."""
-        return tuple(max(1, round(share * self.steps)) for share in (COUNTS, MEAN, MOMENT))  # type: ignore[return-value]
+        return tuple(max(1, round(share * self.steps)) for share in (COUNTS, MEAN, MOMENT))
 
     @property
     def gradients(self) -> int:
@@ -96,7 +96,7 @@ class HeadDescent(LinearHead):
         import torch
 
         self._classes_alone(rows)
-        counts, _, _ = self.statistics
+        counts = self.statistics[0]
         seen = sums.release(lambda: output_sum(rows), (rows.classes,), 1.0, counts)
         mass = rows.mass(seen, number)
         prior = self._prior(seen, counts)
@@ -108,8 +108,7 @@ class HeadDescent(LinearHead):
         if rows.has_bias:
             weights[:, width] = (prior.log() - prior.log().mean()) / whitening.constant
         velocity, mean, tail = torch.zeros_like(weights), torch.zeros_like(weights), 0
-        noise = self.noise_multiplier * math.sqrt(weights.numel()) / mass
-        rate = RATE / whitening.constant**2 * min(1.0, QUIET / noise if noise else 1.0)
+        rate = self._rate(self.noise_multiplier * math.sqrt(weights.numel()) / mass, whitening)
         for step in range(self.gradients):
             total = partial(self._gradient, rows, *whole, weights)
             gradient = sums.release(total, shape, self.clip.sensitivity)
@@ -123,6 +122,10 @@ class HeadDescent(LinearHead):
             weights[:, width] * whitening.constant if rows.has_bias else torch.zeros(rows.classes, dtype=torch.float64)
         )
         return Head(directions / rows.scale, balanced(rows, bias - directions @ whitening.mean, prior))
+
+    def _rate(self, noise: float, whitening: Whitening) -> float:
+        """The rate where the noise on a mean gradient is so long, over C."""
+        return RATE / whitening.constant**2 * min(1.0, QUIET / noise if noise else 1.0)
 
     def _whitening(self, rows: Rows, sums: Sums, number: float) -> Whitening:
         import torch

@@ -233,7 +233,7 @@ class PrivacyTable(Table):
     def mechanism(self) -> dict[str, Any]:
         """The mechanism's name and its facts but for noise, rate and steps, as :class:`Plan` takes them."""
         if self.bands is not None:
-            return {"mechanism": "dp-sgd-banded", "clip": self.clip, "bands": self.bands}
+            return {"mechanism": "dp-sgd-banded", "clip": self.clip(), "bands": self.bands}
         if self.clipping != "adaptive":
             return {"mechanism": "dp-sgd", "clip": self.clip()}
         settings = dict(quantile=self.clip_quantile, clip_rate=self.clip_rate, quantile_share=self.clip_budget)

@@ -236,3 +236,16 @@ def test_a_trainer_trains(subset, settings, plan, tmp_path):
     assert all(p.is_cuda for p in after.values())
     assert all((after[name].cpu() != value).any() for name, value in before.items())
     assert np.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_correlated_noise_on_a_device_is_that_of_the_inverse_matrix(monkeypatch):
+    monkeypatch.setattr(noise, "_DEVICE_CHUNK", 1 << 10)  # so that a row has several parts
+    size, column = 3000, (0.8, 0.5, 0.33)
+    fresh = noise.FreshNoise(size, SeededRandomness(1), CUDA)
+    banded = noise.BandedNoise(size, SeededRandomness(1), CUDA, column)
+    z, y = (
+        torch.stack([torch.cat([part.clone() for part in stream.following()]) for _ in range(6)])
+        for stream in (fresh, banded)
+    )
+    again = sum(weight * torch.cat([torch.zeros_like(y[:back]), y[: 6 - back]]) for back, weight in enumerate(column))
+    assert y.is_cuda and torch.allclose(again, z, rtol=0, atol=1e-12)

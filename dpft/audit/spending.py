@@ -110,8 +110,9 @@ def _problems(run: RunRecord, folder: RunFolder) -> list[str]:
     if run.units is not None and too_large(run.delta, run.units):
         found.append(_delta_problem(run.delta, run.units))
     steps = [event for event in run.events if not event.name]
-    counted = sum(event.count for event in steps)
-    if counted != run.released_steps:
+    counted = sum(event.count * event.steps for event in steps)
+    begun = max((event.steps for event in steps), default=1)  # steps of a release that may have ended early
+    if not counted - begun < run.released_steps <= counted:
         found.append(f"Its events count {counted:,} releases, and it made {run.released_steps:,}.")
     for package, oldest in OLDEST.items():
         used = (run.versions or {}).get(package, "")
@@ -125,7 +126,7 @@ def _problems(run: RunRecord, folder: RunFolder) -> list[str]:
         return found
     if kept.charged > counted:
         found.append(f"{kept.charged:,} releases were counted on disk, and its events count {counted:,}.")
-    for name in ("noise_multiplier", "sample_rate"):
+    for name in ("noise_multiplier", "sample_rate", "steps"):
         known = getattr(kept.mechanism.event, name)
         if any(getattr(event, name) != known for event in steps):
             found.append(f"{name} was {known:g} when it was released, and its events say otherwise.")

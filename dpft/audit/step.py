@@ -105,7 +105,9 @@ def audit_step(
     chosen = GAMES | ADAPTIVE if mechanism.adapts else GAMES
     each = significance / (1 + len(chosen))  # so that all games together raise a false alarm no more often
     delta = min(plan.delta, 1e-2)
-    tried = plan.changed(sample_rate=1.0, steps=steps, units=COORDINATES, examples_per_unit=1, delta=delta)
+    tried = plan.changed(
+        sample_rate=1 / plan.events(1)[0].steps, steps=steps, units=COORDINATES, examples_per_unit=1, delta=delta
+    )
     present, scores = _play(tried, progress)
     spread = np.sqrt((scores[present].var(ddof=1) + scores[~present].var(ddof=1)) / 2)
     half = len(scores) // 2  # the threshold is chosen on one half and judged on the other
@@ -155,9 +157,13 @@ def _parts_mu(mechanism: Mechanism) -> float:
 
 
 def _play(plan: Plan, progress: Callable[[int, int], None]) -> tuple[np.ndarray, np.ndarray]:
-    """``(steps · COORDINATES,)`` coins, and the released coordinates in units of the clip."""
-    arena = _Arena(plan, COORDINATES)
-    coins = SecureRandomness().bernoulli(plan.steps * COORDINATES, 0.5).reshape(plan.steps, COORDINATES)
+    """Coins, and what the releases tell of the coordinate of each, in units of the clip.
+
+    Where steps take units by groups in turn, so do they take canaries, the first one in the first step.
+    """
+    arena, groups = _Arena(plan, COORDINATES), plan.events(1)[0].steps
+    turns = (np.arange(plan.steps)[:, None] - np.arange(COORDINATES)) % groups == 0
+    coins = turns & SecureRandomness().bernoulli(turns.size, 0.5).reshape(turns.shape)
     scores = np.empty((plan.steps, COORDINATES))
     with arena.engine:
         for step, inside in enumerate(coins):
@@ -166,7 +172,9 @@ def _play(plan: Plan, progress: Callable[[int, int], None]) -> tuple[np.ndarray,
             scores[step] = arena.release().numpy()
             if step % 100 == 0:
                 progress(step, plan.steps)
-    return coins.ravel(), scores.ravel()
+    told = plan.mechanism.evidence(scores)
+    turns, coins = turns[: len(told)], coins[: len(told)]
+    return coins[turns], told[turns]
 
 
 class _Arena:

@@ -16,13 +16,16 @@ from dpft.cli.common import as_json, printed, recipe_to_run, show
 @click.option("--sample-rate", type=float, help="Instead of --batch-size: each unit's probability per step.")
 @click.option("--steps", type=int, help="Number of steps.")
 @click.option("--epochs", type=float, help="Instead of --steps: expected passes over the data.")
+@click.option("--bands", type=click.IntRange(1), help="Correlate the noise over so many steps (dp-sgd-banded).")
 @click.option("--adjacency", default="add-or-remove-one", show_default=True, help="Or replace-one, zero-out.")
 @click.option("--unit", default="example", show_default=True, help="What one unit is: example, or a column's name.")
 @click.option("--advise", "recipe", type=click.Path(), help="Propose the best known plan for this recipe instead.")
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="With --advise: the time for training.")
 @click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="With --advise: write the recipe.")
 @as_json
-def plan(as_json: bool, recipe: str | None, hours: float | None, write: Path | None, **facts) -> None:
+def plan(  # noqa: PLR0913  (each is an option)
+    as_json: bool, recipe: str | None, hours: float | None, write: Path | None, bands: int | None, **facts
+) -> None:
     """Find ε, the noise or the number of steps: give two of the three. Or have a plan advised for a recipe.
 
     Advice (`dpft plan --advise recipe.toml`) comes from public facts and the model. No private row is read, and
@@ -40,7 +43,7 @@ def plan(as_json: bool, recipe: str | None, hours: float | None, write: Path | N
         raise click.UsageError("Missing option '--delta'.")
     from dpft.privacy.plan import Plan
 
-    made = Plan.calibrate(**facts)
+    made = Plan.calibrate(**facts if bands is None else {**facts, "mechanism": "dp-sgd-banded", "bands": bands})
     figure = (lambda value: value) if as_json else printed
     show(
         {
@@ -56,6 +59,7 @@ def plan(as_json: bool, recipe: str | None, hours: float | None, write: Path | N
             "unit": made.unit,
             "sampler": "Poisson",
             "mechanism": "Gaussian",
+            **({} if bands is None else {"bands": bands}),
         },
         as_json,
     )

@@ -234,6 +234,9 @@ class Engine:
                     f"All {self.plan.steps:,} planned steps have been released, and one more would exceed the stated "
                     "epsilon: make a plan with more steps."
                 )
+            if self._noise is None:  # it may not fit into memory, so it comes before the charge
+                device = summing_device(self.capture.map.trainables[0].parameter.device)
+                self._noise = self.plan.mechanism.noise(self.capture.map.size, self.randomness, device)
             if (before_release := self._before_release) is not None:
                 self._world.first(lambda: before_release(self.steps_released + 1))
             self.steps_released += 1  # it was charged, so it counts whatever happens next
@@ -243,6 +246,9 @@ class Engine:
             self._guard.release(gradients)
             if clip != self.clip:
                 self._clip_by(clip)
+        except BaseException:
+            self._noise = None  # a stream with memory must have a row for each step: after a gap, another one begins
+            raise
         finally:
             self.discard()  # a draw whose release failed must not be added to the next
         self.renew_chance()
@@ -252,8 +258,7 @@ class Engine:
         total, start = self._world.sum_(self._sum()), 0
         noise_std = self.plan.mechanism.noise_std(self.clip)
         if noise_std > 0:
-            if self._noise is None:
-                self._noise = self.plan.mechanism.noise(self.capture.map.size, self.randomness, total.device)
+            assert self._noise is not None  # release made it
             for noise in self._noise.following():
                 total[start : start + len(noise)].add_(noise, alpha=noise_std)
                 start += len(noise)

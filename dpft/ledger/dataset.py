@@ -91,7 +91,7 @@ class Dataset:
     def most_steps(self, plan: Plan) -> int:
         """How many of the plan's steps fit; zero if none does."""
         self.ledger.refresh()
-        return self._room(_event(plan), plan.steps)
+        return self._steps_that_fit(plan, plan.steps)
 
     def least_noise(self, plan: Plan) -> float | None:
         """The least noise multiplier, to 0.1 %, with which all of the plan's steps fit; None if even much noise does
@@ -161,9 +161,9 @@ class Dataset:
                 "back could be theirs: resume it with the same noise and rate, or start another run."
             )
         # A run that goes on ends at the last block that fits; a new one is refused unless all of it does.
-        if not self.fits([event.times(left if resumed is None else min(left, 1))]):
+        if not self.fits([event.spanning(left if resumed is None else min(left, 1))]):
             raise BudgetError(self._refusal(plan, left, resumed is not None))
-        run = Run(self, resumed or uuid.uuid4().hex[:12], event, plan.steps)
+        run = Run(self, resumed or uuid.uuid4().hex[:12], event, event.spanning(plan.steps).count)
         run.overlap = warning
         if resumed is None:
             run.opening = {
@@ -225,6 +225,11 @@ class Dataset:
     def _epsilon(self, more: tuple[Event, ...]) -> float:
         return self.record.epsilon((*self.record.events, *more))
 
+    def _steps_that_fit(self, plan: Plan, most: int) -> int:
+        """How many of ``most`` steps of the plan fit; where one release spans several, all of them."""
+        event = _event(plan)
+        return min(most, event.steps * self._room(event, event.spanning(most).count))
+
     def _room(self, event: Event, most: int) -> int:
         """The largest count of ``event``, up to ``most``, that fits."""
 
@@ -270,7 +275,7 @@ class Dataset:
         return in_tenths(share)
 
     def _refusal(self, plan: Plan, left: int, resumed: bool) -> str:
-        policy, most = self.policy, self._room(_event(plan), left)
+        policy, most = self.policy, self._steps_that_fit(plan, left)
         ways = [f"at most {most:,} of {left:,} steps fit" if most else "not one step fits"]
         noise = None if resumed else self.least_noise(plan.changed(steps=left))
         if noise is not None:
@@ -283,7 +288,7 @@ class Dataset:
 
 
 class Run:
-    """One run's account: :meth:`charge` before releasing, :meth:`settle` at the end."""
+    """One run's account: :meth:`charge` before releasing, :meth:`settle` at the end; both count events."""
 
     def __init__(self, dataset: Dataset, identity: str, event: Event, steps: int) -> None:
         self.dataset, self.id, self.event, self.steps = dataset, identity, event, steps

@@ -36,8 +36,9 @@ def noise_for(mechanism: M, target: float, delta: float, adjacency: "Adjacency")
     if epsilon(math.log(MIN_NOISE_MULTIPLIER), True) <= target:  # so few draws that δ covers them all
         return mechanism.changed(noise_multiplier=MIN_NOISE_MULTIPLIER)
     # The central limit theorem of DP-SGD (Bu et al. 2020, equation 5), solved for the noise, says where to look.
-    mu = gaussian.mu_for(target, delta) / rate
-    guess = -0.5 * math.log(math.log1p(mu**2 / steps))
+    event = mechanism.events()[0]
+    mu = gaussian.mu_for(target, delta) / (event.sample_rate or rate)
+    guess = -0.5 * math.log(math.log1p(mu**2 / event.count))
     found = _search(epsilon, target, guess, math.inf, math.log(MAX_NOISE_MULTIPLIER), slope=-2.0)
     if found is None:
         raise PlanError(
@@ -60,14 +61,16 @@ def steps_for(mechanism: M, target: float, delta: float, adjacency: "Adjacency")
             f"One step at noise multiplier {noise:g} already spends epsilon = {rounded_up(spent(1))}, "
             f"above {target:g}: use more noise."
         )
-    mu = gaussian.mu_for(target, delta) / mechanism.sample_rate
-    guess = max(0.0, math.log(mu**2 / math.expm1(noise**-2)))
+    event = mechanism.events(1)[0]
+    mu = gaussian.mu_for(target, delta) / (event.sample_rate or mechanism.sample_rate)
+    guess = max(0.0, math.log(mu**2 / math.expm1(noise**-2) * event.steps))
     found = _search(lambda x, exact: spent(int(math.exp(x)), exact), target, guess, 0.0, math.log(MAX_STEPS), slope=0.6)
     if found is None:
         raise PlanError(
             f"More than {MAX_STEPS:,} steps fit into epsilon = {target:g}: give the steps and let the noise follow."
         )
-    return mechanism.changed(steps=int(math.exp(found)))
+    whole = event.spanning(int(math.exp(found)))  # the rest of a round costs nothing
+    return mechanism.changed(steps=whole.count * whole.steps)
 
 
 def _search(

@@ -6,6 +6,8 @@ As a plain dictionary, in ``run.json``, ``releases.json`` and the ledger's entri
     {"version": 2, "kind": "gaussian", "count": 1, "noise_multiplier": 5.0, "sensitivity": 0.1, "name": "class means"}
     {"version": 2, "kind": "stated", "count": 1, "epsilon": 0.5, "delta": 1e-8}
 
+A release that spans several steps of training names their number, ``"steps": 4``; others do not.
+
 Version 1, of dpft 0.1 and 0.2, names no version; in ``run.json`` it says ``event`` for ``kind``, in the ledger it names
 neither, and its sample rate is 1 where nothing is sampled.
 """
@@ -56,6 +58,7 @@ class Event:
             moves. Of a step that releases several sums it is that of all of them together.
         sensitivity: in the units of what was released, where it is worth stating. No ε follows from it.
         name: what was released, in a few public words; empty for steps of training.
+        steps: over how many steps of training one such release spreads. A unit is in one of these at most.
 
     Raises:
         PlanError: a figure is none that a release can have.
@@ -71,9 +74,10 @@ class Event:
     delta: float | None = None
     sensitivity: float | None = None
     name: str = ""
+    steps: int = 1
 
     def __post_init__(self) -> None:
-        checks = {"count": self.count >= 0}
+        checks = {"count": self.count >= 0, "steps": self.steps >= 1}
         match self.figures:
             case Gaussian(noise, rate):
                 checks |= {"noise_multiplier": 0 <= noise < math.inf, "sample_rate": 0 < rate <= 1}
@@ -111,12 +115,17 @@ class Event:
         """The same release, made ``count`` times."""
         return replace(self, count=count)
 
+    def spanning(self, steps: int) -> "Event":
+        """The same release, made as often as so many steps of training need; one that is begun counts whole."""
+        return self.times(-(-steps // self.steps))
+
     def to_dict(self) -> dict[str, Any]:
         """The release as it is written, with its count."""
         facts: dict[str, Any] = {"version": VERSION, "kind": self.kind, "count": self.count}
         keys = [field.name for field in fields(self) if field.name in KEYS[self.kind]]
         facts |= {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
-        return facts | ({"name": self.name} if self.name else {})
+        facts |= {"name": self.name} if self.name else {}
+        return facts | ({"steps": self.steps} if self.steps > 1 else {})
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> "Event":
@@ -143,14 +152,14 @@ class Event:
         figures = {key: rest.pop(key) for key in sorted(KEYS[kind] & rest.keys())}
         if kind == GAUSSIAN:
             figures["sample_rate"] = 1.0
-        count, name = rest.pop("count", 1), rest.pop("name", "")
-        if rest or type(count) is not int or type(name) is not str:
-            wrong = rest or {"count": count, "name": name}
+        count, name, steps = rest.pop("count", 1), rest.pop("name", ""), rest.pop("steps", 1)
+        if rest or type(count) is not int or type(name) is not str or type(steps) is not int:
+            wrong = rest or {"count": count, "name": name, "steps": steps}
             raise PlanError(f"A release of kind {kind!r} has {wrong}, which no version writes: fix the record.")
         for key, value in figures.items():
             if type(value) not in (int, float):
                 raise PlanError(f"A release has {key} = {value!r}, which is no number: fix the record.")
-        return cls(count, **figures, name=name)
+        return cls(count, **figures, name=name, steps=steps)
 
     @property
     def dp_event(self) -> "DpEvent":
@@ -178,7 +187,7 @@ def merged(events: Iterable[Event]) -> tuple[Event, ...]:
     counts: dict[Event, int] = {}
     for event in events:
         counts[event.one] = counts.get(event.one, 0) + event.count
-    order = lambda e: repr((e.noise_multiplier, e.sample_rate, e.epsilon, e.delta, e.sensitivity, e.name))
+    order = lambda e: repr((e.noise_multiplier, e.sample_rate, e.epsilon, e.delta, e.sensitivity, e.name, e.steps))
     return tuple(sorted((event.times(n) for event, n in counts.items() if n), key=order))
 
 

@@ -14,7 +14,7 @@ probability below 1e-60. The noise is added in float64 and only the noisy sum is
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from torch import Tensor
 
+from dpft.errors import GuaranteeError
 from dpft.privacy.chacha import DeviceStream
 
 _CHUNK = 1 << 16  # numbers drawn at a time: their few MB stay in the processor's cache
@@ -152,6 +153,43 @@ class FreshNoise(NoiseStream):
 
     def following(self) -> Iterator[Tensor]:
         return self._randomness.gaussians(self._size, self._device)
+
+
+class BandedNoise(NoiseStream):
+    """Row t is (C⁻¹z)_t, for fresh z and the lower-triangular Toeplitz matrix C whose first column is ``column``.
+
+    So ``y_t = (z_t - Σ_j column[j] · y_(t-j)) / column[0]``, over the last ``len(column) - 1`` rows y. They are kept
+    here, at 8 bytes a number. Not they but z has deviation 1.
+
+    Where it ends and another stream begins, the two matrices are the blocks of one that has as many bands. So a new
+    stream may begin at any step, and one of which a row was lost must end.
+
+    Raises:
+        GuaranteeError: of the last row not all was asked for, so that the next would not be what is accounted for.
+    """
+
+    def __init__(self, size: int, randomness: Randomness, device: torch.device, column: Sequence[float]) -> None:
+        self._size, self._randomness, self._device, self._column = size, randomness, device, tuple(column)
+        self._row, self._whole = 0, True
+        kept = (len(self._column) - 1, size)  # row s at s modulo their number; before the first they are zero
+        self._rows = torch.zeros(kept, dtype=torch.float64, device=device if device.type == "cuda" else _CPU)
+
+    def following(self) -> Iterator[Tensor]:
+        if not self._whole:
+            raise GuaranteeError(
+                "A row of correlated noise was made in part, and later rows need all of it: begin another stream."
+            )
+        self._whole, start, kept = False, 0, len(self._rows)
+        for part in self._randomness.gaussians(self._size, self._device):
+            end = start + len(part)
+            for back, weight in enumerate(self._column[1:], 1):
+                part.sub_(self._rows[(self._row - back) % kept, start:end], alpha=weight)
+            part.div_(self._column[0])
+            if kept:
+                self._rows[self._row % kept, start:end] = part  # where the oldest was, which was needed last
+            yield part
+            start = end
+        self._row, self._whole = self._row + 1, True
 
 
 class _Stream:

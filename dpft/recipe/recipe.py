@@ -118,12 +118,19 @@ class Recipe(Table):
             raise ValueError(
                 f"privacy.batch_size is {privacy.batch_size:,} of {self.data.units:,} units: expect at most all of them"
             )
+        if privacy.bands is not None and privacy.bands * privacy.batch_size > self.data.units:
+            raise ValueError(
+                f"privacy.bands is {privacy.bands}, and each of as many groups of the {self.data.units:,} units must "
+                f"fill batches of {privacy.batch_size:,}: lower bands to {self.data.units // privacy.batch_size} at "
+                "most, or the batch size"
+            )
 
     def _check_open_plan(self) -> None:
         chosen = {
             "privacy.batch_size": self.privacy.batch_size is not None,
             "privacy.steps": self.privacy.steps is not None,
             "privacy.clipping": self.privacy.clipping != "flat" or self.privacy.clip_norm is not None,
+            "privacy.bands": self.privacy.bands is not None,
             "optimizer": self.optimizer != OptimizerTable(),
         }
         for key in (key for key, is_set in chosen.items() if is_set):
@@ -145,6 +152,7 @@ class Recipe(Table):
             "privacy.batch_size": self.privacy.batch_size is not None,
             "privacy.epochs": self.privacy.epochs is not None,
             "privacy.clipping": self.privacy.clipping != "flat",
+            "privacy.bands": self.privacy.bands is not None,
             **{f"data.{key}": value != getattr(self.data, key) for key, value in self.data.of_head()},
             **{f"task.{key}": bool(getattr(self.task, key, None)) for key in ("crop", "flip")},
             "optimizer": self.optimizer != OptimizerTable(),
@@ -232,7 +240,7 @@ class Recipe(Table):
 
     def without_privacy(self) -> "Recipe":
         """The same run with no noise and a bound that clips nothing: the baseline beside which privacy is judged."""
-        privacy = dict(epsilon=None, noise_multiplier=0.0, clipping="flat", clip_norm=1e9)
+        privacy = dict(epsilon=None, noise_multiplier=0.0, clipping="flat", clip_norm=1e9, bands=None)
         privacy |= {name: PrivacyTable.model_fields[name].default for name in CLIP_SETTINGS}
         if self.baseline.steps:
             privacy |= dict(steps=self.baseline.steps, epochs=None)

@@ -179,6 +179,12 @@ class PrivacyTable(Table):
     clip_budget: float = Field(
         0.01, gt=0, lt=1, description="adaptive: the share of the budget (of 1/σ²) that is paid for the quantile."
     )
+    bands: int | None = Field(
+        None,
+        ge=1,
+        description="dp-sgd: noise is correlated over so many steps, which take units by as many groups in turn; pays "
+        "where ε is large and steps are many.",
+    )
     adjacency: Adjacency = Field("add-or-remove-one", description="Which data sets are indistinguishable.")
 
     @model_validator(mode="after")
@@ -195,6 +201,16 @@ class PrivacyTable(Table):
                     f"privacy.{name} is {getattr(self, name)!r}, which clipping = {self.clipping!r} does not use: "
                     f"remove it, or choose clipping = {clipping!r}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _one_kind_of_noise(self) -> Self:
+        if self.bands is not None and self.clipping == "adaptive":
+            raise ValueError(
+                f"privacy.bands is {self.bands}, and clipping = 'adaptive' moves the clip from step to step, while "
+                "correlated noise takes back what was added under an earlier clip: remove bands, or choose another "
+                "clipping"
+            )
         return self
 
     def mu(self, steps: int) -> float:
@@ -215,6 +231,8 @@ class PrivacyTable(Table):
     @property
     def mechanism(self) -> dict[str, Any]:
         """The mechanism's name and its facts but for noise, rate and steps, as :class:`Plan` takes them."""
+        if self.bands is not None:
+            return {"mechanism": "dp-sgd-banded", "clip": self.clip(), "bands": self.bands}
         if self.clipping != "adaptive":
             return {"mechanism": "dp-sgd", "clip": self.clip()}
         settings = dict(quantile=self.clip_quantile, clip_rate=self.clip_rate, quantile_share=self.clip_budget)

@@ -112,11 +112,11 @@ def _over_steps(run: RunRecord, epsilon: float) -> str | None:
     if len(run.events) != 1 or not math.isfinite(epsilon):
         return None
     (spent,) = run.events
-    count = spent.count
+    count = spent.count * spent.steps
     steps = sorted({round(count * i / 24) for i in range(25)})
     return line(
         steps,
-        [composition.epsilon((spent.times(n),), run.delta, run.adjacency) if n else 0.0 for n in steps],
+        [composition.epsilon((spent.spanning(n),), run.delta, run.adjacency) if n else 0.0 for n in steps],
         Labels("ε spent while training", "step", "ε"),
         mark=(count, epsilon, f"ε = {rounded_up(epsilon)}"),
     )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpft.errors import RecipeError
+from dpft.errors import GuaranteeError, RecipeError
 from dpft.privacy.chance import step_generator
 from dpft.privacy.plan import Plan
 from dpft.privacy.sampling import PoissonSampler
@@ -269,7 +269,7 @@ class LogicalBatch:
         places: Numbers,
         units: Numbers,
         groups: list[Numbers],
-        chosen: Chosen | None,
+        chosen: Chosen,
     ) -> None:
         self._examples, self._task, self._places, self._units, self._groups = examples, task, places, units, groups
         self._chosen = chosen
@@ -278,8 +278,7 @@ class LogicalBatch:
         for group in self._groups:
             places = self._places[group]
             batch = self._task.collate(self._examples.drawn(places))
-            if self._chosen is not None:
-                self._chosen(places, batch)
+            self._chosen(places, batch)
             yield batch, self._units[group].tolist()
 
 
@@ -335,7 +334,22 @@ class LogicalBatches:
             max_examples=self._limits.max_examples,
             tokens=self.examples.lengths[places],
         )
-        return LogicalBatch(self.examples, self.task, places, units, groups, self._chosen)
+        return LogicalBatch(self.examples, self.task, places, units, groups, self._in_turn())
+
+    def _in_turn(self) -> Chosen:
+        """What is told of each micro-batch of the next draw."""
+        turn, chosen = self.sampler.turn, self._chosen
+
+        def tell(places: Numbers, batch: Batch) -> None:
+            if self.sampler.turn != turn:
+                raise GuaranteeError(
+                    f"A batch was drawn when {turn:,} steps were released, and is used after {self.sampler.turn:,}, "
+                    "when other units have their turn: draw each batch when the step before it is released."
+                )
+            if chosen is not None:
+                chosen(places, batch)
+
+        return tell
 
 
 def plain_batches(examples: Examples, task: Task, token_budget: int) -> Iterator[Batch]:

@@ -79,13 +79,14 @@ class BudgetMeter:
         block = self._whole(math.ceil(self.plan.steps / BLOCKS), least=True)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._path, json.dumps(self.facts))
+        spanning = self.plan.events(1)[0].spanning
         try:
-            self.run.charge(block)
+            self.run.charge(spanning(block).count)
         except BudgetError:
             block = self._whole(min(block, self.dataset.most_steps(self.plan)), least=False)
             if not block:
                 raise
-            self.run.charge(block)
+            self.run.charge(spanning(block).count)
         self.covered += block
 
     def _whole(self, steps: int, *, least: bool) -> int:
@@ -110,7 +111,7 @@ class BudgetMeter:
         if not self.run.reserved:
             return None  # nothing was charged
         try:
-            self.run.settle(self._last - self._before)
+            self.run.settle(self.plan.events(1)[0].spanning(self._last - self._before).count)
         except LedgerError as error:
             return f"The run's last block stays charged whole: {error}"
         return None

@@ -111,6 +111,17 @@ class Releases:
             )
         self._write(Count(number, known.run or token_hex(8), self._mechanism))
 
+    def end_round(self, planned: int) -> None:
+        """Count the rest of the round in which the run stopped, up to the ``planned`` steps: what goes on is a new
+        mechanism.
+
+        A round's later releases would need noise that is kept nowhere. Where rounds are single steps, nothing is left.
+        """
+        count = Count.read(self.path)
+        size = self._mechanism.event.steps
+        if count.charged % size:
+            self._write(replace(count, charged=min(planned, count.charged + -count.charged % size)))
+
     def save(self, checkpoint: Path, engine: "Engine | None" = None) -> None:
         """A copy for a checkpoint, with the account that was charged, and the released numbers that the engine's next
         step needs."""

@@ -148,7 +148,10 @@ class Session:
                 "Session.open), go on with new weights (from_start=True), or choose another folder."
             )
         self.releases.check()
+        self.releases.end_round(self.plan.steps)
+        charged = self.releases.charged
         self._engine = self._spent_engine()
+        self._sampler = self.plan.sampler(self.randomness).following(lambda: self.engine.steps_released)
         if charged >= self.plan.steps:
             raise BudgetError(f"All {self.plan.steps:,} planned steps have been released: nothing is left to resume.")
         self.account = self._opened_account(charged)
@@ -202,12 +205,13 @@ class Session:
 
     def batches(self) -> LogicalBatches:
         """The plan's logical batches, drawn when asked for."""
+        limits = Limits(self.budget.tokens, self.engine.max_examples, self.budget.overhead)
         return LogicalBatches(
             self.step_examples,
             self.task,
-            self.plan.sampler(self.randomness),
+            self._sampler,
             steps=self.plan.steps,
-            limits=Limits(self.budget.tokens, self.engine.max_examples, self.budget.overhead),
+            limits=limits,
             chosen=self.prefix.select if self.prefix is not None else None,
         )
 

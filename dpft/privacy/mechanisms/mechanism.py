@@ -44,13 +44,13 @@ class Words:
 
 @dataclass(frozen=True)
 class Rounds(Sequence[int]):
-    """``number`` rounds of ``size`` steps each."""
+    """``steps`` steps in rounds of ``size``, of which the last may be shorter."""
 
     size: int
-    number: int
+    steps: int
 
     def __len__(self) -> int:
-        return self.number
+        return -(-self.steps // self.size)
 
     @overload
     def __getitem__(self, place: int) -> int: ...
@@ -59,8 +59,10 @@ class Rounds(Sequence[int]):
     def __getitem__(self, place: slice) -> list[int]: ...
 
     def __getitem__(self, place: int | slice) -> int | list[int]:
-        chosen = range(self.number)[place]  # IndexError beyond the last
-        return self.size if isinstance(chosen, int) else [self.size] * len(chosen)
+        chosen = range(0, self.steps, self.size)[place]  # IndexError beyond the last
+        if isinstance(chosen, int):
+            return min(self.size, self.steps - chosen)
+        return [min(self.size, self.steps - start) for start in chosen]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,7 @@ class Mechanism(ABC):
     @property
     def rounds(self) -> Sequence[int]:
         """How many steps each piece has that is charged, and stopped at, as a whole; they sum to ``steps``."""
-        return Rounds(1, self.steps)
+        return Rounds(self.events(1)[0].steps, self.steps)
 
     def epsilon(
         self, steps: int, delta: float, adjacency: Adjacency = "add-or-remove-one", *, exact: bool = True
@@ -164,9 +166,11 @@ class Mechanism(ABC):
 
     def batches(self, units: int, randomness: "Randomness") -> Iterator["np.ndarray"]:
         """For each step, the sorted numbers below ``units`` of the units that are drawn; may be empty. Private."""
-        sampler = self.sampler(randomness)
-        for _ in range(self.steps):
+        released = 0
+        sampler = self.sampler(randomness).following(lambda: released)
+        while released < self.steps:
             yield sampler.units(units)
+            released += 1
 
     def noise(self, size: int, randomness: "Randomness", device: "device") -> "NoiseStream":
         """Where the noise on ``size`` numbers comes from, in units of :meth:`noise_std`: here, fresh for each
@@ -188,6 +192,13 @@ class Mechanism(ABC):
     def noise_std(self, clip: Clip) -> float:
         """Standard deviation of the noise on each number of the sum that is released under ``clip``."""
         return self.gradient_noise_multiplier * clip.sensitivity
+
+    def evidence(self, releases: "np.ndarray") -> "np.ndarray":
+        """``(T, K)`` numbers that T steps released, in units of the clip, to what all of them tell of each step's sum.
+
+        Its noise has the deviation :attr:`gradient_noise_multiplier`. The last steps may be left out.
+        """
+        return releases
 
     def tally(self, norms: "Tensor", clip: Clip) -> "Tensor | None":
         """``(U,)`` norms of unit gradients to ``(U,)`` numbers of size 1/2 at most that are summed too; None if none

@@ -113,7 +113,8 @@ def kill_at(moment):
     elif moment == "a head's sum is kept":
         before(KeptSums, "keep", calls=3, after=True)
     elif moment == "all is released and no weights are saved":
-        before(Releases, "charge", after=True, only=lambda releases, number, *_: number == STEPS["bias"])
+        last = lambda releases, number, *_: of_bias(releases.path) and number == STEPS["bias"]
+        before(Releases, "charge", after=True, only=last)
     elif moment == "weights are saved and no record is written":
         before(training, "write", only=of_bias)
     elif moment == "the record is written and no card":

@@ -41,8 +41,7 @@ def candidates(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     best = advise(recipe).recipe
     yield ADVISED, best
     for method in ("head-centred", "head-descent", "head-prototypes", "head-least-squares"):
-        if "prototypes" not in method and "squares" not in method or not getattr(recipe.task, "hints", ()):
-            yield method, changed(best, method=method)
+        yield method, changed(best, method=method)
     for clip in (0.4, 1.2):
         yield f"clip {clip}", changed(best, clip_norm=clip)
     for steps in (32, 128):

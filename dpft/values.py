@@ -5,12 +5,14 @@ means its digits; true and false have two spellings, JSON's and Python's. A floa
 written as 7, so it names neither a class nor a unit.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite, isnan
 from pathlib import Path
 from typing import Any
+
+from dpft.errors import RecipeError
 
 KINDS = {
     bool: "true or false",
@@ -82,6 +84,12 @@ class Column:
     def fault(self, value: Any, name: str) -> str | None:
         """What is wrong with a plain value of the column ``name``, to follow "row 3"; the value is not quoted."""
         return COLUMNS[self.kind](value, name, self)
+
+    def check(self, values: Sequence[Any], name: str) -> None:
+        """Raises RecipeError: a plain value has a fault; its row is counted among those given."""
+        for row, value in enumerate(values, 1):
+            if (fault := self.fault(value, name)) is not None:
+                raise RecipeError(f"Row {row:,} of {len(values):,} {fault}")
 
 
 def _text(value: Any, name: str, column: Column) -> str | None:

@@ -43,7 +43,15 @@ def plan(  # noqa: PLR0913  (each is an option)
         raise click.UsageError("Missing option '--delta'.")
     from dpft.privacy.plan import Plan
 
-    made = Plan.calibrate(**facts if bands is None else {**facts, "mechanism": "dp-sgd-banded", "bands": bands})
+    words: dict[str, object] = {"sampler": "Poisson", "mechanism": "Gaussian"}
+    if bands is not None:
+        facts |= {"mechanism": "dp-sgd-banded", "bands": bands}
+        words = {
+            "sampler": "Poisson, by groups of units in turn",
+            "mechanism": f"Gaussian, correlated over {bands} steps",
+            "bands": bands,
+        }
+    made = Plan.calibrate(**facts)
     figure = (lambda value: value) if as_json else printed
     show(
         {
@@ -57,9 +65,7 @@ def plan(  # noqa: PLR0913  (each is an option)
             "expected_batch_size": made.expected_batch_size if made.units else None,
             "adjacency": made.adjacency,
             "unit": made.unit,
-            "sampler": "Poisson" if bands is None else "Poisson, by groups of units in turn",
-            "mechanism": "Gaussian" if bands is None else f"Gaussian, correlated over {bands} steps",
-            **({} if bands is None else {"bands": bands}),
+            **words,
         },
         as_json,
     )

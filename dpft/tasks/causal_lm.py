@@ -133,11 +133,9 @@ class CausalLM(TextTask):
         return features
 
     def _encoded_chats(self, chats: Sequence[Any], chat: Chat) -> list[dict[str, Any]]:
+        Column("messages").check(chats, self._columns[0])
         features = []
         for row, messages in enumerate(chats, 1):
-            fault = Column("messages").fault(messages, self._columns[0])
-            if fault is not None:
-                raise RecipeError(f"Row {row:,} of {len(chats):,} {fault}")
             try:
                 features.append(chat.encode(messages, self.max_length))
             except RecipeError as error:

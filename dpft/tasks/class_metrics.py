@@ -43,7 +43,7 @@ class ClassMetrics:
     def compute(self) -> dict[str, Any]:
         wanted, found = np.array(self._wanted), np.array(self._found)
         likely = np.concatenate(self._likely).astype(np.float64)
-        bins = self._reliability(likely.max(1))
+        bins = reliability(likely.max(1), wanted == found)
         numbers = np.arange(likely.shape[1])
         each = label_figures(self._labels, wanted[:, None] == numbers, found[:, None] == numbers, likely)
         return {
@@ -55,18 +55,18 @@ class ClassMetrics:
             "reliability": bins,
         }
 
-    def _reliability(self, confidence: "np.ndarray[Any, Any]") -> list[dict[str, Any]]:
-        """Bin m of M holds the confidences in ((m - 1)/M, m/M]."""
-        right = np.array(self._wanted) == np.array(self._found)
-        places = np.ceil(confidence * BINS)
-        return [
-            {
-                "confidence": float(confidence[places == place].mean()),
-                "accuracy": float(right[places == place].mean()),
-                "count": int((places == place).sum()),
-            }
-            for place in np.unique(places)
-        ]
+
+def reliability(confidence: "np.ndarray[Any, Any]", right: "np.ndarray[Any, Any]") -> list[dict[str, Any]]:
+    """Bin m of M holds the confidences in ((m - 1)/M, m/M]."""
+    places = np.ceil(confidence * BINS)
+    return [
+        {
+            "confidence": float(confidence[places == place].mean()),
+            "accuracy": float(right[places == place].mean()),
+            "count": int((places == place).sum()),
+        }
+        for place in np.unique(places)
+    ]
 
 
 def label_figures(

@@ -109,10 +109,7 @@ class MultiLabel(TextTask):
         """Raises RecipeError: a cell is no list, or no text, of declared labels; the row is counted among those
         given."""
         cells = plain(rows[self.label])
-        for row, cell in enumerate(cells, 1):
-            fault = self.column.fault(cell, self.label)
-            if fault is not None:
-                raise RecipeError(f"Row {row:,} of {len(cells):,} {fault}")
+        self.column.check(cells, self.label)
         texts = self.tokenizer(list(rows[self.text]), truncation=True, max_length=self.max_length)["input_ids"]
         return [{"input_ids": ids, "labels": self._classes(cell)} for ids, cell in zip(texts, cells, strict=True)]
 

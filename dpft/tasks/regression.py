@@ -99,11 +99,8 @@ class Regression(TextTask):
 
     def encode(self, rows: Columns) -> list[dict[str, Any]]:
         """Raises RecipeError: a row has no finite number; it is counted among those given."""
-        column, targets = Column("number"), plain(rows[self.target])
-        for row, value in enumerate(targets, 1):
-            fault = column.fault(value, self.target)
-            if fault is not None:
-                raise RecipeError(f"Row {row:,} of {len(targets):,} {fault}")
+        targets = plain(rows[self.target])
+        Column("number").check(targets, self.target)
         texts = self.tokenizer(list(rows[self.text]), truncation=True, max_length=self.max_length)["input_ids"]
         return [
             {"input_ids": ids, "labels": self.scaled(float(value))} for ids, value in zip(texts, targets, strict=True)

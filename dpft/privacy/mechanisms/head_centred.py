@@ -11,7 +11,7 @@ r is what bounds ``x - m``, and follows from ``‖m‖``, as in :mod:`.head_desc
 takes the gradient's length from the features, and constants begin at the prior.
 
 The rate falls with the noise ν = σ √(number of weights) / N, because what it leaves in the weights grows with rate × ν.
-The rule was fitted to eleven sets of texts and pictures (docs/decisions/0005-heads.md).
+The rule was fitted to eleven pairs of data and ε, of texts and pictures (docs/decisions/0005-heads.md).
 """
 
 from typing import TYPE_CHECKING, ClassVar
@@ -21,7 +21,7 @@ from dpft.privacy.mechanisms.head_descent import HeadDescent, Whitening
 if TYPE_CHECKING:
     from dpft.privacy.mechanisms.linear_head import Rows, Sums
 
-COUNTS, MEAN = 0.02, 0.1  # shares of the steps; the rest are gradients
+COUNTS, MEAN = 0.02, 0.1  # shares of the steps
 CONSTANT = 0.25  # c
 RATE, POWER, FASTEST = 2.0, 0.7, 24.0  # the rate is RATE / ν^POWER, and never above FASTEST
 
@@ -30,11 +30,8 @@ class HeadCentred(HeadDescent):
     """Full-batch descent on the cross-entropy, over centred features."""
 
     name: ClassVar[str] = "head-centred"
+    shares: ClassVar[tuple[float, ...]] = (COUNTS, MEAN)
     too_few: ClassVar[str] = "and counts, mean and gradients need 5: plan about 64"
-
-    @property
-    def statistics(self) -> tuple[int, ...]:
-        return tuple(max(1, round(share * self.steps)) for share in (COUNTS, MEAN))
 
     @property
     def about(self) -> str:

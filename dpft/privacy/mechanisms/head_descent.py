@@ -36,7 +36,7 @@ from dpft.privacy.mechanisms.linear_head import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-COUNTS, MEAN, MOMENT = 0.02, 0.02, 0.18  # shares of the steps; the rest are gradients
+COUNTS, MEAN, MOMENT = 0.02, 0.02, 0.18  # shares of the steps
 FEWEST = 5  # steps: one of each sum, and a second gradient
 SCARCE = 5.0  # γ over the trace is (5 d / N)², within RIDGES: the fewer units there are for each direction, the more
 RIDGES = (5e-4, 0.1)
@@ -63,14 +63,15 @@ class HeadDescent(LinearHead):
     """
 
     name: ClassVar[str] = "head-descent"
+    shares: ClassVar[tuple[float, ...]] = (COUNTS, MEAN, MOMENT)  # of the steps; the rest are gradients
 
     fewest: ClassVar[int] = FEWEST
     too_few: ClassVar[str] = f"and counts, mean, second moment and gradients need {FEWEST}: plan about 70"
 
     @property
     def statistics(self) -> tuple[int, ...]:
-        """As how many steps counts, mean and second moment are released."""
-        return tuple(max(1, round(share * self.steps)) for share in (COUNTS, MEAN, MOMENT))
+        """As how many steps each sum before the gradients is released: counts, mean and second moment."""
+        return tuple(max(1, round(share * self.steps)) for share in self.shares)
 
     @property
     def gradients(self) -> int:
